@@ -1,0 +1,7 @@
+"""One file per paper. Importing this package registers every backbone."""
+
+import importlib
+import pkgutil
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")

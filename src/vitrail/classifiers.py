@@ -1,0 +1,40 @@
+"""Backbone + head = classifier. Papers with a tail of their own register it; the rest use PooledHead."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitrail.features import Features, FeatureSpec
+
+
+class PooledHead(nn.Module):
+    """Global average pooling of the coarsest map, then one linear layer. Features -> (B, K)."""
+
+    def __init__(self, config: Any, specs: Mapping[str, FeatureSpec], num_classes: int) -> None:
+        super().__init__()
+        self.fc = nn.Linear(list(specs.values())[-1].channels, num_classes)
+
+    def forward(self, features: Features) -> Tensor:
+        last = list(features.maps.values())[-1]
+        return self.fc(last.mean((2, 3)))
+
+
+class Classifier(nn.Module):
+    """images (B, 3, H, W) -> logits (B, num_classes). `labels` are indices into `classes`."""
+
+    task = "classify"
+
+    def __init__(self, backbone: nn.Module, head: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+
+    def forward(self, images: Tensor, record: dict[str, Tensor] | None = None) -> Tensor:
+        return self.head(self.backbone(images, record=record))
+
+    def forward_packed(self, packed: Any) -> Tensor:
+        """PackedImages of N images -> logits (N, num_classes), in the order of `packed`."""
+        features = self.backbone.forward_packed(packed).unpack()
+        return torch.cat([self.head(features[i]) for i in packed.image_ids])

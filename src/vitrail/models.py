@@ -1,0 +1,248 @@
+"""Full-model names -> backbone + neck + head + weights. The only place that assembles; save and load."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import vitrail.backbones  # noqa: F401  (registers every backbone)
+from vitrail import weights as weights_room
+from vitrail.classifiers import Classifier, PooledHead
+from vitrail.configuration import from_dict, to_dict
+from vitrail.registry import BackboneEntry, backbone_entry, list_backbones, with_fields
+from vitrail_runtime.errors import InputError
+from vitrail_runtime.preprocess import Preprocessing
+
+SCHEMA_VERSION = 1
+Weights = str | Path | Mapping[str, Any] | None
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What a saved model says of itself: enough to build it again and to feed it."""
+
+    name: str
+    config: Any
+    classes: tuple[str, ...]
+    preprocessing: Preprocessing
+
+
+def list_models(pattern: str = "*", *, task: str | None = None) -> list[str]:
+    """Names that `create_model` takes, by shell pattern and task ("classify")."""
+    if task not in (None, "classify"):
+        raise InputError(f"unknown task {task!r}; known: 'classify'")
+    return list_backbones(pattern)
+
+
+def create_backbone(name: str, *, weights: Weights = None, **config_fields: Any) -> nn.Module:
+    """A backbone by name: images (B, 3, H, W) -> Features.
+
+    weights: a file, a folder, "hf:owner/name@revision", or a state dict; a classifier's head in it is left.
+    config_fields: fields of the paper's config, such as image_size or drop_path_rate.
+    Raises InputError for an unknown name or field (with the closest), or weights that do not fit.
+    """
+    entry = backbone_entry(name)
+    backbone = build_backbone(entry, config_fields)
+    if weights is not None:
+        weights_room.load_weights(backbone, weights, entry, config=backbone.config)
+    return backbone
+
+
+def create_model(
+    name: str,
+    *,
+    classes: Sequence[str] | None = None,
+    num_classes: int | None = None,
+    weights: Weights = None,
+    **config_fields: Any,
+) -> Classifier:
+    """A full model by name; a bare backbone name is a classifier.
+
+    classes: the class names, in the order of the labels; or num_classes, for names "0", "1", ...
+    weights: as for `create_backbone`, or {"backbone": ...} for that part alone. A head in the file is
+        dropped only where its number of classes differs, and that is said.
+    """
+    entry = backbone_entry(name)
+    names = class_names(classes, num_classes)
+    backbone = build_backbone(entry, config_fields)
+    tail = entry.tail or PooledHead
+    model = Classifier(backbone, tail(backbone.config, backbone.feature_specs, len(names)))
+    preprocessing = entry.preprocessing
+    if "image_size" in config_fields:
+        size = config_fields["image_size"]
+        size = (size, size) if isinstance(size, int) else tuple(size)
+        preprocessing = replace(preprocessing, size=size)
+    describe(model, ModelInfo(name, backbone.config, names, preprocessing))
+    if isinstance(weights, Mapping) and weights and not _is_state(weights):
+        if set(weights) != {"backbone"}:
+            raise InputError(
+                f"weights by part for the classifier {name!r} take the key 'backbone', "
+                f"but got {sorted(map(str, weights))}"
+            )
+        weights_room.load_weights(backbone, weights["backbone"], entry, config=backbone.config)
+    elif weights is not None:
+        weights_room.load_weights(model, weights, entry, config=backbone.config)
+    return model
+
+
+def build_backbone(entry: BackboneEntry, config_fields: Mapping[str, Any]) -> Any:
+    """The entry's backbone with some config fields replaced, freshly initialised."""
+    return entry.cls(with_fields(entry.name, entry.config, config_fields))
+
+
+def class_names(classes: Sequence[str] | None, num_classes: int | None) -> tuple[str, ...]:
+    """The class names of a model: given, counted, or ImageNet's thousand numbers."""
+    if classes is None:
+        count = 1000 if num_classes is None else num_classes
+        if count < 1:
+            raise InputError(f"num_classes is {count}, but a model needs at least one class")
+        return tuple(str(i) for i in range(count))
+    names = tuple(classes)
+    if isinstance(classes, str) or not names or not all(isinstance(c, str) for c in names):
+        raise InputError(f"classes must be a list of names, but got {classes!r}")
+    if len(set(names)) != len(names):
+        twice = sorted({c for c in names if names.count(c) > 1})
+        raise InputError(f"class names must differ, but {twice} stand more than once")
+    if num_classes not in (None, len(names)):
+        raise InputError(
+            f"num_classes={num_classes}, but {len(names)} classes are named; drop num_classes"
+        )
+    return names
+
+
+def describe(model: nn.Module, info: ModelInfo) -> None:
+    """Attach what a saved model says of itself."""
+    model.info = info
+    model.classes = info.classes
+    model.preprocessing = info.preprocessing
+
+
+def save(model: Any, folder: str | Path, *, metrics: Mapping[str, Any] | None = None) -> Path:
+    """Write a model folder: config.json, model.safetensors, metrics.json (where given), README.md."""
+    folder = Path(folder)
+    info: ModelInfo = model.info
+    state = {k: v.detach().float().cpu().contiguous() for k, v in model.state_dict().items()}
+    config = {
+        "schema_version": SCHEMA_VERSION,
+        "name": info.name,
+        "task": model.task,
+        "config": to_dict(info.config),
+        "classes": list(info.classes),
+        "preprocessing": to_dict(info.preprocessing),
+        "weights_sha256": weights_hash(state),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    weights_room.write_state(state, folder / "model.safetensors")
+    weights_room.write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+    if metrics is not None:
+        text = json.dumps(dict(metrics), indent=2) + "\n"
+        weights_room.write_text(folder / "metrics.json", text)
+    weights_room.write_text(folder / "README.md", model_card(model, metrics))
+    return folder
+
+
+def load(folder: str | Path) -> Classifier:
+    """The model that `save` wrote, in eval mode, on the CPU.
+
+    Raises InputError when the folder is not a model, was written by a newer version, or its weights
+    are not those that config.json was written for.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    entry = backbone_entry(config["name"])
+    cfg = from_dict(type(entry.config), config["config"], where=str(folder / "config.json"))
+    with torch.device("meta"):
+        backbone = entry.cls(cfg)
+        tail = entry.tail or PooledHead
+        model = Classifier(backbone, tail(cfg, backbone.feature_specs, len(config["classes"])))
+    state = weights_room.read_state(folder / "model.safetensors")
+    if weights_hash(state) != config["weights_sha256"]:
+        raise InputError(
+            f"the weights in {folder} are not those that config.json was written for "
+            "(sha256 differs); copy the whole folder again"
+        )
+    own = model.state_dict()
+    if state.keys() != own.keys():
+        odd = sorted(state.keys() ^ own.keys())[:5]
+        raise InputError(f"model.safetensors in {folder} does not fit {config['name']}: {odd}")
+    # Counters of batches are integers in the model and were written as floats.
+    model.load_state_dict({k: v.to(own[k].dtype) for k, v in state.items()}, assign=True)
+    where = str(folder / "config.json")
+    pre = from_dict(Preprocessing, config["preprocessing"], where=where)
+    describe(model, ModelInfo(config["name"], cfg, tuple(config["classes"]), pre))
+    return model.eval()
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a model folder, checked. A run folder stands for its best model."""
+    path = folder / "config.json"
+    if not path.is_file():
+        best = folder / "best"
+        hint = f"; did you mean {best}?" if (best / "config.json").is_file() else ""
+        what = "no such folder" if not folder.is_dir() else "has no config.json"
+        raise InputError(f"{folder} is not a saved model ({what}){hint}")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from error
+    version = config.get("schema_version")
+    if version != SCHEMA_VERSION:
+        raise InputError(
+            f"{path} has schema version {version}, but this vitrail reads {SCHEMA_VERSION}; "
+            "update vitrail"
+        )
+    return config
+
+
+def weights_hash(state: Mapping[str, Tensor]) -> str:
+    """sha256 over names, shapes and fp32 values, independent of the file's layout."""
+    digest = hashlib.sha256()
+    for key in sorted(state):
+        value = state[key].detach().float().cpu().contiguous()
+        digest.update(f"{key}{tuple(value.shape)}".encode())
+        digest.update(value.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def model_card(model: Any, metrics: Mapping[str, Any] | None) -> str:
+    """A filled-in model card in Markdown."""
+    info: ModelInfo = model.info
+    params = sum(p.numel() for p in model.parameters()) / 1e6
+    pre = info.preprocessing
+    shown = ", ".join(info.classes[:20]) + (", ..." if len(info.classes) > 20 else "")
+    lines = [
+        f"# {info.name}",
+        "",
+        f"- task: {model.task}",
+        f"- parameters: {params:.2f} M",
+        f"- classes ({len(info.classes)}): {shown}",
+        f"- input: {pre.size[0]} x {pre.size[1]} pixels, {pre.mode}, {pre.interpolation}, "
+        f"mean {pre.mean}, std {pre.std}",
+    ]
+    if metrics:
+        lines += ["", "## Scores", "", "| metric | value |", "|---|---|"]
+        rows = ((k, v) for k, v in metrics.items() if isinstance(v, (int, float)))
+        lines += [f"| {k} | {v:.4g} |" for k, v in rows]
+    lines += [
+        "",
+        "## Use",
+        "",
+        "```python",
+        "import vitrail",
+        "",
+        'predict = vitrail.Predictor(vitrail.load("THIS FOLDER"))',
+        'for p in predict(["picture.jpg"]):',
+        "    print(p.names, p.scores)",
+        "```",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _is_state(weights: Mapping[str, Any]) -> bool:
+    return all(isinstance(v, Tensor) for v in weights.values())

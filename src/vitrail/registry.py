@@ -1,0 +1,143 @@
+"""Name -> (class, config, key layouts). A duplicate raises; an unknown name lists the closest."""
+
+import difflib
+import fnmatch
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from vitrail_runtime.errors import InputError
+from vitrail_runtime.preprocess import Preprocessing
+
+Tensors = dict[str, Any]  # key -> tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One foreign key layout of a family's released files.
+
+    convert: (foreign state, config) -> state of our classifier, keys "backbone.*" and "head.*"; pure.
+    marks: keys that together only this layout has; a trailing "*" matches any ending.
+    may_leave: patterns (fnmatch) of foreign keys that may stay unused: index buffers, unused heads.
+    may_be_new: patterns of our keys that may keep their initial values.
+    source: where such files come from, for `vitrail models` and docs/models.md.
+    """
+
+    convert: Callable[[Tensors, Any], Tensors]
+    marks: tuple[str, ...]
+    may_leave: tuple[str, ...] = ()
+    may_be_new: tuple[str, ...] = ()
+    source: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Published:
+    """What the paper's table says of a variant, at its `image_size` (height = width, pixels)."""
+
+    params: float | None = None  # millions
+    macs: float | None = None  # billions of multiply-adds
+    top1: float | None = None  # ImageNet-1k validation, per cent
+    image_size: int = 224
+    note: str = ""  # why our count differs, where it does
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneEntry:
+    """All that the rest of the house knows about one registered backbone name."""
+
+    name: str
+    family: str  # the class's name in lower case: what the tiny config is filed under
+    cls: Callable[[Any], Any]  # config -> backbone
+    config: Any
+    tail: (
+        Callable[..., Any] | None
+    )  # (config, feature_specs, num_classes) -> head; None: pooled head
+    layouts: Mapping[str, Layout] = field(default_factory=dict)
+    preprocessing: Preprocessing = Preprocessing()
+    published: Published | None = None
+
+
+_ENTRIES: dict[str, BackboneEntry] = {}
+_TINY: dict[str, BackboneEntry] = {}
+
+
+def register_backbone(
+    cls: Callable[[Any], Any],
+    variants: Mapping[str, Any],
+    *,
+    tiny: Any,
+    layouts: Mapping[str, Layout] | None = None,
+    tail: Callable[..., Any] | None = None,
+    preprocessing: Preprocessing | Mapping[str, Preprocessing] = Preprocessing(),
+    published: Mapping[str, Published] | None = None,
+) -> None:
+    """File a family: its class, its variants (name -> config) and what goes with them.
+
+    tiny: a config of depth 1-2 and width 32-64 with every feature on, for the contract suite.
+    tail: the paper's own classifier tail, called as tail(config, feature_specs, num_classes).
+    preprocessing: one for all variants, or name -> one.
+    """
+    family = cls.__name__.lower()  # pyright: ignore[reportFunctionMemberAccess]
+    if family in _TINY:
+        raise ValueError(f"a backbone family {family!r} is registered already")
+
+    def entry(name: str, config: Any) -> BackboneEntry:
+        pre = preprocessing if isinstance(preprocessing, Preprocessing) else preprocessing.get(name)
+        return BackboneEntry(
+            name=name,
+            family=family,
+            cls=cls,
+            config=config,
+            tail=tail,
+            layouts=layouts or {},
+            preprocessing=pre or Preprocessing(),
+            published=(published or {}).get(name),
+        )
+
+    for name, config in variants.items():
+        if name in _ENTRIES:
+            raise ValueError(
+                f"backbone {name!r} is registered already, by {_ENTRIES[name].family!r}"
+            )
+        _ENTRIES[name] = entry(name, config)
+    _TINY[family] = entry(f"tiny_{family}", tiny)
+
+
+def list_backbones(pattern: str = "*") -> list[str]:
+    """Registered names that match a shell pattern, sorted."""
+    return sorted(n for n in _ENTRIES if fnmatch.fnmatchcase(n, pattern))
+
+
+def backbone_entry(name: str) -> BackboneEntry:
+    """The entry of a registered name. Raises InputError with the closest names otherwise."""
+    if name not in _ENTRIES:
+        raise unknown("model", name, _ENTRIES)
+    return _ENTRIES[name]
+
+
+def tiny_entries() -> dict[str, BackboneEntry]:
+    """Family -> its smallest test entry, for the contract suite."""
+    return dict(_TINY)
+
+
+def with_fields(name: str, config: Any, given: Mapping[str, Any]) -> Any:
+    """`config` with some fields replaced. Raises InputError for a field that it does not have."""
+    known = [f.name for f in fields(config)]
+    for key in given:
+        if key not in known:
+            raise unknown(f"config field of {name}", key, known)
+    return replace(config, **given)
+
+
+def unknown(what: str, given: str, known: Iterable[str]) -> InputError:
+    """The error for a name that does not exist, with the closest that do."""
+    known = list(known)
+    # Case is no reason to miss: compare in lower case, show the real spelling.
+    by_lower = {k.lower(): k for k in known}
+    close = difflib.get_close_matches(given.lower(), by_lower, n=3, cutoff=0.5)
+    if close:
+        hint = "did you mean " + " or ".join(repr(by_lower[c]) for c in close) + "?"
+    else:
+        shown = ", ".join(sorted(known)[:12])
+        hint = f"known: {shown}" + (", ..." if len(known) > 12 else "")
+    return InputError(f"unknown {what} {given!r}; {hint}")
