@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from vitrail.features import Features, FeatureSpec
+from vitrail_runtime.preprocess import Preprocessing
 
 
 class PooledHead(nn.Module):
@@ -25,6 +26,11 @@ class Classifier(nn.Module):
     """images (B, 3, H, W) -> logits (B, num_classes). `labels` are indices into `classes`."""
 
     task = "classify"
+    info: (
+        Any  # models.ModelInfo; this and the next two are attached by models.create_model and load
+    )
+    classes: tuple[str, ...]
+    preprocessing: Preprocessing
 
     def __init__(self, backbone: nn.Module, head: nn.Module) -> None:
         super().__init__()

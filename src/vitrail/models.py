@@ -1,8 +1,9 @@
 """Full-model names -> backbone + neck + head + weights. The only place that assembles; save and load."""
 
 import hashlib
+import inspect
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -115,7 +116,7 @@ def class_names(classes: Sequence[str] | None, num_classes: int | None) -> tuple
     return names
 
 
-def describe(model: nn.Module, info: ModelInfo) -> None:
+def describe(model: Any, info: ModelInfo) -> None:
     """Attach what a saved model says of itself."""
     model.info = info
     model.classes = info.classes
@@ -246,3 +247,22 @@ def model_card(model: Any, metrics: Mapping[str, Any] | None) -> str:
 
 def _is_state(weights: Mapping[str, Any]) -> bool:
     return all(isinstance(v, Tensor) for v in weights.values())
+
+
+def departures(names: Collection[str]) -> list[tuple[str, str]]:
+    """(paper, what its file says of official code and paper) for the files behind `names`.
+
+    A backbone file's docstring opens with the paper and ends with the paragraphs that begin
+    "Unlike" or "Paper and code": those are what a reader of the table must know.
+    """
+    found = {}
+    for name in names:
+        module = inspect.getmodule(backbone_entry(name).cls)
+        doc = inspect.cleandoc(module.__doc__ or "") if module else ""
+        paragraphs = doc.split("\n\n")
+        marks = ("Unlike", "Paper and code")
+        said = [p for p in paragraphs[1:] if p.startswith(marks)]
+        if module and said:
+            title = " ".join(paragraphs[0].split()).removesuffix(".")
+            found[module.__name__] = (title, "\n\n".join(said))
+    return [found[key] for key in sorted(found)]

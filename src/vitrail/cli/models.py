@@ -1,0 +1,153 @@
+"""`vitrail models`: what there is, how large, how good, and where its weights come from."""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vitrail_runtime.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelsFlags:
+    """List models: parameters, MACs, strides, tasks, papers' scores, where weights come from."""
+
+    task: str | None = None
+    """Only models for this task (classify)."""
+    json: bool = False
+    """One JSON object per line, on stdout."""
+    markdown: Path | None = None
+    """Write the table as Markdown to this file (docs/models.md is made so)."""
+    check: bool = False
+    """With --markdown: write nothing, fail when the file is not what would be written."""
+
+
+def run(argv: list[str]) -> int:
+    import tyro
+
+    patterns = [a for a in argv[:1] if not a.startswith("-")]
+    flags = tyro.cli(ModelsFlags, args=argv[len(patterns) :], prog="vitrail models [PATTERN]")
+    from vitrail.models import list_models
+    from vitrail.registry import unknown
+
+    pattern = patterns[0] if patterns else "*"
+    names = list_models(pattern, task=flags.task)
+    if not names:
+        raise unknown("model", pattern, list_models())
+    if flags.check and flags.markdown is None:
+        raise InputError("--check compares a file with the table; name it with --markdown FILE")
+    rows = [row(name) for name in names]
+    if flags.markdown is not None:
+        return write_markdown(rows, flags.markdown, check=flags.check)
+    if flags.json:
+        for r in rows:
+            print(json.dumps(r))
+    else:
+        print_table(rows)
+    return 0
+
+
+def row(name: str) -> dict[str, Any]:
+    """What is known of one model, counted on `meta`: no weights, no picture."""
+    import torch
+
+    from vitrail.bench.macs import count_macs, count_params
+    from vitrail.models import create_model
+    from vitrail.registry import backbone_entry
+    from vitrail.weights.catalogue import weight_sources
+
+    entry = backbone_entry(name)
+    with torch.device("meta"):
+        model = create_model(name)
+    published = entry.published
+    size = published.image_size if published else entry.preprocessing.size[0]
+    return {
+        "name": name,
+        "family": entry.family,
+        "task": model.task,
+        "params_m": round(count_params(model) / 1e6, 2),
+        "macs_g": round(count_macs(model, size, size) / 1e9, 3),
+        "image_size": size,
+        "strides": [spec.stride for spec in model.backbone.feature_specs.values()],
+        "paper_params_m": published.params if published else None,
+        "paper_macs_g": published.macs if published else None,
+        "paper_top1": published.top1 if published else None,
+        "note": published.note if published else "",
+        "weights": weight_sources(name),
+    }
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("model", no_wrap=True)
+    for column in ("params M", "MACs G", "at px", "strides", "paper top-1"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("weights", overflow="fold")
+    for r in rows:
+        top1 = "" if r["paper_top1"] is None else f"{r['paper_top1']:.1f}"
+        numbers = (f"{r['params_m']:.2f}", f"{r['macs_g']:.3g}", str(r["image_size"]))
+        table.add_row(r["name"], *numbers, _strides(r), top1, "; ".join(r["weights"]))
+    console = Console() if sys.stdout.isatty() else Console(width=160)
+    console.print(table)
+    print(f"{len(rows)} models; every one classifies; vitrail train --model NAME trains it")
+
+
+def write_markdown(rows: list[dict[str, Any]], path: Path, *, check: bool) -> int:
+    text = markdown(rows)
+    if not check:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+        print(f"wrote {path}: {len(rows)} models")
+        return 0
+    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+        raise InputError(f"{path} is stale; run: vitrail models --markdown {path}")
+    print(f"{path} is up to date: {len(rows)} models")
+    return 0
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """docs/models.md: the table, the exceptions, and where code and paper differ."""
+    from vitrail.models import departures
+
+    lines = [
+        "# Models",
+        "",
+        "Made by `vitrail models --markdown docs/models.md`; `make test` fails when it is stale.",
+        "Parameters and multiply-adds are counted from the model itself, with a head of 1000 classes,",
+        "at the size named; the paper's figures stand beside them. An empty cell: the paper gives none.",
+        "",
+        "| model | params M | paper | MACs G | paper | at px | strides | paper top-1 % | weights |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        cells = [
+            f"`{r['name']}`",
+            f"{r['params_m']:.2f}",
+            _cell(r["paper_params_m"]),
+            f"{r['macs_g']:.3g}",
+            _cell(r["paper_macs_g"]),
+            str(r["image_size"]),
+            _strides(r),
+            _cell(r["paper_top1"]),
+            "; ".join(r["weights"]),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    notes = [f"- `{r['name']}`: {r['note']}" for r in rows if r["note"]]
+    if notes:
+        lines += ["", "## Where a count differs from the paper's", "", *notes]
+    lines += ["", "## Where official code, paper and vitrail differ", ""]
+    for title, text in departures({r["name"] for r in rows}):
+        lines += [f"### {title}", "", text, ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _cell(value: float | None) -> str:
+    return "" if value is None else f"{value:g}"
+
+
+def _strides(r: dict[str, Any]) -> str:
+    return ", ".join(f"{s:g}" for s in r["strides"])
