@@ -1,0 +1,46 @@
+"""From logits to Predictions."""
+
+import numpy as np
+import pytest
+
+from vitrail_runtime.errors import InputError
+from vitrail_runtime.finish import finish_classification
+
+CLASSES = ("ant", "bee", "cat")
+
+
+def test_the_best_classes_come_first_with_their_probabilities():
+    logits = np.log(np.array([[0.2, 0.5, 0.3], [0.7, 0.1, 0.2]]))
+    first, second = finish_classification(logits, CLASSES, top_k=2)
+    assert first.names == ["bee", "cat"]
+    assert first.labels.tolist() == [1, 2]
+    np.testing.assert_allclose(first.scores, [0.5, 0.3], rtol=1e-6)
+    assert second.names == ["ant", "cat"]
+    assert (first.labels.dtype, first.scores.dtype) == (np.int64, np.float32)
+
+
+def test_equal_scores_keep_the_order_of_the_classes_and_huge_logits_do_not_overflow():
+    (p,) = finish_classification(np.full((1, 3), 1e4), CLASSES, top_k=9)
+    assert p.names == list(CLASSES)
+    np.testing.assert_allclose(p.scores, 1 / 3, rtol=1e-6)
+
+
+def test_a_prediction_becomes_plain_data():
+    (p,) = finish_classification(np.array([[0.0, 2.0, 1.0]]), CLASSES, top_k=2)
+    data = p.to_dict()
+    assert data["label"] == "bee"
+    assert [t["index"] for t in data["top"]] == [1, 2]
+    assert data["score"] == pytest.approx(0.665241)
+
+
+@pytest.mark.parametrize(
+    ("logits", "top_k", "message"),
+    [
+        (np.zeros((2, 4)), 1, "do not fit 3 classes"),
+        (np.zeros((1, 3)), 0, "top_k"),
+        (np.array([[0, np.nan, 1]]), 1, "not finite"),
+    ],
+)
+def test_logits_that_cannot_be_read_are_refused(logits, top_k, message):
+    with pytest.raises(InputError, match=message):
+        finish_classification(logits, CLASSES, top_k=top_k)
