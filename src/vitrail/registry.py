@@ -16,7 +16,9 @@ Tensors = dict[str, Any]  # key -> tensor
 class Layout:
     """One foreign key layout of a family's released files.
 
-    convert: (foreign state, config) -> state of our classifier, keys "backbone.*" and "head.*"; pure.
+    convert: (foreign state, config) -> state of our classifier, keys "backbone.*" and "head.*"; pure, by
+        torch operations (which is how the report knows what each of our tensors was made from). A key
+        that it does not know is handed on under "backbone.", so that it is named when it does not fit.
     marks: keys that together only this layout has; a trailing "*" matches any ending.
     may_leave: patterns (fnmatch) of foreign keys that may stay unused: index buffers, unused heads.
     may_be_new: patterns of our keys that may keep their initial values.
@@ -53,6 +55,7 @@ class BackboneEntry:
         Callable[..., Any] | None
     )  # (config, feature_specs, num_classes) -> head; None: pooled head
     layouts: Mapping[str, Layout] = field(default_factory=dict)
+    resample: Callable[[Tensors, Any], Tensors] | None = None  # see register_backbone
     preprocessing: Preprocessing = Preprocessing()
     published: Published | None = None
 
@@ -68,6 +71,7 @@ def register_backbone(
     tiny: Any,
     layouts: Mapping[str, Layout] | None = None,
     tail: Callable[..., Any] | None = None,
+    resample: Callable[[Tensors, Any], Tensors] | None = None,
     preprocessing: Preprocessing | Mapping[str, Preprocessing] = Preprocessing(),
     published: Mapping[str, Published] | None = None,
 ) -> None:
@@ -75,6 +79,8 @@ def register_backbone(
 
     tiny: a config of depth 1-2 and width 32-64 with every feature on, for the contract suite.
     tail: the paper's own classifier tail, called as tail(config, feature_specs, num_classes).
+    resample: (state in our keys, config) -> the same with its position tables brought to the grid of
+        `config.image_size`; pure. Applied after every key map, our own files included.
     preprocessing: one for all variants, or name -> one.
     """
     family = cls.__name__.lower()  # pyright: ignore[reportFunctionMemberAccess]
@@ -90,6 +96,7 @@ def register_backbone(
             config=config,
             tail=tail,
             layouts=layouts or {},
+            resample=resample,
             preprocessing=pre or Preprocessing(),
             published=(published or {}).get(name),
         )
