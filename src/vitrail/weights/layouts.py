@@ -1,0 +1,388 @@
+"""Recognising whose keys a checkpoint has, and loading it with an account of every key."""
+
+import fnmatch
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitrail.registry import BackboneEntry, Layout, backbone_entry, list_backbones, unknown
+from vitrail.weights.files import Checkpoint, read_checkpoint
+from vitrail_runtime.errors import InputError
+
+# BatchNorm counts its batches, but with a momentum nothing reads the count.
+COUNTERS = "*.num_batches_tracked"
+# Whole numbers and 8-bit floats are quantised weights: they mean nothing without their scales.
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+OURS = Layout(convert=lambda state, config: dict(state), marks=())
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became of every key when weights were loaded.
+
+    used: our keys that were filled. left: the file's keys that were not needed. new: our keys that kept
+    their initial values. dropped_head: keys of the class layer that was not taken since the file's
+    number of classes (classes[0]) is not the model's (classes[1]). resampled: our tables that were
+    brought to the model's image size, with both shapes.
+    """
+
+    source: str
+    layout: str
+    used: tuple[str, ...]
+    left: tuple[str, ...] = ()
+    new: tuple[str, ...] = ()
+    dropped_head: tuple[str, ...] = ()
+    classes: tuple[int, int] | None = None
+    resampled: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        lines = [f"{self.source}: layout {self.layout!r}, {len(self.used)} keys used"]
+        lines += [f"  {note}" for note in self.notes]
+        if self.dropped_head and self.classes:
+            lines.append(
+                f"  head dropped: the file has {self.classes[0]} classes, the model "
+                f"{self.classes[1]} ({listed(self.dropped_head)})"
+            )
+        lines += [f"  resampled {table}" for table in self.resampled]
+        for what, keys in (("left in the file", self.left), ("new in the model", self.new)):
+            if keys:
+                lines.append(f"  {what} ({len(keys)}): {listed(keys)}")
+        return "\n".join(lines)
+
+
+@dataclass
+class Fit:
+    """A checkpoint laid beside a model by one layout: what would be loaded, and what speaks against it."""
+
+    layout: str
+    state: dict[str, Tensor]  # our keys, values ready to copy
+    matched: int = 0  # keys of the model that the file has by name
+    left: list[str] = field(default_factory=list)
+    new: list[str] = field(default_factory=list)
+    dropped_head: list[str] = field(default_factory=list)
+    classes: tuple[int, int] | None = None
+    resampled: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)  # ours that the file lacks, and may not
+    extra: list[str] = field(default_factory=list)  # the file's that must not be left
+    shapes: list[str] = field(
+        default_factory=list
+    )  # "key: (model) in the model, (file) in the file"
+    failure: str = ""  # why the key map could not be applied at all
+
+    @property
+    def problems(self) -> int:
+        return len(self.missing) + len(self.extra) + len(self.shapes) + bool(self.failure)
+
+
+def load_weights(
+    model: nn.Module,
+    source: str | Path | Mapping[str, Any],
+    entry: BackboneEntry,
+    *,
+    config: Any,
+    layout: str | None = None,
+) -> Report:
+    """Fill `model` (a bare backbone, or a classifier) from a checkpoint, and say what became of each key.
+
+    The layout is recognised from the keys unless it is named. The report is also kept as
+    `model.weights_report`. Raises InputError, with the model untouched, when a key of the model is
+    missing, one of the file is left over, or a shape differs, beyond what the layout allows; the
+    message says which registered model the file looks like.
+    """
+    checkpoint = read_checkpoint(source)
+    own = model.state_dict()
+    if any(value.is_meta for value in own.values()):
+        raise InputError(
+            f"{entry.name} stands on the meta device and cannot take weights; build it on the CPU"
+        )
+    # The parts of a classifier are "backbone" and "head"; a backbone has other names at the top.
+    whole = all(key.startswith(("backbone.", "head.")) for key in own)
+    _check_classes(model, checkpoint, whole)
+    wanted = own if whole else {f"backbone.{key}": value for key, value in own.items()}
+    fits = [
+        lay_beside(checkpoint.state, wanted, entry, name, config)
+        for name in candidates(checkpoint.state, wanted, entry, layout)
+    ]
+    if not fits:
+        raise InputError(_unrecognised(checkpoint, wanted, entry))
+    best = min(fits, key=lambda fit: fit.problems)
+    if best.problems:
+        raise InputError(_does_not_fit(checkpoint, wanted, entry, best))
+    ready = best.state if whole else {k.removeprefix("backbone."): v for k, v in best.state.items()}
+    with torch.no_grad():
+        for key, value in ready.items():
+            own[key].copy_(value)  # casts to the model's dtype and device
+    report = Report(
+        source=checkpoint.source,
+        layout=best.layout,
+        used=tuple(best.state),
+        left=tuple(best.left),
+        new=tuple(best.new),
+        dropped_head=tuple(best.dropped_head),
+        classes=best.classes,
+        resampled=tuple(best.resampled),
+        notes=tuple(checkpoint.notes),
+    )
+    model.weights_report = report  # pyright: ignore[reportArgumentType] (no tensor, by design)
+    return report
+
+
+def candidates(
+    state: Mapping[str, Tensor],
+    wanted: Mapping[str, Tensor],
+    entry: BackboneEntry,
+    layout: str | None = None,
+) -> list[str]:
+    """Names of the layouts that a state may be in, our own first: "vitrail", or keys of entry.layouts."""
+    known = ["vitrail", *entry.layouts]
+    if layout is not None:
+        if layout not in known:
+            raise unknown(f"layout of {entry.name}", layout, known)
+        return [layout]
+    if all(key.startswith(("backbone.", "head.")) for key in state):
+        backbone = {k for k in wanted if k.startswith("backbone.")}
+        if any(key in backbone for key in state):
+            return ["vitrail"]
+    found = [
+        name
+        for name, candidate in entry.layouts.items()
+        if candidate.marks and all(_has(state, mark) for mark in candidate.marks)
+    ]
+    # A backbone saved alone has our names without "backbone."; other people's files may look so too,
+    # and their map knows better what the values mean.
+    if not found and any(f"backbone.{key}" in wanted for key in state):
+        found.append("vitrail")
+    return found
+
+
+def _has(state: Mapping[str, Tensor], mark: str) -> bool:
+    if mark.endswith("*"):
+        return any(key.startswith(mark[:-1]) for key in state)
+    return mark in state
+
+
+class Traced(Tensor):
+    """A tensor that knows which keys of a checkpoint it was made from, so that a key map stays a plain
+    function and the report can still tell what it did not use."""
+
+    origin: frozenset[str] = frozenset()
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        out = super().__torch_function__(func, types, args, kwargs)
+        origin = frozenset().union(*(t.origin for t in _traced([args, kwargs])))
+        for tensor in _traced(out):
+            tensor.origin = tensor.origin | origin
+        return out
+
+
+def _traced(value: Any) -> Iterator[Traced]:
+    if isinstance(value, Traced):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _traced(item)
+    elif isinstance(value, dict):
+        yield from _traced(list(value.values()))
+
+
+def _trace(key: str, value: Tensor) -> Tensor:
+    traced = value.detach().as_subclass(Traced)
+    traced.origin = frozenset([key])
+    return traced
+
+
+def lay_beside(
+    state: Mapping[str, Tensor],
+    wanted: Mapping[str, Tensor],
+    entry: BackboneEntry,
+    name: str,
+    config: Any,
+) -> Fit:
+    """Apply a layout's key map and compare with the model's keys and shapes (`wanted`, our keys)."""
+    layout = OURS if name == "vitrail" else entry.layouts[name]
+    whole = any(key.startswith("head.") for key in wanted)
+    fit = Fit(name, {})
+    traced = {key: _trace(key, value) for key, value in state.items()}
+    if name == "vitrail" and not any(key.startswith("backbone.") for key in state):
+        traced = {f"backbone.{key}": value for key, value in traced.items()}
+    try:
+        converted = layout.convert(traced, config)
+        # A pure renaming hands out the same tensor object: that is fine, but twice is a copy.
+        before = {key: tuple(value.shape) for key, value in converted.items()}
+        if entry.resample is not None:
+            converted = entry.resample(converted, config)
+    except Exception as error:  # a key map fed with another model's weights fails in its own ways
+        fit.failure = f"{type(error).__name__}: {error}"
+        fit.extra = sorted(state)
+        return fit
+
+    reached: set[str] = set()  # the file's keys that arrived somewhere in the model
+    for key, value in converted.items():
+        sources = value.origin if isinstance(value, Traced) else frozenset()
+        if key not in wanted:
+            continue
+        reached |= sources
+        fit.matched += 1
+        if value.dtype not in FLOATS and wanted[key].is_floating_point():
+            kinds = f"{wanted[key].dtype} in the model, {value.dtype} in the file"
+            fit.shapes.append(f"{key}: {kinds}".replace("torch.", ""))
+        elif value.shape != wanted[key].shape:
+            mine, theirs = tuple(wanted[key].shape), tuple(value.shape)
+            fit.shapes.append(f"{key}: {mine} in the model, {theirs} in the file")
+        else:
+            fit.state[key] = value.as_subclass(Tensor)
+            if before.get(key, tuple(value.shape)) != tuple(value.shape):
+                fit.resampled.append(f"{key} from {before[key]} to {tuple(value.shape)}")
+    if whole:
+        _drop_head(fit, converted, wanted)
+
+    head_in_file = any(key.startswith("head.") for key in converted)
+    for key in wanted:
+        if key in fit.state or key in fit.dropped_head or key in converted:
+            continue
+        allowed = _matches(key, (*layout.may_be_new, COUNTERS))
+        # A file without any head (self-supervised weights) leaves the model's as it was initialised.
+        if allowed or (key.startswith("head.") and not head_in_file):
+            fit.new.append(key)
+        else:
+            fit.missing.append(key)
+    heads = {
+        source
+        for key, value in converted.items()
+        if key.startswith("head.") and isinstance(value, Traced)
+        for source in value.origin
+    }
+    for key in state:
+        if key in reached:
+            continue
+        fine = _matches(key, (*layout.may_leave, COUNTERS)) or (not whole and key in heads)
+        (fit.left if fine else fit.extra).append(key)
+    return fit
+
+
+def _drop_head(fit: Fit, converted: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    """Pass over the class layer when the number of classes differs, and only then.
+
+    That is so when every tensor of the head that does not fit differs in its first axis alone, all by
+    the same two numbers; what else the head has (a hidden layer, a norm) is kept.
+    """
+    differ = [
+        key
+        for key in wanted
+        if key.startswith("head.")
+        and key in converted
+        and converted[key].shape != wanted[key].shape
+    ]
+    counts = {(s.shape[:1], w.shape[:1]) for s, w in ((converted[k], wanted[k]) for k in differ)}
+    same_rest = all(converted[k].shape[1:] == wanted[k].shape[1:] for k in differ)
+    if len(counts) != 1 or not same_rest or not all(wanted[k].ndim for k in differ):
+        return
+    ((theirs, mine),) = counts
+    fit.classes = (theirs[0], mine[0])
+    fit.dropped_head = differ
+    fit.shapes = [line for line in fit.shapes if line.split(":")[0] not in differ]
+
+
+def _matches(key: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(key, pattern) for pattern in patterns)
+
+
+def _check_classes(model: nn.Module, checkpoint: Checkpoint, whole: bool) -> None:
+    """Equal number but other names: the head would answer with the wrong words."""
+    theirs, mine = checkpoint.config.get("classes"), getattr(model, "classes", None)
+    if not whole or not isinstance(theirs, list) or not mine or len(theirs) != len(mine):
+        return
+    if list(mine) != theirs:
+        raise InputError(
+            f"{checkpoint.source} was trained for the {len(theirs)} classes {listed(theirs)}, but the "
+            f"model has the {len(mine)} classes {listed(mine)}; pass the same classes, or take the "
+            "backbone alone with weights={'backbone': ...}"
+        )
+
+
+def _unrecognised(
+    checkpoint: Checkpoint, wanted: Mapping[str, Tensor], entry: BackboneEntry
+) -> str:
+    known = ", ".join(["vitrail", *entry.layouts])
+    return (
+        f"{checkpoint.source} holds {len(checkpoint.state)} tensors in no layout that {entry.name} knows "
+        f"({known}); its keys are {listed(sorted(checkpoint.state))}, the model's are "
+        f"{listed(sorted(wanted))}{_looks_like(checkpoint.state, entry)}"
+    )
+
+
+def _does_not_fit(
+    checkpoint: Checkpoint, wanted: Mapping[str, Tensor], entry: BackboneEntry, fit: Fit
+) -> str:
+    lines = [
+        f"{checkpoint.source} does not fit {entry.name} (read as layout {fit.layout!r}): of the model's "
+        f"{len(wanted)} keys {fit.matched} are in the file, {len(fit.state)} of them in the right shape"
+    ]
+    if fit.failure:
+        lines = [
+            f"{checkpoint.source} does not fit {entry.name} (read as layout {fit.layout!r}): "
+            f"its keys cannot be translated ({fit.failure})"
+        ]
+    for what, items in (
+        ("shapes differ", fit.shapes),
+        ("in the model, not in the file", fit.missing),
+        ("in the file, not in the model", fit.extra),
+    ):
+        if items:
+            lines.append(f"  {what} ({len(items)}): {listed(items)}")
+    return "\n".join(lines) + _looks_like(checkpoint.state, entry)
+
+
+def _looks_like(state: Mapping[str, Tensor], entry: BackboneEntry) -> str:
+    names = [name for name, _ in look_alikes(state, entry.family) if name != entry.name]
+    return f"\nthese weights look like {' or '.join(names[:3])}" if names else ""
+
+
+def look_alikes(state: Mapping[str, Tensor], family: str | None = None) -> list[tuple[str, str]]:
+    """(model, layout) of the registered variants whose backbone a state covers exactly.
+
+    family: tried first; others are only tried when none of it fits. Shapes only, on `meta`.
+    """
+    shapes = {key: value.to("meta") for key, value in state.items()}
+    names = list_backbones()
+    rounds = [names]
+    if family is not None:
+        own = [n for n in names if backbone_entry(n).family == family]
+        rounds = [own, [n for n in names if n not in own]]
+    for some in rounds:
+        found = [(name, layout) for name in some for layout in _covers(shapes, name)]
+        if found:
+            return found
+    return []
+
+
+def _covers(shapes: Mapping[str, Tensor], name: str) -> list[str]:
+    """The layouts by which these shapes are exactly the backbone of a registered name."""
+    entry = backbone_entry(name)
+    known = [n for n, lay in entry.layouts.items() if all(_has(shapes, m) for m in lay.marks)]
+    if not known and not any(key.startswith("backbone.") for key in shapes):
+        return []
+    with torch.device("meta"):
+        own = entry.cls(entry.config).state_dict()
+    wanted = {f"backbone.{key}": value for key, value in own.items()}
+    found = []
+    for layout in candidates(shapes, wanted, entry):
+        if not lay_beside(shapes, wanted, entry, layout, entry.config).problems:
+            found.append(layout)
+    return found
+
+
+def listed(items: Iterable[str], limit: int = 10) -> str:
+    """The first few of a list, and how many more there are."""
+    items = list(items)
+    more = f", ... ({len(items) - limit} more)" if len(items) > limit else ""
+    return ", ".join(map(str, items[:limit])) + more
