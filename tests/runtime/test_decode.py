@@ -258,6 +258,8 @@ def test_a_file_that_is_not_there_a_folder_and_an_empty_file_say_so(tmp_path):
             assert str(tmp_path / name) in str(error.value)
     with pytest.raises(InputError, match="0 bytes"):
         decode(b"")
+    with pytest.raises(InputError, match=r"^shard.tar:a.jpg is not a picture"):
+        decode(b"text", name="shard.tar:a.jpg")
     with pytest.raises(InputError, match="got int"):
         decode(3)
 
