@@ -266,11 +266,15 @@ def read_pickle(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         name = re.search(r"GLOBAL ([\w.]+)", str(error))
-        what = f" ({name[1]})" if name else ""
+        what = (
+            f"holds more than tensors ({name[1]}): unpickling it could run code, so it was refused"
+            if name
+            else "is no torch.save file, or a pickle of another kind that could run code: refused"
+        )
         raise InputError(
-            f"{path} holds more than tensors{what}: unpickling it could run code, so it was refused "
-            "and nothing was executed. Look for a .safetensors release of these weights; if you trust "
-            "the file, load it where it was made and save only its state_dict with torch.save"
+            f"{path} {what}, and nothing was executed. Look for a .safetensors release of these "
+            "weights, or download it again; if you trust the file, load it where it was made and save "
+            "only its state_dict with torch.save"
         ) from error
     except MemoryError:
         raise
