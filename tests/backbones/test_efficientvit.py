@@ -185,3 +185,12 @@ def test_checkpointing_leaves_running_statistics_as_without():
     assert states[0]["stages.0.blocks.0.dw0.bn.num_batches_tracked"] == 1
     for key, value in states[0].items():
         assert torch.equal(states[1][key], value), key
+
+
+def test_channels_last_memory_changes_nothing():
+    model, images = tiny(), image(2, 120, 250)
+    last = tiny().to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        want = model(images).maps["c6"]
+        got = last(images.to(memory_format=torch.channels_last)).maps["c6"]
+    torch.testing.assert_close(got, want, atol=1e-5 * float(want.abs().max()), rtol=0)

@@ -154,7 +154,7 @@ class CascadedGroupAttention(nn.Module):
         super().__init__()
         self.window = window
         head_dim = dim // num_heads
-        self.widths = (key_dim, key_dim, head_dim)
+        self.key_dim = key_dim
         self.scale = key_dim**-0.5
         self.qkvs = nn.ModuleList(
             conv_norm(head_dim, 2 * key_dim + head_dim) for _ in range(num_heads)
@@ -167,17 +167,26 @@ class CascadedGroupAttention(nn.Module):
         self.attention_biases = nn.Parameter(torch.zeros(num_heads, window * window))
 
     def forward(self, x: Tensor, record: dict[str, Tensor] | None = None, name: str = "") -> Tensor:
-        size, r = x.shape[-2:], self.window
-        if not torch.compiler.is_compiling() and size == (r, r):
-            return self.proj(F.relu_(self.attend(x, record, name)))
+        r = self.window
         batch, dim, height, width = x.shape
-        rows, cols = -(-height // r), -(-width // r)
-        x = F.pad(x, (0, cols * r - width, 0, rows * r - height))
-        x = x.view(batch, dim, rows, r, cols, r).permute(0, 2, 4, 1, 3, 5)
-        x = self.attend(x.reshape(batch * rows * cols, dim, r, r), record, name)
+        tracing = torch.compiler.is_compiling()
+        if not tracing and (height, width) == (r, r):
+            return self.proj(F.relu_(self.attend(x, record, name)))
+        rows, cols = (height + r - 1) // r, (width + r - 1) // r
+        below, right = rows * r - height, cols * r - width
+        if tracing or below or right:
+            x = F.pad(x, (0, right, 0, below))
+        # An explicit clone: `reshape` and `contiguous` ask whether there is more than one window, and
+        # an exported graph would keep the answer.
+        x = x.reshape(batch, dim, rows, r, cols, r).permute(0, 2, 4, 1, 3, 5)
+        x = x.clone(memory_format=torch.contiguous_format).view(-1, dim, r, r)
+        x = F.relu_(self.attend(x, record, name))
         x = x.view(batch, rows, cols, dim, r, r).permute(0, 3, 1, 4, 2, 5)
-        x = x.reshape(batch, dim, rows * r, cols * r)[..., :height, :width]
-        return self.proj(F.relu(x))
+        x = x.clone(memory_format=torch.contiguous_format)
+        x = x.view(batch, dim, rows * r, cols * r)
+        if tracing or below or right:
+            x = F.pad(x, (0, -right, 0, -below))
+        return self.proj(x)
 
     def attend(self, x: Tensor, record: dict[str, Tensor] | None, name: str) -> Tensor:
         """Each window by itself, before the projection. (N, C, window, window) -> same."""
@@ -185,12 +194,14 @@ class CascadedGroupAttention(nn.Module):
         tokens = self.window**2
         biases = self.attention_biases.index_select(1, index).view(-1, tokens, tokens)
         slices = x.chunk(len(self.qkvs), dim=1)
+        key_dim, v_dim = self.key_dim, slices[0].shape[1]
         y, outputs, kept = slices[0], [], []
         for i, (qkv, dw) in enumerate(zip(self.qkvs, self.dws, strict=True)):
             if i > 0:
                 y = y + slices[i]
-            q, k, v = qkv(y).split(self.widths, dim=1)
-            q, k, v = dw(q).flatten(2), k.flatten(2), v.flatten(2)  # (N, width, tokens)
+            y = qkv(y)
+            q = dw(y[:, :key_dim]).flatten(2)  # (N, key_dim, tokens)
+            k, v = y.flatten(2)[:, key_dim:].split((key_dim, v_dim), dim=1)
             # One call for product, scale and bias: at 7 x 7 tokens calls cost more than arithmetic.
             scores = torch.baddbmm(biases[i], q.transpose(1, 2), k, alpha=self.scale)
             weights = scores.softmax(dim=-1)
@@ -272,8 +283,6 @@ class Stage(nn.Module):
 
 class EfficientViT(nn.Module):
     """images (B, 3, H, W) -> Features with maps "c4", "c5", "c6"."""
-
-    export_dynamic = False  # cutting a map of unknown size into windows specialises the graph
 
     def __init__(self, config: EfficientViTConfig) -> None:
         super().__init__()
