@@ -1,0 +1,135 @@
+"""The embedded data set: 1,797 real handwritten digits, drawn at random scale and place.
+
+The source is the 8 x 8 "Optical Recognition of Handwritten Digits" (Alpaydin and Kaynak, 1998, UCI, CC BY
+4.0). Each digit is drawn once, upscaled, in a colour of its own, dark on light or light on dark, on a noisy
+canvas of one of many sizes and shapes: enough variety that colour, place and size say nothing, small enough
+to learn on a CPU in minutes.
+"""
+
+import importlib.resources
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from vitrail_runtime.errors import InputError
+
+SHARES = {"train": 0.7, "val": 0.15, "test": 0.15}  # of each class
+MARKER = "ABOUT.txt"
+ABOUT = """\
+Handwritten digits on coloured canvases, drawn by `vitrail data make digits`.
+
+Source: {licence}.
+Changes: each 8 x 8 digit was upscaled, coloured and placed on a larger canvas. The splits share no source
+    digit.
+"""
+
+
+def make_digits(folder: str | Path, *, seed: int = 0) -> Path:
+    """Write the digits as class folders: FOLDER/{train,val,test}/{0..9}/NNNN.jpg, 1,797 pictures in all.
+
+    The same seed gives the same files byte for byte (with the same Pillow). Splits are drawn by source
+    digit, so none is on two sides. A folder that already holds this set is left as it is; one that holds
+    anything else raises InputError. The set appears whole or not at all.
+    """
+    folder = Path(folder)
+    images, labels, licence = _source()
+    about = ABOUT.format(licence=licence) + f"Seed: {seed}\n"
+    if folder.exists():
+        if not folder.is_dir():
+            raise InputError(f"{folder} is a file; give a new folder for the digits")
+        marker = folder / MARKER
+        if marker.is_file() and marker.read_text(encoding="utf-8") == about:
+            return folder
+        if any(folder.iterdir()):
+            raise InputError(
+                f"{folder} is not empty and does not hold these digits; give a new folder"
+            )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        for index, split in enumerate(split_digits(labels, seed)):
+            target = partial / split / str(labels[index])
+            target.mkdir(parents=True, exist_ok=True)
+            picture = draw_digit(images[index], np.random.default_rng([seed, index]))
+            picture.save(target / f"{index:04d}.jpg", quality=92)
+        (partial / MARKER).write_text(about, encoding="utf-8")
+        partial.chmod(0o755)
+        if folder.exists():
+            folder.rmdir()
+        os.replace(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def split_digits(labels: np.ndarray, seed: int) -> list[str]:
+    """The split of each source digit, by class in the proportions of SHARES."""
+    splits = [""] * len(labels)
+    order = np.random.default_rng([seed, len(labels)]).permutation(len(labels))
+    for label in np.unique(labels):
+        mine = order[labels[order] == label]
+        first = round(SHARES["train"] * len(mine))
+        second = first + round(SHARES["val"] * len(mine))
+        for i in mine:
+            splits[i] = "train"
+        for i in mine[first:second]:
+            splits[i] = "val"
+        for i in mine[second:]:
+            splits[i] = "test"
+    return splits
+
+
+def draw_digit(ink: np.ndarray, rng: np.random.Generator) -> Image.Image:
+    """One picture of a digit: `ink` is (8, 8) of 0..16; height and width are 56 to 160 pixels."""
+    height = int(rng.integers(56, 129))
+    width = int(np.clip(round(height * np.exp(rng.uniform(-0.5, 0.5))), 56, 160))
+    canvas = _background(height, width, rng)
+    side = round(min(height, width) * rng.uniform(0.55, 1.0))
+    stretch = rng.uniform(0.8, 1.0)  # digits are a little narrower than their frame
+    size = (max(1, round(side * stretch)), side)
+    # In mode F: 8-bit steps of 0..16 would show as terraces after an eightfold upscale.
+    # The frame of one pixel keeps the strokes whole when the digit is turned.
+    glyph = Image.fromarray(np.pad(ink, 1).astype(np.float32) / 16)
+    glyph = glyph.resize(size, Image.Resampling.BICUBIC)
+    glyph = glyph.rotate(rng.uniform(-12, 12), Image.Resampling.BICUBIC)
+    alpha = np.clip(1.6 * np.asarray(glyph) - 0.2, 0, 1)[..., None]
+    top = int(rng.integers(0, height - size[1] + 1))
+    left = int(rng.integers(0, width - size[0] + 1))
+    place = canvas[top : top + size[1], left : left + size[0]]
+    colour = _contrasting(place.mean((0, 1)), rng)
+    place[:] = place * (1 - alpha) + colour * alpha
+    canvas += rng.normal(0, rng.uniform(2, 14), canvas.shape)
+    return Image.fromarray(np.clip(np.rint(canvas), 0, 255).astype(np.uint8))
+
+
+def _background(height: int, width: int, rng: np.random.Generator) -> np.ndarray:
+    """A gradient between two near colours with soft blotches, (height, width, 3) of 0..255."""
+    first = rng.uniform(20, 235, 3)
+    second = np.clip(first + rng.uniform(-60, 60, 3), 0, 255)
+    angle = rng.uniform(0, 2 * np.pi)
+    y, x = np.mgrid[0:height, 0:width]
+    along = x / width * np.cos(angle) + y / height * np.sin(angle)
+    along = (along - along.min()) / (along.max() - along.min())
+    canvas = first + along[..., None] * (second - first)
+    blotches = Image.fromarray(rng.normal(0, 18, (5, 5)).astype(np.float32))
+    blotches = blotches.resize((width, height), Image.Resampling.BICUBIC)
+    return canvas + np.asarray(blotches)[..., None]
+
+
+def _contrasting(background: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A colour whose luminance differs from the background's by at least 80 of 255."""
+    weights = np.array([0.299, 0.587, 0.114])
+    while True:
+        colour = rng.uniform(0, 255, 3)
+        if abs((colour - background) @ weights) >= 80:
+            return colour
+
+
+def _source() -> tuple[np.ndarray, np.ndarray, str]:
+    path = importlib.resources.files("vitrail.data") / "digits.npz"
+    with path.open("rb") as file, np.load(file) as stored:
+        return stored["images"], stored["labels"], str(stored["licence"])

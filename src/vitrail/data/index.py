@@ -1,0 +1,212 @@
+"""What is known of every picture before any is decoded: key, class, upright size, digest, flaws.
+
+Making an index reads every byte once. It is kept in the cache under the names, sizes and times of the
+files, so that the next start reads only those.
+"""
+
+import hashlib
+import io
+import sys
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from vitrail.data.cache import cache_folder, make_room, mark_used, write_atomically
+from vitrail_runtime.errors import InputError
+from vitrail_runtime.preprocess import decode, name_of, read_size
+
+VERSION = 1  # of the stored form; a reader of another version makes the index anew
+SHOW_PROGRESS_FROM = 5000  # pictures
+
+Place = tuple[int, int, int]  # (file, offset, bytes) inside an archive; zeros where a key is a file
+
+# (key, class name, place, encoded picture or why it could not be read)
+Sample = tuple[str, str, Place, bytes | OSError]
+
+
+class Source(Protocol):
+    """One way to store labelled pictures: class folders, shards, a table, a hub data set."""
+
+    name: str  # as the user gave it, for messages
+
+    def splits(self) -> tuple[str, ...]:
+        """The splits that the source itself has; ("",) when it has none."""
+        ...
+
+    def classes(self) -> tuple[str, ...]:
+        """Class names in the order of their labels."""
+        ...
+
+    def fingerprint(self, split: str) -> str:
+        """Changes when the split's files do; cheap."""
+        ...
+
+    def scan(self, split: str) -> Iterator[Sample]:
+        """Every sample, in an order that depends on the files alone; keys are unique."""
+        ...
+
+    def count(self, split: str) -> int:
+        """How many samples `scan` will give, for the progress bar; 0 when only a scan can tell."""
+        ...
+
+    def read(self, key: str, place: Place) -> bytes:
+        """The encoded picture of one sample."""
+        ...
+
+    def where(self, key: str, place: Place) -> str:
+        """How messages call a sample."""
+        ...
+
+
+@dataclass(frozen=True)
+class Index:
+    """Columns over the N samples of one split of one source."""
+
+    keys: list[str]
+    names: list[str]  # class names
+    sizes: np.ndarray  # (N, 2) int32 upright (height, width); zeros for a broken picture
+    digests: list[str]  # hex of 16 bytes over the encoded picture
+    places: np.ndarray  # (N, 3) int64
+    problems: dict[int, str]  # position -> what is wrong with the picture
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+
+def read_index(source: Source, split: str) -> Index:
+    """The index of a split, from the cache where its files are unchanged, else made and cached."""
+    identity = (
+        f"{VERSION}|{type(source).__name__}|{source.name}|{split}|{source.fingerprint(split)}"
+    )
+    path = cache_folder() / "index" / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.npz"
+    stored = _load(path)
+    if stored is not None:
+        return stored
+    index = make_index(source, split)
+    _store(index, path)
+    return index
+
+
+def make_index(source: Source, split: str) -> Index:
+    """Read every sample of a split once."""
+    keys, names, sizes, digests, places, problems = [], [], [], [], [], {}
+    samples = source.scan(split)
+    total = source.count(split)
+    if total >= SHOW_PROGRESS_FROM and sys.stderr.isatty():
+        samples = _with_progress(samples, total, f"indexing {source.name} {split}".strip())
+    for position, (key, name, place, payload) in enumerate(samples):
+        keys.append(key)
+        names.append(name)
+        places.append(place)
+        if isinstance(payload, OSError):
+            size, problem, payload = (0, 0), payload.strerror or str(payload), b""
+        else:
+            size, problem = examine(payload)
+        digests.append(digest(payload))
+        sizes.append(size)
+        if problem:
+            problems[position] = problem
+    return Index(
+        keys,
+        names,
+        np.array(sizes, np.int32).reshape(-1, 2),
+        digests,
+        np.array(places, np.int64).reshape(-1, 3),
+        problems,
+    )
+
+
+def digest(payload: bytes) -> str:
+    """32 hex characters over the encoded picture."""
+    return hashlib.blake2b(payload, digest_size=16).hexdigest()
+
+
+def examine(payload: bytes, *, thorough: bool = False) -> tuple[tuple[int, int], str]:
+    """((height, width), "") of an encoded picture, or ((0, 0), what is wrong with it).
+
+    A picture whose last bytes are those of a finished file is believed to be whole unless `thorough`, because
+    decoding every picture of a large set takes an hour; any other one is decoded to find out.
+    """
+    try:
+        size = read_size(payload)
+        if thorough or not _looks_finished(payload):
+            decode(payload)
+    except InputError as error:
+        # The reader knows the bytes only; the caller adds the name.
+        problem = str(error).removeprefix(name_of(payload)).removeprefix("the picture").strip(" :")
+        return (0, 0), problem or "broken"
+    return size, ""
+
+
+def _looks_finished(payload: bytes) -> bool:
+    if payload[:2] == b"\xff\xd8":  # JPEG: end of image, perhaps with padding behind it
+        return payload[-32:].rstrip(b"\0\n\r").endswith(b"\xff\xd9")
+    if payload[:8] == b"\x89PNG\r\n\x1a\n":
+        return payload[-8:-4] == b"IEND"
+    if payload[:4] == b"RIFF" and payload[8:12] == b"WEBP":
+        return int.from_bytes(payload[4:8], "little") + 8 <= len(payload)
+    return False
+
+
+def _with_progress(samples: Iterator, total: int, title: str) -> Iterator:
+    from rich.console import Console
+    from rich.progress import track
+
+    console = Console(stderr=True)
+    return iter(track(samples, title, total=total, console=console, transient=True))
+
+
+def _store(index: Index, path) -> None:
+    buffer = io.BytesIO()
+    np.savez_compressed(
+        buffer,
+        keys=_pack(index.keys),
+        names=_pack(index.names),
+        sizes=index.sizes,
+        digests=np.frombuffer(bytes.fromhex("".join(index.digests)), np.uint8),
+        places=index.places,
+        problem_at=np.array(list(index.problems), np.int64),
+        problems=_pack(list(index.problems.values())),
+    )
+    payload = buffer.getvalue()
+    try:
+        if make_room(len(payload)):
+            write_atomically(path, payload)
+    except OSError:  # a cache that cannot be written costs time at the next start, nothing else
+        return
+
+
+def _load(path) -> Index | None:
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            columns = dict(stored)
+        hexes = columns["digests"].tobytes().hex()
+        index = Index(
+            _unpack(columns["keys"]),
+            _unpack(columns["names"]),
+            columns["sizes"],
+            [hexes[i : i + 32] for i in range(0, len(hexes), 32)],
+            columns["places"],
+            dict(zip(columns["problem_at"].tolist(), _unpack(columns["problems"]), strict=True)),
+        )
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None  # absent, or left by a crashed disk: made again
+    mark_used(path)
+    return index
+
+
+def _pack(texts: list[str]) -> np.ndarray:
+    # One array of bytes: a numpy string array would be as wide as the longest name. Names hold no NUL;
+    # surrogates stand for bytes of file names that are not UTF-8.
+    joined = "\0".join(texts).encode("utf-8", "surrogateescape")
+    return np.concatenate(
+        [np.array([len(texts)], "<u8").view(np.uint8), np.frombuffer(joined, np.uint8)]
+    )
+
+
+def _unpack(packed: np.ndarray) -> list[str]:
+    count = int(packed[:8].view("<u8")[0])
+    return packed[8:].tobytes().decode("utf-8", "surrogateescape").split("\0") if count else []

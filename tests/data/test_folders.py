@@ -1,0 +1,242 @@
+"""Class folders: what is found, how it is split, and what is said of what does not fit."""
+
+import os
+import shutil
+
+import numpy as np
+import pytest
+
+from tests.data.conftest import picture
+from vitrail.data import open_data
+from vitrail.data.images import hold_out
+from vitrail_runtime.errors import InputError
+
+BOTH = {"train": {"cat": 4, "dog": 3}, "val": {"cat": 2, "dog": 2}, "test": {"cat": 1, "dog": 1}}
+
+
+def test_splits_beside_each_other_are_read_with_one_set_of_classes(class_folders):
+    root = class_folders(BOTH)
+    train, val, test = (open_data(root, s) for s in ("train", "val", "test"))
+    assert train.classes == val.classes == test.classes == ("cat", "dog")
+    assert train.labels.tolist() == [0, 0, 0, 0, 1, 1, 1]
+    assert (len(val), len(test)) == (4, 2)
+    assert train.notes == ()
+    assert len(open_data(root, "all")) == 13
+
+
+def test_sizes_are_known_without_decoding_and_equal_what_is_read(class_folders):
+    data = open_data(class_folders(BOTH), "train")
+    for i in range(len(data)):
+        assert data.read(i).shape == (*data.sizes[i], 3)
+
+
+def test_a_turned_photograph_is_indexed_upright(class_folders):
+    root = class_folders(BOTH)
+    image = picture(1, (20, 34))
+    exif = image.getexif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    image.save(root / "train" / "cat" / "000.jpg", exif=exif)
+    data = open_data(root, "train")
+    assert data.sizes[0].tolist() == [34, 20]
+    assert data.read(0).shape == (34, 20, 3)
+
+
+def test_one_folder_is_split_by_class_without_overlap_and_says_so(class_folders):
+    root = class_folders({"": {"cat": 10, "dog": 20}})
+    train, val = open_data(root, "train"), open_data(root, "val")
+    assert set(train.keys) & set(val.keys) == set()
+    assert np.bincount(train.labels).tolist() == [8, 16]
+    assert np.bincount(val.labels).tolist() == [2, 4]
+    assert "held out" in train.notes[0]
+    assert "held out" in val.notes[0]
+    again = open_data(root, "val")
+    assert again.keys == val.keys
+    assert again.content_hash == val.content_hash
+    assert open_data(root, "val", seed=1).keys != val.keys
+    with pytest.raises(InputError, match="has no test split"):
+        open_data(root, "test")
+
+
+def test_a_missing_val_is_cut_from_train_and_never_taken_from_test(class_folders):
+    root = class_folders({"train": {"cat": 5, "dog": 5}, "test": {"cat": 3, "dog": 3}})
+    train, val = open_data(root, "train"), open_data(root, "val")
+    assert len(train) == 8
+    assert len(val) == 2
+    assert all(k.startswith("train/") for k in val.keys)
+
+
+def test_the_split_depends_on_content_not_on_names(class_folders):
+    root = class_folders({"": {"cat": 10, "dog": 10}})
+    before = sorted(open_data(root, "val").digests)
+    for path in sorted(root.rglob("*.jpg")):
+        path.rename(path.with_name("z" + path.name))
+    assert sorted(open_data(root, "val").digests) == before
+
+
+def test_exact_duplicates_stay_on_one_side_of_the_split():
+    labels = np.zeros(40, np.int64)
+    digests = [f"{i // 4}" for i in range(40)]  # ten pictures, four copies each
+    held_out = hold_out(labels, digests, 0.2, seed=3)
+    assert 0 < held_out.sum() < 40
+    for start in range(0, 40, 4):
+        assert len(set(held_out[start : start + 4].tolist())) == 1
+
+
+def test_the_content_hash_follows_the_pixels(class_folders):
+    root = class_folders(BOTH)
+    before = open_data(root, "train").content_hash
+    picture(99).save(root / "train" / "dog" / "000.jpg")
+    assert open_data(root, "train").content_hash != before
+
+
+def test_a_second_start_reads_no_picture(class_folders, monkeypatch):
+    root = class_folders(BOTH)
+    first = open_data(root, "train")
+    monkeypatch.setattr("vitrail.data.index.make_index", None)
+    second = open_data(root, "train")
+    assert second.keys == first.keys
+    assert second.content_hash == first.content_hash
+    assert (second.sizes == first.sizes).all()
+
+
+def test_a_damaged_cache_is_made_again(class_folders, own_cache):
+    root = class_folders(BOTH)
+    first = open_data(root, "train")
+    for path in (own_cache / "index").iterdir():
+        path.write_bytes(path.read_bytes()[:50])
+    assert open_data(root, "train").content_hash == first.content_hash
+
+
+def test_hidden_files_and_other_files_are_passed_over(class_folders):
+    root = class_folders(BOTH)
+    (root / ".DS_Store").write_bytes(b"x")
+    (root / "train" / ".DS_Store").write_bytes(b"x")
+    (root / "train" / "cat" / "._000.jpg").write_bytes(b"x")
+    (root / "train" / "cat" / "notes.txt").write_text("x")
+    (root / "train" / ".git").mkdir()
+    assert len(open_data(root, "train")) == 7
+
+
+def test_names_of_any_script_and_any_bytes_are_read(class_folders):
+    root = class_folders({"": {"猫": 3, "Hündchen": 3}})
+    os.rename(root / "猫" / "000.jpg", os.fsencode(root / "猫") + b"/\xff\xfe.jpg")
+    data = open_data(root, "all")
+    assert data.classes == ("Hündchen", "猫")
+    assert len(data) == 6
+    for _ in range(2):  # also from the cache
+        data = open_data(root, "all")
+        assert [data.read(i).shape[2] for i in range(6)] == [3] * 6
+
+
+def test_a_class_may_be_called_test(class_folders):
+    root = class_folders({"": {"test": 4, "control": 4}})
+    assert open_data(root, "train").classes == ("control", "test")
+
+
+def broken(root):
+    folder = root / "train" / "cat"
+    whole = (folder / "000.jpg").read_bytes()
+    (folder / "001.jpg").write_bytes(b"")
+    (folder / "002.jpg").write_bytes(whole[: len(whole) // 2])
+    (folder / "003.jpg").write_text("this is no picture")
+    return folder
+
+
+def test_broken_pictures_are_named_and_counted(class_folders):
+    root = class_folders(BOTH)
+    broken(root)
+    with pytest.raises(InputError) as caught:
+        open_data(root, "train")
+    message = str(caught.value)
+    assert message.startswith("3 of 7 pictures are broken")
+    for name in (
+        "001.jpg: is empty",
+        "002.jpg: is broken or truncated",
+        "003.jpg: is not a picture",
+    ):
+        assert name in message
+    assert "--skip-broken" in message
+
+
+def test_broken_pictures_are_left_out_when_asked(class_folders):
+    root = class_folders(BOTH)
+    broken(root)
+    data = open_data(root, "train", skip_broken=True)
+    assert np.bincount(data.labels).tolist() == [1, 3]
+    assert [os.path.basename(k) for k, _ in data.broken] == ["001.jpg", "002.jpg", "003.jpg"]
+    assert data.notes == ("3 of 7 pictures are broken and left out",)
+
+
+def test_a_link_to_nothing_is_a_broken_picture(class_folders):
+    root = class_folders(BOTH)
+    (root / "train" / "cat" / "gone.jpg").symlink_to(root / "nowhere.jpg")
+    with pytest.raises(InputError, match=r"gone\.jpg: No such file"):
+        open_data(root, "train")
+
+
+def test_a_picture_that_changes_after_indexing_is_refused(class_folders):
+    data = open_data(class_folders(BOTH), "train")
+    path = data.where(2)
+    picture(99, (40, 50)).save(path)
+    with pytest.raises(InputError, match=r"002\.jpg has changed since it was indexed"):
+        data.read(2)
+    os.remove(path)
+    with pytest.raises(InputError, match="cannot be read: No such file"):
+        data.read(2)
+
+
+def loop(root):
+    (root / "train" / "cat" / "again").symlink_to(root / "train", target_is_directory=True)
+
+
+def test_links_to_folders_elsewhere_are_followed(class_folders, tmp_path):
+    root = class_folders(BOTH)
+    shutil.move(root / "train" / "cat", tmp_path / "elsewhere")
+    (root / "train" / "cat").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    assert len(open_data(root, "train")) == 7
+
+
+@pytest.mark.parametrize(
+    ("splits", "change", "split", "message"),
+    [
+        (BOTH, lambda r: shutil.rmtree(r), "train", "set: no such file or folder"),
+        (BOTH, lambda r: shutil.rmtree(r / "test"), "test", "has no test split; it has train, val"),
+        (BOTH, lambda r: None, "tests", "split must be one of train, val, test, all, but is 'tests'"),
+        (BOTH, lambda r: shutil.rmtree(r / "train" / "cat"), "train", r"one class only \(dog\)"),
+        (BOTH, lambda r: shutil.rmtree(r / "val" / "cat"), "val", "no picture of 1 of 2 classes: cat"),
+        (BOTH, lambda r: (r / "val" / "cta").mkdir(), "val", "cta holds no pictures"),
+        (BOTH, lambda r: (r / "val" / "cat").rename(r / "val" / "cta"), "val", "among.*: cta; known are cat"),
+        (BOTH, lambda r: (r / "extra").mkdir(), "train", "others beside them"),
+        (BOTH, lambda r: shutil.copytree(r / "val", r / "valid"), "val", "two folders for the split 'val'"),
+        (BOTH, loop, "train", "again is a symbolic link that leads back"),
+        ({"": {"cat": 1, "dog": 4}}, lambda r: None, "val", "no picture of 1 of 2 classes: cat"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_said_in_one_message(class_folders, splits, change, split, message):
+    root = class_folders(splits)
+    change(root)
+    with pytest.raises(InputError, match=message):
+        open_data(root, split)
+
+
+def test_an_empty_folder_and_loose_pictures_are_told_apart(tmp_path):
+    with pytest.raises(InputError, match="holds no pictures; expected CLASS"):
+        open_data(tmp_path, "train")
+    picture(1).save(tmp_path / "a.jpg")
+    with pytest.raises(InputError, match="holds pictures but no class folders"):
+        open_data(tmp_path, "train")
+
+
+def test_a_link_to_itself_is_named(class_folders):
+    root = class_folders(BOTH)
+    (root / "train" / "cat" / "self").symlink_to("self")
+    with pytest.raises(InputError, match="self is a symbolic link that leads to itself"):
+        open_data(root, "train")
+
+
+def test_given_classes_fix_the_labels_and_test_may_lack_some(class_folders):
+    root = class_folders(BOTH)
+    data = open_data(root, "test", classes=("dog", "bird", "cat"))
+    assert data.labels.tolist() == [2, 0]
+    with pytest.raises(InputError, match="no picture of 1 of 3 classes: bird"):
+        open_data(root, "val", classes=("dog", "bird", "cat"))
