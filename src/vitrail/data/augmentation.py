@@ -1,0 +1,75 @@
+"""What is done to a training picture, as a configuration. No torch here; `vitrail.data.augment` does it."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from vitrail_runtime.errors import InputError
+from vitrail_runtime.preprocess import IMAGENET_MEAN, IMAGENET_STD
+
+
+@dataclass(frozen=True, kw_only=True)
+class Augmentation:
+    """Random changes of training pictures. All probabilities are in [0, 1]; the defaults crop and flip only.
+
+    crop: "random_resized" takes a part of `scale` of the area and `ratio` of width to height (Szegedy et
+        al. 2015); "simple" resizes the short side to the size, pads by `padding` pixels by reflection and
+        cuts at random (DeiT III's simple random crop); "whole" squashes the whole picture, with no crop at
+        all.
+    interpolation: of that resize.
+    flip: probability of a left-right flip.
+    color_jitter: strength of random brightness, contrast and saturation, each within [1 - s, 1 + s].
+    three_augment: one of grey, solarise and blur, each as likely (Touvron et al. 2022, arXiv 2204.07118).
+    randaugment_ops: operations of RandAugment per picture, 0 for none (Cubuk et al. 2020, arXiv
+        1909.13719), each applied with probability 0.5 at `randaugment_magnitude` of 10, which varies by a
+        normal of `randaugment_std`: "rand-m9-mstd0.5-inc1" of the DeiT recipe is ops=2, magnitude=9,
+        std=0.5.
+    random_erasing: probability of one rectangle of noise (Zhong et al. 2020, arXiv 1708.04896).
+    mixup, cutmix: alpha of their Beta distribution, 0 for off (Zhang et al. 2018, arXiv 1710.09412; Yun et
+        al. 2019, arXiv 1905.04899). Where both are on, each step takes one; `mix_prob` of the steps mix at
+        all.
+    mean, std: of the model's input, in [0, 1]: rectangles are filled around the mean.
+    """
+
+    crop: Literal["random_resized", "simple", "whole"] = "random_resized"
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    padding: int = 4
+    interpolation: Literal["bilinear", "bicubic"] = "bicubic"
+    flip: float = 0.5
+    color_jitter: float = 0.0
+    three_augment: bool = False
+    randaugment_ops: int = 0
+    randaugment_magnitude: float = 9.0
+    randaugment_std: float = 0.5
+    random_erasing: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    mix_prob: float = 1.0
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+
+    def __post_init__(self) -> None:
+        if self.crop not in ("random_resized", "simple", "whole"):
+            raise InputError(
+                f"crop must be 'random_resized', 'simple' or 'whole', but is {self.crop!r}"
+            )
+        if self.interpolation not in ("bilinear", "bicubic"):
+            raise InputError(
+                f"interpolation must be 'bilinear' or 'bicubic', but is {self.interpolation!r}"
+            )
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise InputError(f"scale must be 0 < low <= high <= 1, but is {self.scale}")
+        if not 0 < self.ratio[0] <= self.ratio[1]:
+            raise InputError(f"ratio must be 0 < low <= high, but is {self.ratio}")
+        for name in ("flip", "random_erasing", "mix_prob"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"{name} is a probability in [0, 1], but is {getattr(self, name)}")
+        if not 0 <= self.randaugment_magnitude <= 10:
+            raise InputError(
+                f"randaugment_magnitude must lie in [0, 10], but is {self.randaugment_magnitude}"
+            )
+        if not 0 <= self.color_jitter <= 1:
+            raise InputError(f"color_jitter must lie in [0, 1], but is {self.color_jitter}")
+        for name in ("padding", "randaugment_ops", "randaugment_std", "mixup", "cutmix"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name} must not be negative, but is {getattr(self, name)}")

@@ -1,0 +1,206 @@
+"""Batches of tensors: decode and augment what the plan says, in this process or in workers.
+
+What a batch holds never depends on the number of workers or processes: every random number comes from the
+sample's key.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from vitrail.data.augment import Augmentation, augment, needed_size
+from vitrail.data.images import ImageData
+from vitrail.data.plan import Batch, BatchPlan
+from vitrail_runtime.errors import InputError
+from vitrail_runtime.preprocess import Preprocessing, decode_size, prepare, preprocessed_size
+
+
+class TrainBatch(NamedTuple):
+    """One process's share of a step. images: uint8 (b, 3, h, w), contiguous. labels: (b,) int64."""
+
+    step: int
+    images: Tensor
+    labels: Tensor
+    indices: Tensor  # (b,) int64 into the data
+    positions: Tensor  # (b,) int64 within the epoch
+
+
+class EvalBatch(NamedTuple):
+    """Pictures of one size. images: float32 (b, 3, h, w), normalised. labels: (b,) int64."""
+
+    indices: Tensor  # (b,) int64 into the data
+    images: Tensor
+    labels: Tensor
+
+
+class TrainLoader:
+    """Training batches of any epoch; workers live from the first epoch to the last.
+
+    rank, world: this process and how many share every batch. workers: processes that decode and augment, 0
+    for this one. Each worker computes with one thread.
+    """
+
+    def __init__(
+        self,
+        data: ImageData,
+        plan: BatchPlan,
+        augmentation: Augmentation,
+        *,
+        rank: int = 0,
+        world: int = 1,
+        workers: int = 0,
+        pin_memory: bool = False,
+    ) -> None:
+        _check_share(rank, world, workers)
+        if plan.length != len(data):
+            raise InputError(f"the plan is for {plan.length} samples, but the data has {len(data)}")
+        self.plan, self.rank, self.world = plan, rank, world
+        self._source = _Jobs(_TrainJob(data, augmentation, plan.seed), workers, pin_memory)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[TrainBatch]:
+        """The batches of an epoch from step `start` on."""
+        return self._source.run(_train_jobs(self.plan, epoch, start, self.rank, self.world))
+
+
+def train_batches(
+    data: ImageData,
+    plan: BatchPlan,
+    augmentation: Augmentation,
+    *,
+    epoch: int,
+    start: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    workers: int = 0,
+) -> Iterator[TrainBatch]:
+    """The batches of one epoch. For many epochs with workers a `TrainLoader` starts them once."""
+    loader = TrainLoader(data, plan, augmentation, rank=rank, world=world, workers=workers)
+    return loader.epoch(epoch, start)
+
+
+def eval_batches(
+    data: ImageData,
+    preprocessing: Preprocessing,
+    batch_size: int,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    workers: int = 0,
+    pin_memory: bool = False,
+) -> Iterator[EvalBatch]:
+    """Every picture once, in batches of one preprocessed size, which are never mixed.
+
+    Each process gets every world-th picture of each size, so the numbers of batches of two processes may
+    differ: gather results at the end, not batch by batch.
+    """
+    _check_share(rank, world, workers)
+    if batch_size < 1:
+        raise InputError(f"batch_size must be at least 1, but is {batch_size}")
+    groups: dict[tuple[int, int], list[int]] = {}
+    for i, (height, width) in enumerate(data.sizes.tolist()):
+        groups.setdefault(preprocessed_size(height, width, preprocessing), []).append(i)
+    batches = []
+    for group in groups.values():
+        mine = group[rank::world]
+        batches += [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
+    yield from _Jobs(_EvalJob(data, preprocessing), workers, pin_memory).run(batches)
+
+
+def _train_jobs(
+    plan: BatchPlan, epoch: int, start: int, rank: int, world: int
+) -> Iterator[tuple[int, Batch]]:
+    for batch in plan.batches(epoch, start):
+        yield epoch, batch.part(rank, world)
+
+
+class _TrainJob(Dataset):
+    """(epoch, batch) -> TrainBatch, or the InputError that it met."""
+
+    def __init__(self, data: ImageData, augmentation: Augmentation, seed: int) -> None:
+        self.data, self.augmentation, self.seed = data, augmentation, seed
+
+    def __getitem__(self, job: tuple[int, Batch]) -> TrainBatch | InputError:
+        epoch, batch = job
+        images = torch.empty(len(batch.indices), 3, *batch.size, dtype=torch.uint8)
+        try:
+            for row, (i, position) in enumerate(zip(batch.indices, batch.positions, strict=True)):
+                key = (self.seed, epoch, position)
+                height, width = self.data.sizes[i].tolist()
+                least = needed_size(height, width, batch.size, self.augmentation, key)
+                pixels = self.data.read(i, least)
+                images[row] = augment(pixels, batch.size, self.augmentation, key)
+        except (
+            InputError
+        ) as error:  # as a value: a worker's exception would come wrapped in a traceback
+            return error
+        indices = torch.tensor(batch.indices)
+        labels = torch.from_numpy(self.data.labels[list(batch.indices)])
+        return TrainBatch(batch.step, images, labels, indices, torch.tensor(batch.positions))
+
+
+class _EvalJob(Dataset):
+    """Indices of pictures that come out equally large -> EvalBatch, or the InputError that it met."""
+
+    def __init__(self, data: ImageData, preprocessing: Preprocessing) -> None:
+        self.data, self.preprocessing = data, preprocessing
+
+    def __getitem__(self, indices: Sequence[int]) -> EvalBatch | InputError:
+        p = self.preprocessing
+        rows = []
+        try:
+            for i in indices:
+                height, width = self.data.sizes[i].tolist()
+                pixels = self.data.read(i, decode_size(p))
+                rows.append(prepare(pixels, p, original=(height, width))[0])
+        except InputError as error:
+            return error
+        labels = torch.from_numpy(self.data.labels[list(indices)])
+        return EvalBatch(torch.tensor(indices), torch.from_numpy(np.stack(rows)), labels)
+
+
+class _Jobs:
+    """Runs jobs in order, in this process or in workers that stay for the next run."""
+
+    def __init__(self, dataset: Dataset, workers: int, pin_memory: bool) -> None:
+        self.dataset = dataset
+        self.queue = _Queue()
+        self.loader = None
+        if workers:
+            self.loader = DataLoader(
+                dataset,
+                batch_size=None,  # a job is a whole batch
+                sampler=self.queue,
+                num_workers=workers,
+                persistent_workers=True,
+                pin_memory=pin_memory,
+            )
+
+    def run(self, jobs: Iterable) -> Iterator:
+        self.queue.jobs = jobs
+        results = (self.dataset[job] for job in jobs) if self.loader is None else self.loader
+        for result in results:
+            if isinstance(result, InputError):
+                raise result
+            yield result
+
+
+class _Queue:
+    """What the loader's workers draw from. It knows nothing of the loader: in a cycle with it, workers
+    would outlive their last use until some later collection of garbage, perhaps within another worker."""
+
+    def __init__(self) -> None:
+        self.jobs: Iterable = ()
+
+    def __iter__(self) -> Iterator:
+        return iter(self.jobs)
+
+
+def _check_share(rank: int, world: int, workers: int) -> None:
+    if not 0 <= rank < world:
+        raise InputError(f"rank must lie in 0..{world - 1}, but is {rank}")
+    if workers < 0:
+        raise InputError(f"workers must not be negative, but is {workers}")
