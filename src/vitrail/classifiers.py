@@ -26,9 +26,9 @@ class Classifier(nn.Module):
     """images (B, 3, H, W) -> logits (B, num_classes). `labels` are indices into `classes`."""
 
     task = "classify"
-    info: (
-        Any  # models.ModelInfo; this and the next two are attached by models.create_model and load
-    )
+    # Attached by models.create_model and load:
+    info: Any  # models.ModelInfo
+    weights_report: Any  # weights.Report, where weights were given
     classes: tuple[str, ...]
     preprocessing: Preprocessing
 

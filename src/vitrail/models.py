@@ -44,6 +44,7 @@ def create_backbone(name: str, *, weights: Weights = None, **config_fields: Any)
     """A backbone by name: images (B, 3, H, W) -> Features.
 
     weights: a file, a folder, "hf:owner/name@revision", or a state dict; a classifier's head in it is left.
+        What became of every key stands in `weights_report` of the result.
     config_fields: fields of the paper's config, such as image_size or drop_path_rate.
     Raises InputError for an unknown name or field (with the closest), or weights that do not fit.
     """
@@ -85,7 +86,9 @@ def create_model(
                 f"weights by part for the classifier {name!r} take the key 'backbone', "
                 f"but got {sorted(map(str, weights))}"
             )
-        weights_room.load_weights(backbone, weights["backbone"], entry, config=backbone.config)
+        model.weights_report = weights_room.load_weights(
+            backbone, weights["backbone"], entry, config=backbone.config
+        )
     elif weights is not None:
         weights_room.load_weights(model, weights, entry, config=backbone.config)
     return model
@@ -137,9 +140,11 @@ def save(model: Any, folder: str | Path, *, metrics: Mapping[str, Any] | None = 
         "preprocessing": to_dict(info.preprocessing),
         "weights_sha256": weights_hash(state),
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    weights_room.write_state(state, folder / "model.safetensors")
-    weights_room.write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+    text = json.dumps(config, indent=2) + "\n"
+    # The file of weights carries the text too: a save over an older one, stopped between the two
+    # files, loses neither model.
+    weights_room.write_state(state, folder / "model.safetensors", metadata={"vitrail": text})
+    weights_room.write_text(folder / "config.json", text)
     if metrics is not None:
         text = json.dumps(dict(metrics), indent=2) + "\n"
         weights_room.write_text(folder / "metrics.json", text)
@@ -154,33 +159,45 @@ def load(folder: str | Path) -> Classifier:
     are not those that config.json was written for.
     """
     folder = Path(folder)
+    path = folder / "config.json"
     config = read_config(folder)
-    entry = backbone_entry(config["name"])
-    cfg = from_dict(type(entry.config), config["config"], where=str(folder / "config.json"))
-    with torch.device("meta"):
-        backbone = entry.cls(cfg)
-        tail = entry.tail or PooledHead
-        model = Classifier(backbone, tail(cfg, backbone.feature_specs, len(config["classes"])))
     state = weights_room.read_state(folder / "model.safetensors")
-    if weights_hash(state) != config["weights_sha256"]:
+    found = weights_hash(state)
+    if found != config["weights_sha256"]:
+        # The text beside the weights is older than they are when a save was stopped half-way.
+        text = weights_room.read_metadata(folder / "model.safetensors").get("vitrail", "{}")
+        path = folder / "model.safetensors"
+        config = _checked(text, path) if found in text else config
+    if found != config["weights_sha256"]:
         raise InputError(
             f"the weights in {folder} are not those that config.json was written for "
             "(sha256 differs); copy the whole folder again"
         )
+    entry = backbone_entry(config["name"])
+    cfg = from_dict(type(entry.config), config["config"], where=str(path))
+    with torch.device("meta"):
+        backbone = entry.cls(cfg)
+        tail = entry.tail or PooledHead
+        model = Classifier(backbone, tail(cfg, backbone.feature_specs, len(config["classes"])))
     own = model.state_dict()
-    if state.keys() != own.keys():
-        odd = sorted(state.keys() ^ own.keys())[:5]
-        raise InputError(f"model.safetensors in {folder} does not fit {config['name']}: {odd}")
+    odd = [k for k in {**own, **state} if k not in own or k not in state]
+    odd += [k for k in own if k in state and own[k].shape != state[k].shape]
+    if odd:
+        raise InputError(
+            f"model.safetensors in {folder} does not fit the {config['name']} that config.json "
+            f"describes: {len(odd)} keys differ, such as {', '.join(sorted(odd)[:5])}; it was written by "
+            "another version of this model"
+        )
     # Counters of batches are integers in the model and were written as floats.
     model.load_state_dict({k: v.to(own[k].dtype) for k, v in state.items()}, assign=True)
-    where = str(folder / "config.json")
-    pre = from_dict(Preprocessing, config["preprocessing"], where=where)
+    pre = from_dict(Preprocessing, config["preprocessing"], where=str(path))
     describe(model, ModelInfo(config["name"], cfg, tuple(config["classes"]), pre))
     return model.eval()
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a model folder, checked. A run folder stands for its best model."""
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """config.json of a model folder, checked: its schema is ours and nothing is missing."""
+    folder = Path(folder)
     path = folder / "config.json"
     if not path.is_file():
         best = folder / "best"
@@ -188,15 +205,43 @@ def read_config(folder: Path) -> dict[str, Any]:
         what = "no such folder" if not folder.is_dir() else "has no config.json"
         raise InputError(f"{folder} is not a saved model ({what}){hint}")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+        return _checked(path.read_text(encoding="utf-8"), path)
+    except (UnicodeDecodeError, OSError) as error:
         raise InputError(f"{path} cannot be read: {error}") from error
-    version = config.get("schema_version")
-    if version != SCHEMA_VERSION:
+
+
+CONFIG_KEYS = {  # what config.json of a model folder holds beside schema_version
+    "name": str,
+    "config": dict,
+    "classes": list,
+    "preprocessing": dict,
+    "weights_sha256": str,
+}
+
+
+def _checked(text: str, path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(text)
+    except ValueError as error:
+        raise InputError(f"{path} cannot be read: {error}") from error
+    if not isinstance(config, dict) or "schema_version" not in config:
         raise InputError(
-            f"{path} has schema version {version}, but this vitrail reads {SCHEMA_VERSION}; "
-            "update vitrail"
+            f"{path} is not the config.json of a vitrail model (it has no schema_version); weights of "
+            "other libraries are read by `vitrail convert`"
         )
+    version = config["schema_version"]
+    if version != SCHEMA_VERSION:
+        newer = isinstance(version, int) and version > SCHEMA_VERSION
+        hint = "it was written by a newer vitrail: update yours" if newer else "it is not readable"
+        raise InputError(
+            f"{path} has schema version {version!r}, but this vitrail reads {SCHEMA_VERSION}; {hint}"
+        )
+    for key, kind in CONFIG_KEYS.items():
+        if not isinstance(config.get(key), kind):
+            raise InputError(
+                f"{path} lacks {key!r} (expected {kind.__name__}); copy the folder again"
+            )
+    class_names(config["classes"], None)
     return config
 
 

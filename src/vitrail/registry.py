@@ -2,7 +2,8 @@
 
 import difflib
 import fnmatch
-from collections.abc import Callable, Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -30,6 +31,19 @@ class Layout:
     may_leave: tuple[str, ...] = ()
     may_be_new: tuple[str, ...] = ()
     source: str = ""
+
+
+def rename_keys(
+    state: Tensors, rules: Sequence[tuple[str, str | Callable[[re.Match[str]], str]]]
+) -> Tensors:
+    """Every key rewritten by regular expressions (pattern, replacement), one after another: the common
+    case of a key map. Keys that no rule knows keep their names and are reported by the loader."""
+    out = {}
+    for key, value in state.items():
+        for pattern, replacement in rules:
+            key = re.sub(pattern, replacement, key)
+        out[key] = value
+    return out
 
 
 @dataclass(frozen=True, kw_only=True)

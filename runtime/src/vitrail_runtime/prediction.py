@@ -1,9 +1,13 @@
 """What a model says of one picture, in words and numbers that need no model to read."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from PIL import Image
+
+from vitrail_runtime.preprocess import Source
 
 
 @dataclass(eq=False)
@@ -12,6 +16,9 @@ class Prediction:
 
     labels: (N,) int64, indices into the model's classes. scores: (N,) float32 in [0, 1].
     names: the N class names. boxes: (N, 4) float32 xyxy in pixels of the original picture.
+    mask_crops: (N, m, m) float32, the probability of the object over its box; `masks` pastes them.
+    segmentation: (H, W) integers, the class of every pixel of the original; negative: none.
+    classes: all class names, where `segmentation` needs them.
     source: the file, where there is one. size: (height, width) of the original picture, upright.
     """
 
@@ -19,11 +26,37 @@ class Prediction:
     scores: np.ndarray
     names: list[str]
     boxes: np.ndarray | None = None
+    mask_crops: np.ndarray | None = None
+    segmentation: np.ndarray | None = None
+    classes: Sequence[str] = ()
     source: str | None = None
     size: tuple[int, int] | None = None
 
+    @property
+    def masks(self) -> np.ndarray | None:
+        """(N, H, W) bool over the original picture, True on the object; pasted anew on every call."""
+        if self.mask_crops is None or self.boxes is None or self.size is None:
+            return None
+        pasted = [
+            paste_mask(crop, box, self.size)
+            for crop, box in zip(self.mask_crops, self.boxes, strict=True)
+        ]
+        return np.stack(pasted) if pasted else np.zeros((0, *self.size), dtype=bool)
+
+    def draw(self, image: Source | None = None, *, long_side: int = 1280) -> Image.Image:
+        """The picture with what was found on it: boxes, masks and classes, the best scores in a bar below.
+
+        image: the picture, where `source` is not a file that can be read again.
+        long_side: larger pictures are shrunk to it; small ones grow, so that words stay legible.
+        Raises: InputError when there is no picture, or one of another size than `size`.
+        """
+        from vitrail_runtime.drawing import draw_prediction
+
+        return draw_prediction(self, image, long_side)
+
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready: `path`, `size`, the best `label` (its name), its `score`, and all N under `top`."""
+        """JSON-ready: `path`, `size`, the best `label` (its name), its `score`, and all N under `top`,
+        with `box` where there are boxes. Masks and segmentation stay out."""
         top: list[dict[str, Any]] = [
             {"label": name, "index": int(label), "score": round(float(score), 6)}
             for name, label, score in zip(self.names, self.labels, self.scores, strict=True)
@@ -32,9 +65,46 @@ class Prediction:
             for entry, box in zip(top, self.boxes, strict=True):
                 entry["box"] = [round(float(v), 2) for v in box]
         best = {"label": top[0]["label"], "score": top[0]["score"]} if top else {}
-        return {
-            "path": self.source,
-            "size": list(self.size) if self.size else None,
-            **best,
-            "top": top,
-        }
+        size = list(self.size) if self.size else None
+        return {"path": self.source, "size": size, **best, "top": top}
+
+
+def paste_mask(
+    crop: np.ndarray, box_xyxy: np.ndarray, size: tuple[int, int], threshold: float = 0.5
+) -> np.ndarray:
+    """(m, n) probabilities over a box -> (H, W) bool of the picture, True at `threshold` and above.
+
+    Values are interpolated linearly between the centres of the crop's cells and fade to zero over half
+    a cell outside, as in Mask R-CNN's official pasting.
+    """
+    height, width = size
+    x0, y0, x1, y1 = (float(v) for v in box_xyxy)
+    rows = _cells(y0, y1, height, crop.shape[0])
+    columns = _cells(x0, x1, width, crop.shape[1])
+    padded = np.pad(np.asarray(crop, dtype=np.float32), 1)
+    out = np.zeros(size, dtype=bool)
+    if rows is None or columns is None:
+        return out
+    (top, r0, fr), (left, c0, fc) = rows, columns
+    fr = fr[:, None]
+    across = padded[:, c0] * (1 - fc) + padded[:, c0 + 1] * fc
+    values = across[r0] * (1 - fr) + across[r0 + 1] * fr
+    out[top : top + len(r0), left : left + len(c0)] = values >= threshold
+    return out
+
+
+def _cells(
+    start: float, end: float, length: int, cells: int
+) -> tuple[int, np.ndarray, np.ndarray] | None:
+    # For the pixels of one axis that a box may touch: the first of them, and for each the cell
+    # (of the padded crop) before its centre and how far it lies behind that cell's centre.
+    if not end > start:
+        return None
+    half = (end - start) / cells / 2
+    first, last = max(0, int(np.floor(start - half))), min(length, int(np.ceil(end + half)))
+    if first >= last:
+        return None
+    at = (np.arange(first, last) + 0.5 - start) / (end - start) * cells - 0.5 + 1
+    at = at.clip(0, cells + 1)
+    before = np.minimum(at.astype(np.int64), cells)
+    return first, before, (at - before).astype(np.float32)

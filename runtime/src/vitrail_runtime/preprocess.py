@@ -129,7 +129,11 @@ Source = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
 
 
 def decode(
-    source: Source, *, at_least: tuple[int, int] | None = None, max_pixels: int | None = None
+    source: Source,
+    *,
+    at_least: tuple[int, int] | None = None,
+    max_pixels: int | None = None,
+    name: str | None = None,
 ) -> np.ndarray:
     """Upright RGB, uint8 (H, W, 3), of a picture in any form.
 
@@ -145,11 +149,12 @@ def decode(
 
     max_pixels: the largest picture that is decoded; None takes the environment variable
         VITRAIL_MAX_PIXELS, else 178,956,970.
+    name: what messages call the source; a file's path by itself, and bytes have none.
     Raises: InputError naming the file for anything that is not a whole, readable picture.
     """
     if isinstance(source, np.ndarray):
         return _from_array(source)
-    name = name_of(source)
+    name = name or name_of(source)
     with _opened(source, name, max_pixels) as image, _reading(name):
         orientation = _orientation(image)
         if at_least is not None and image is not source:
@@ -164,14 +169,16 @@ def decode(
         return np.array(rgb)  # a copy of its own, writable
 
 
-def read_size(source: Source, *, max_pixels: int | None = None) -> tuple[int, int]:
+def read_size(
+    source: Source, *, max_pixels: int | None = None, name: str | None = None
+) -> tuple[int, int]:
     """(height, width) of the upright picture, from the header alone: no pixel is decoded.
 
     Raises: InputError naming the file, as `decode`; a file broken behind its header passes here.
     """
     if isinstance(source, np.ndarray):
         return source.shape[0], source.shape[1]
-    name = name_of(source)
+    name = name or name_of(source)
     with _opened(source, name, max_pixels) as image, _reading(name):
         width, height = image.size
         return (width, height) if _orientation(image) >= 5 else (height, width)
@@ -185,10 +192,17 @@ def preprocessed_size(height: int, width: int, p: Preprocessing) -> tuple[int, i
 
 
 def decode_size(p: Preprocessing) -> tuple[int, int] | None:
-    """The smallest (height, width) at which a picture loses nothing under `p`: `at_least` for `decode`."""
+    """`at_least` for `decode` before `prepare(..., p)`: 1.5 times what the resize makes; None: all of it.
+
+    A JPEG decoded at a fraction is sharper and noisier than the same picture resized with antialiasing.
+    On 1500 x 1000 mosaics of photographs brought to 256 pixels the result differs from that of a full
+    decode by 9.5 of 255 (root mean square) at a factor just above 1, by at most 3 from 1.5 on, at 2.4
+    times the speed; a factor of 2 leaves 3, at 1.6 times the speed.
+    """
     if p.mode == "native":
         return None
-    return _scaled(p) if p.mode == "crop" else p.size
+    height, width = _scaled(p) if p.mode == "crop" else p.size
+    return math.ceil(1.5 * height), math.ceil(1.5 * width)
 
 
 def prepare(
@@ -352,7 +366,7 @@ def _opened(source: Any, name: str, max_pixels: int | None) -> Iterator[Image.Im
         target: Any = path
     elif isinstance(source, bytes):
         if not source:
-            raise InputError("the picture is empty (0 bytes)")
+            raise InputError(f"{name} is empty (0 bytes)")
         target = io.BytesIO(source)
     else:
         raise InputError(

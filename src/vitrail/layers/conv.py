@@ -1,14 +1,41 @@
-"""Parts of mobile convolutional networks: normalised convolutions and squeeze-and-excitation."""
+"""Parts of mobile convolutional networks: normalised convolutions, squeeze-and-excitation, the
+inverted residual, and their initialisation."""
 
+import math
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from vitrail.layers.residual import DropPath
+
+Activation = Callable[[], nn.Module]
+
+
+class SamePadConv2d(nn.Conv2d):
+    """A convolution padded as TensorFlow's "SAME": zeros are split between both sides and the odd one
+    goes right and bottom. (B, C, H, W) -> (B, out, ceil(H / stride), ceil(W / stride)).
+
+    Differs from `padding=kernel // 2` only for strides above 1, where the split depends on the size:
+    a 3x3 convolution of stride 2 pads an even side by (0, 1) and an odd one by (1, 1).
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        (kh, kw), (sh, sw) = self.kernel_size, self.stride
+        # ceil(H / s) windows span H + (-H % s) + k - s: arithmetic only, so that sizes stay dynamic.
+        pad_h = kh - sh + -input.shape[-2] % sh
+        pad_w = kw - sw + -input.shape[-1] % sw
+        top, left = pad_h // 2, pad_w // 2
+        return super().forward(F.pad(input, (left, pad_w - left, top, pad_h - top)))
 
 
 class ConvNormAct(nn.Sequential):
     """Convolution without bias, BatchNorm and, unless `act` is None, an activation.
-    (B, C, H, W) -> (B, out, ceil(H / stride), ceil(W / stride)) for odd kernels."""
+    (B, C, H, W) -> (B, out, ceil(H / stride), ceil(W / stride)) for odd kernels.
+
+    same_pad: pad strided convolutions as TensorFlow does, see `SamePadConv2d`.
+    """
 
     def __init__(
         self,
@@ -17,17 +44,21 @@ class ConvNormAct(nn.Sequential):
         kernel_size: int = 3,
         stride: int = 1,
         groups: int = 1,
-        act: Callable[[], nn.Module] | None = nn.SiLU,
+        act: Activation | None = nn.SiLU,
         eps: float = 1e-5,
         momentum: float = 0.1,
+        same_pad: bool = False,
     ) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(
+        # With stride 1 both rules pad alike, and the plain convolution pads for nothing.
+        same = same_pad and stride > 1
+        conv = SamePadConv2d if same else nn.Conv2d
+        self.conv = conv(
             in_chans,
             out_chans,
             kernel_size,
             stride,
-            padding=kernel_size // 2,
+            padding=0 if same else kernel_size // 2,
             groups=groups,
             bias=False,
         )
@@ -43,7 +74,7 @@ class SqueezeExcite(nn.Module):
         self,
         dim: int,
         hidden_dim: int,
-        act: Callable[[], nn.Module] = nn.SiLU,
+        act: Activation = nn.SiLU,
         gate: Callable[[Tensor], Tensor] = torch.sigmoid,
     ) -> None:
         super().__init__()
@@ -55,3 +86,76 @@ class SqueezeExcite(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         s = x.mean((2, 3), keepdim=True)
         return x * self.gate(self.fc2(self.act(self.fc1(s))))
+
+
+class InvertedResidual(nn.Module):
+    """Widen by a 1x1 convolution, filter each channel alone, narrow linearly; a shortcut joins the narrow
+    ends where their shapes agree (Sandler et al., "MobileNetV2", CVPR 2018, arXiv 1801.04381, fig. 3b).
+    (B, C, H, W) -> (B, out, ceil(H / stride), ceil(W / stride)).
+
+    hidden_dim: the wide width; equal to `in_chans`, the widening is left out unless `always_expand`.
+    se: squeeze-and-excitation over the wide map, or None.
+    """
+
+    def __init__(
+        self,
+        in_chans: int,
+        out_chans: int,
+        hidden_dim: int,
+        *,
+        kernel_size: int = 3,
+        stride: int = 1,
+        act: Activation = nn.SiLU,
+        se: nn.Module | None = None,
+        drop_path: float = 0.0,
+        eps: float = 1e-5,
+        momentum: float = 0.1,
+        same_pad: bool = False,
+        always_expand: bool = False,
+    ) -> None:
+        super().__init__()
+        self.expand = (
+            ConvNormAct(in_chans, hidden_dim, 1, act=act, eps=eps, momentum=momentum)
+            if always_expand or hidden_dim != in_chans
+            else nn.Identity()
+        )
+        self.depthwise = ConvNormAct(
+            hidden_dim,
+            hidden_dim,
+            kernel_size,
+            stride,
+            groups=hidden_dim,
+            act=act,
+            eps=eps,
+            momentum=momentum,
+            same_pad=same_pad,
+        )
+        self.se = nn.Identity() if se is None else se
+        self.project = ConvNormAct(hidden_dim, out_chans, 1, act=None, eps=eps, momentum=momentum)
+        self.drop_path = DropPath(drop_path)
+        self.shortcut = stride == 1 and in_chans == out_chans
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.project(self.se(self.depthwise(self.expand(x))))
+        return x + self.drop_path(y) if self.shortcut else y
+
+
+def make_divisible(width: float, divisor: int = 8) -> int:
+    """The multiple of `divisor` nearest to `width`, but never below 90 % of it (the rule of every
+    MobileNet's official code)."""
+    rounded = max(divisor, int(width + divisor / 2) // divisor * divisor)
+    return rounded + divisor if rounded < 0.9 * width else rounded
+
+
+def init_conv_weights(model: nn.Module, linear_std: float = 0.01) -> None:
+    """Initialise a convolutional network for training: convolutions normal with variance
+    2 / fan_out (per group, as the MobileNets' and EfficientNet's code), linear layers normal with
+    `linear_std`, biases zero, norms one and zero."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            fan_out = math.prod(module.kernel_size) * module.out_channels // module.groups
+            nn.init.normal_(module.weight, std=math.sqrt(2.0 / fan_out))
+        elif isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=linear_std)
+        if isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)

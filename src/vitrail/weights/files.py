@@ -226,6 +226,15 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         ) from error
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """The text that travels in a safetensors file's header; {} where there is none."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except (OSError, safetensors.SafetensorError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from error
+
+
 def _check_header(path: Path) -> None:
     """What the safetensors reader lets pass: keys that stand twice, headers of any size."""
     size = path.stat().st_size
@@ -266,11 +275,15 @@ def read_pickle(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         name = re.search(r"GLOBAL ([\w.]+)", str(error))
-        what = f" ({name[1]})" if name else ""
+        what = (
+            f"holds more than tensors ({name[1]}): unpickling it could run code, so it was refused"
+            if name
+            else "is no torch.save file, or a pickle of another kind that could run code: refused"
+        )
         raise InputError(
-            f"{path} holds more than tensors{what}: unpickling it could run code, so it was refused "
-            "and nothing was executed. Look for a .safetensors release of these weights; if you trust "
-            "the file, load it where it was made and save only its state_dict with torch.save"
+            f"{path} {what}, and nothing was executed. Look for a .safetensors release of these "
+            "weights, or download it again; if you trust the file, load it where it was made and save "
+            "only its state_dict with torch.save"
         ) from error
     except MemoryError:
         raise
@@ -360,9 +373,12 @@ def _nearby(path: Path) -> str:
     return f"; did you mean {' or '.join(str(path.parent / c) for c in close)}?" if close else ""
 
 
-def write_state(state: Mapping[str, Tensor], path: str | Path) -> None:
+def write_state(
+    state: Mapping[str, Tensor], path: str | Path, *, metadata: Mapping[str, str] | None = None
+) -> None:
     """Write tensors as safetensors. The path holds the old file or the whole new one, at any moment.
 
+    metadata: text that travels in the file's header; `read_metadata` gives it back.
     Raises InputError when it cannot be written (a full disk, no permission); the old file stays.
     """
     path = Path(path)
@@ -379,7 +395,7 @@ def write_state(state: Mapping[str, Tensor], path: str | Path) -> None:
         tensors[key] = value
     with _replacing(path) as temporary:
         # The format's readers in other libraries expect to be told the framework.
-        save_file(tensors, temporary, metadata={"format": "pt"})
+        save_file(tensors, temporary, metadata={"format": "pt", **(metadata or {})})
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -72,6 +72,7 @@ class Fit:
     shapes: list[str] = field(
         default_factory=list
     )  # "key: (model) in the model, (file) in the file"
+    notes: list[str] = field(default_factory=list)
     failure: str = ""  # why the key map could not be applied at all
 
     @property
@@ -104,13 +105,9 @@ def load_weights(
     whole = all(key.startswith(("backbone.", "head.")) for key in own)
     _check_classes(model, checkpoint, whole)
     wanted = own if whole else {f"backbone.{key}": value for key, value in own.items()}
-    fits = [
-        lay_beside(checkpoint.state, wanted, entry, name, config)
-        for name in candidates(checkpoint.state, wanted, entry, layout)
-    ]
-    if not fits:
+    best = best_fit(checkpoint.state, wanted, entry, config, layout)
+    if best is None:
         raise InputError(_unrecognised(checkpoint, wanted, entry))
-    best = min(fits, key=lambda fit: fit.problems)
     if best.problems:
         raise InputError(_does_not_fit(checkpoint, wanted, entry, best))
     ready = best.state if whole else {k.removeprefix("backbone."): v for k, v in best.state.items()}
@@ -126,10 +123,38 @@ def load_weights(
         dropped_head=tuple(best.dropped_head),
         classes=best.classes,
         resampled=tuple(best.resampled),
-        notes=tuple(checkpoint.notes),
+        notes=(*checkpoint.notes, *best.notes),
     )
     model.weights_report = report  # pyright: ignore[reportArgumentType] (no tensor, by design)
     return report
+
+
+def best_fit(
+    state: Mapping[str, Tensor],
+    wanted: Mapping[str, Tensor],
+    entry: BackboneEntry,
+    config: Any,
+    layout: str | None = None,
+) -> Fit | None:
+    """The layout that fits with the fewest problems; None when no layout is recognised.
+
+    wanted: the model's state in classifier keys. layout: only this one.
+    """
+
+    def all_fits(keys: Mapping[str, Tensor]) -> list[Fit]:
+        names = candidates(keys, wanted, entry, layout)
+        return [lay_beside(keys, wanted, entry, name, config) for name in names]
+
+    fits = all_fits(state)
+    part = {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}
+    rest = [k for k in state if not k.startswith("backbone.")]
+    # Detectors and self-supervised teachers keep a backbone among other parts, in its own layout.
+    if part and all(f.problems for f in fits) and not any(k.startswith("head.") for k in rest):
+        for fit in all_fits(part):
+            fit.left += rest
+            fit.notes.append(f"took the part 'backbone.' of the file, {len(part)} keys")
+            fits.append(fit)
+    return min(fits, key=lambda fit: fit.problems, default=None)
 
 
 def candidates(
@@ -144,20 +169,18 @@ def candidates(
         if layout not in known:
             raise unknown(f"layout of {entry.name}", layout, known)
         return [layout]
-    if all(key.startswith(("backbone.", "head.")) for key in state):
-        backbone = {k for k in wanted if k.startswith("backbone.")}
-        if any(key in backbone for key in state):
-            return ["vitrail"]
-    found = [
-        name
-        for name, candidate in entry.layouts.items()
-        if candidate.marks and all(_has(state, mark) for mark in candidate.marks)
-    ]
+    marked = [n for n, known in entry.layouts.items() if known.marks and _marked(state, known)]
+    if all(k.startswith(("backbone.", "head.")) for k in state) and any(k in wanted for k in state):
+        return ["vitrail", *marked]
     # A backbone saved alone has our names without "backbone."; other people's files may look so too,
     # and their map knows better what the values mean.
-    if not found and any(f"backbone.{key}" in wanted for key in state):
-        found.append("vitrail")
-    return found
+    if not marked and any(f"backbone.{key}" in wanted for key in state):
+        return ["vitrail"]
+    return marked
+
+
+def _marked(state: Mapping[str, Tensor], layout: Layout) -> bool:
+    return all(_has(state, mark) for mark in layout.marks)
 
 
 def _has(state: Mapping[str, Tensor], mark: str) -> bool:
@@ -359,26 +382,19 @@ def look_alikes(state: Mapping[str, Tensor], family: str | None = None) -> list[
         own = [n for n in names if backbone_entry(n).family == family]
         rounds = [own, [n for n in names if n not in own]]
     for some in rounds:
-        found = [(name, layout) for name in some for layout in _covers(shapes, name)]
-        if found:
-            return found
+        found = [(name, _covers(shapes, name)) for name in some]
+        if any(layout for _, layout in found):
+            return [(name, layout) for name, layout in found if layout]
     return []
 
 
-def _covers(shapes: Mapping[str, Tensor], name: str) -> list[str]:
-    """The layouts by which these shapes are exactly the backbone of a registered name."""
+def _covers(shapes: Mapping[str, Tensor], name: str) -> str | None:
+    """The layout by which these shapes are exactly the backbone of a registered name."""
     entry = backbone_entry(name)
-    known = [n for n, lay in entry.layouts.items() if all(_has(shapes, m) for m in lay.marks)]
-    if not known and not any(key.startswith("backbone.") for key in shapes):
-        return []
     with torch.device("meta"):
         own = entry.cls(entry.config).state_dict()
-    wanted = {f"backbone.{key}": value for key, value in own.items()}
-    found = []
-    for layout in candidates(shapes, wanted, entry):
-        if not lay_beside(shapes, wanted, entry, layout, entry.config).problems:
-            found.append(layout)
-    return found
+    fit = best_fit(shapes, {f"backbone.{key}": v for key, v in own.items()}, entry, entry.config)
+    return fit.layout if fit is not None and not fit.problems else None
 
 
 def listed(items: Iterable[str], limit: int = 10) -> str:

@@ -1,0 +1,419 @@
+"""EfficientViT (Liu et al., "EfficientViT: Memory Efficient Vision Transformer with Cascaded Group
+Attention", CVPR 2023, https://arxiv.org/abs/2305.07027).
+
+Small transformers wait for memory more than for arithmetic: reshapes, norms and element-wise maps of
+attention cost more than its products. So a block is a sandwich, one attention between two feed-forward
+layers, each after a depthwise "token interaction"; norms are BatchNorm, which folds into its convolution
+(`vitrail.layers.fold`). And heads that all see the same input learn the same: in cascaded group attention
+each head gets its own slice of the channels, plus the output of the head before it.
+
+Three stages of strides 16, 32 and 64; the maps are the outputs of the stages, without a final norm.
+
+Unlike the official classification code: any map is cut into windows, padded with zeros at the right and the
+bottom, as the official detection code does. The window of a stage is min(7, its map at `image_size`); the
+detection code keeps 7 everywhere, which is `image_size=448` or more here. The table of attention biases of
+another window is resampled bicubically with antialias, as timm does (the detection code without). The
+distilled variant's second head is left; no released file has one.
+"""
+
+import functools
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vitrail.features import Features, FeatureSpec, check_images, pyramid_specs
+from vitrail.layers.checkpoint import checkpointed
+from vitrail.layers.conv import ConvNormAct, SqueezeExcite
+from vitrail.layers.tables import cached_table
+from vitrail.registry import Layout, Published, register_backbone
+from vitrail_runtime.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class EfficientViTConfig:
+    dims: tuple[int, ...]
+    depths: tuple[int, ...]  # L of Table 2: blocks per stage
+    num_heads: tuple[int, ...]
+    kernels: tuple[int, ...]  # of the token interaction on the queries, head by head
+    key_dim: int = 16  # width of a head's queries and keys; its values have dim / num_heads
+    window_size: int = 7
+    image_size: int | tuple[int, int] = 224  # its short side sets the windows: min(7, map)
+
+    def __post_init__(self) -> None:
+        for dim, heads in zip(self.dims, self.num_heads, strict=True):
+            if dim % heads or dim % 8:
+                raise InputError(
+                    f"dims must be multiples of 8 and of their num_heads, but {dim} is asked to serve "
+                    f"{heads} heads; {math.lcm(8, heads) * max(1, dim // math.lcm(8, heads))} fits"
+                )
+            if heads > len(self.kernels):
+                raise InputError(f"{heads} heads need as many kernels, but got {self.kernels}")
+
+    def windows(self) -> list[int]:
+        """The window of each stage, in tokens: the map at `image_size`, at most `window_size`."""
+        size = self.image_size if isinstance(self.image_size, int) else min(self.image_size)
+        return [min(self.window_size, -(-size // (16 << i))) for i in range(len(self.dims))]
+
+
+VARIANTS = {  # Table 2; the kernels are those of the official code, the paper does not list them
+    "efficientvit_m0": EfficientViTConfig(
+        dims=(64, 128, 192), depths=(1, 2, 3), num_heads=(4, 4, 4), kernels=(5, 5, 5, 5)
+    ),
+    "efficientvit_m1": EfficientViTConfig(
+        dims=(128, 144, 192), depths=(1, 2, 3), num_heads=(2, 3, 3), kernels=(7, 5, 3, 3)
+    ),
+    "efficientvit_m2": EfficientViTConfig(
+        dims=(128, 192, 224), depths=(1, 2, 3), num_heads=(4, 3, 2), kernels=(7, 5, 3, 3)
+    ),
+    "efficientvit_m3": EfficientViTConfig(
+        dims=(128, 240, 320), depths=(1, 2, 3), num_heads=(4, 3, 4), kernels=(5, 5, 5, 5)
+    ),
+    "efficientvit_m4": EfficientViTConfig(
+        dims=(128, 256, 384), depths=(1, 2, 3), num_heads=(4, 4, 4), kernels=(7, 5, 3, 3)
+    ),
+    "efficientvit_m5": EfficientViTConfig(
+        dims=(192, 288, 384), depths=(1, 3, 4), num_heads=(3, 3, 4), kernels=(7, 5, 3, 3)
+    ),
+}
+PUBLISHED = {  # Table 4
+    "efficientvit_m0": Published(params=2.3, macs=0.079, top1=63.2),
+    "efficientvit_m1": Published(params=3.0, macs=0.167, top1=68.4),
+    "efficientvit_m2": Published(params=4.2, macs=0.201, top1=70.8),
+    "efficientvit_m3": Published(params=6.9, macs=0.263, top1=73.4),
+    "efficientvit_m4": Published(params=8.8, macs=0.299, top1=74.3),
+    "efficientvit_m5": Published(
+        params=12.4,
+        macs=0.522,
+        top1=77.1,
+        note="12.47 M as the official code; the paper cuts digits",
+    ),
+}
+
+_relu = functools.partial(nn.ReLU, inplace=True)
+
+
+def conv_norm(
+    in_chans: int, out_chans: int, kernel_size: int = 1, *, depthwise: bool = False
+) -> ConvNormAct:
+    groups = in_chans if depthwise else 1
+    return ConvNormAct(in_chans, out_chans, kernel_size, groups=groups, act=None)
+
+
+class FFN(nn.Module):
+    """Two pointwise convolutions with expansion 2. (B, C, H, W) -> same."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.pw1 = ConvNormAct(dim, 2 * dim, 1, act=_relu)
+        self.pw2 = conv_norm(2 * dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pw2(self.pw1(x))
+
+
+class PatchMerging(nn.Module):
+    """Inverted residual with squeeze-and-excitation, without the residual: halves the map.
+    (B, dim, H, W) -> (B, out_dim, ceil(H / 2), ceil(W / 2))."""
+
+    def __init__(self, dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.conv1 = ConvNormAct(dim, 4 * dim, 1, act=_relu)
+        self.conv2 = ConvNormAct(4 * dim, 4 * dim, 3, stride=2, groups=4 * dim, act=_relu)
+        self.se = SqueezeExcite(4 * dim, dim, act=_relu)
+        self.conv3 = conv_norm(4 * dim, out_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv3(self.se(self.conv2(self.conv1(x))))
+
+
+@cached_table
+def offset_index(window: int, device: torch.device) -> Tensor:
+    """(window ** 4,) entry |dy| * window + |dx| of the bias table for each pair (query, key)."""
+    r = torch.arange(window, device=device)
+    d = (r[:, None] - r).abs()
+    dy, dx = d[:, None, :, None], d[None, :, None, :]
+    return (dy * window + dx).flatten()
+
+
+class CascadedGroupAttention(nn.Module):
+    """Attention in windows; head i sees its slice of the channels plus the output of head i - 1.
+
+    (B, C, H, W) -> same, for any H and W: zeros fill the last windows and take part, as in the paper's code.
+    Recorded "weights": (B * windows, heads, window ** 2 queries, window ** 2 keys).
+    """
+
+    def __init__(
+        self, dim: int, num_heads: int, key_dim: int, window: int, kernels: tuple[int, ...]
+    ) -> None:
+        super().__init__()
+        self.window = window
+        head_dim = dim // num_heads
+        self.key_dim = key_dim
+        self.scale = key_dim**-0.5
+        self.qkvs = nn.ModuleList(
+            conv_norm(head_dim, 2 * key_dim + head_dim) for _ in range(num_heads)
+        )
+        self.dws = nn.ModuleList(
+            conv_norm(key_dim, key_dim, kernels[i], depthwise=True) for i in range(num_heads)
+        )
+        self.proj = conv_norm(dim, dim)
+        # Symmetric in the sign of the offset, so window ** 2 entries serve all pairs.
+        self.attention_biases = nn.Parameter(torch.zeros(num_heads, window * window))
+
+    def forward(self, x: Tensor, record: dict[str, Tensor] | None = None, name: str = "") -> Tensor:
+        r = self.window
+        batch, dim, height, width = x.shape
+        tracing = torch.compiler.is_compiling()
+        if not tracing and (height, width) == (r, r):
+            return self.proj(F.relu_(self.attend(x, record, name)))
+        rows, cols = (height + r - 1) // r, (width + r - 1) // r
+        below, right = rows * r - height, cols * r - width
+        if tracing or below or right:
+            x = F.pad(x, (0, right, 0, below))
+        # An explicit clone: `reshape` and `contiguous` ask whether there is more than one window, and
+        # an exported graph would keep the answer.
+        x = x.reshape(batch, dim, rows, r, cols, r).permute(0, 2, 4, 1, 3, 5)
+        x = x.clone(memory_format=torch.contiguous_format).view(-1, dim, r, r)
+        x = F.relu_(self.attend(x, record, name))
+        x = x.view(batch, rows, cols, dim, r, r).permute(0, 3, 1, 4, 2, 5)
+        x = x.clone(memory_format=torch.contiguous_format)
+        x = x.view(batch, dim, rows * r, cols * r)
+        if tracing or below or right:
+            x = F.pad(x, (0, -right, 0, -below))
+        return self.proj(x)
+
+    def attend(self, x: Tensor, record: dict[str, Tensor] | None, name: str) -> Tensor:
+        """Each window by itself, before the projection. (N, C, window, window) -> same."""
+        index = offset_index(self.window, x.device)
+        tokens = self.window**2
+        biases = self.attention_biases.index_select(1, index).view(-1, tokens, tokens)
+        slices = x.chunk(len(self.qkvs), dim=1)
+        key_dim, v_dim = self.key_dim, slices[0].shape[1]
+        y, outputs, kept = slices[0], [], []
+        for i, (qkv, dw) in enumerate(zip(self.qkvs, self.dws, strict=True)):
+            if i > 0:
+                y = y + slices[i]
+            y = qkv(y)
+            q = dw(y[:, :key_dim]).flatten(2)  # (N, key_dim, tokens)
+            k, v = y.flatten(2)[:, key_dim:].split((key_dim, v_dim), dim=1)
+            # One call for product, scale and bias: at 7 x 7 tokens calls cost more than arithmetic.
+            scores = torch.baddbmm(biases[i], q.transpose(1, 2), k, alpha=self.scale)
+            weights = scores.softmax(dim=-1)
+            y = torch.bmm(v, weights.transpose(1, 2)).view_as(slices[i])
+            outputs.append(y)
+            kept.append(weights)
+        if record is not None:
+            record[f"{name}.weights"] = torch.stack(kept, dim=1)
+        return torch.cat(outputs, dim=1)
+
+
+class EfficientViTBlock(nn.Module):
+    """Sandwich: token interaction and FFN, attention, token interaction and FFN; each is added back.
+    (B, C, H, W) -> same. A fresh block is the identity."""
+
+    def __init__(
+        self, dim: int, num_heads: int, key_dim: int, window: int, kernels: tuple[int, ...]
+    ) -> None:
+        super().__init__()
+        self.dw0 = conv_norm(dim, dim, 3, depthwise=True)
+        self.ffn0 = FFN(dim)
+        self.attn = CascadedGroupAttention(dim, num_heads, key_dim, window, kernels)
+        self.dw1 = conv_norm(dim, dim, 3, depthwise=True)
+        self.ffn1 = FFN(dim)
+        for last in (self.dw0, self.ffn0.pw2, self.attn.proj, self.dw1, self.ffn1.pw2):
+            nn.init.zeros_(last.bn.weight)
+
+    def forward(self, x: Tensor, record: dict[str, Tensor] | None = None, name: str = "") -> Tensor:
+        x = x + self.dw0(x)
+        x = x + self.ffn0(x)
+        x = x + self.attn(x, record, f"{name}.attn")
+        x = x + self.dw1(x)
+        return x + self.ffn1(x)
+
+
+class SubsampleBlock(nn.Module):
+    """The same sandwich with an inverted residual block in the middle, which halves the map.
+    (B, dim, H, W) -> (B, out_dim, ceil(H / 2), ceil(W / 2))."""
+
+    def __init__(self, dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.dw0 = conv_norm(dim, dim, 3, depthwise=True)
+        self.ffn0 = FFN(dim)
+        self.merge = PatchMerging(dim, out_dim)
+        self.dw1 = conv_norm(out_dim, out_dim, 3, depthwise=True)
+        self.ffn1 = FFN(out_dim)
+        for last in (self.ffn0.pw2, self.ffn1.pw2):
+            nn.init.zeros_(last.bn.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.dw0(x)
+        x = x + self.ffn0(x)
+        x = self.merge(x)
+        x = x + self.dw1(x)
+        return x + self.ffn1(x)
+
+
+class Stage(nn.Module):
+    """Subsampling (but in the first stage) and blocks of one resolution."""
+
+    def __init__(self, config: EfficientViTConfig, index: int) -> None:
+        super().__init__()
+        dim, window = config.dims[index], config.windows()[index]
+        self.downsample = SubsampleBlock(config.dims[index - 1], dim) if index else nn.Identity()
+        self.blocks = nn.ModuleList(
+            EfficientViTBlock(dim, config.num_heads[index], config.key_dim, window, config.kernels)
+            for _ in range(config.depths[index])
+        )
+
+    def forward(
+        self, x: Tensor, record: dict[str, Tensor] | None, name: str, checkpointing: bool
+    ) -> Tensor:
+        x = checkpointed(self.downsample, x) if checkpointing else self.downsample(x)
+        for i, block in enumerate(self.blocks):
+            args = (x, record, f"{name}.blocks.{i}")
+            x = checkpointed(block, *args) if checkpointing else block(*args)
+        return x
+
+
+class EfficientViT(nn.Module):
+    """images (B, 3, H, W) -> Features with maps "c4", "c5", "c6"."""
+
+    def __init__(self, config: EfficientViTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.grad_checkpointing = False
+        self.feature_specs = pyramid_specs(config.dims, first_stride=16)
+        dim = config.dims[0]
+        # Overlapping patches: four 3 x 3 convolutions of stride 2, without activation after the last.
+        self.patch_embed = nn.Sequential()
+        widths = (3, dim // 8, dim // 4, dim // 2, dim)
+        for i in range(4):
+            conv = ConvNormAct(widths[i], widths[i + 1], 3, stride=2, act=_relu if i < 3 else None)
+            self.patch_embed.add_module(f"conv{i + 1}", conv)
+        self.stages = nn.ModuleList(Stage(config, i) for i in range(len(config.dims)))
+
+    def forward(self, images: Tensor, record: dict[str, Tensor] | None = None) -> Features:
+        check_images(images, self)
+        x = self.patch_embed(images)
+        checkpointing = self.grad_checkpointing and self.training
+        maps = {}
+        for i, (level, stage) in enumerate(zip(self.feature_specs, self.stages, strict=True)):
+            x = maps[level] = stage(x, record, f"stages.{i}", checkpointing)
+        return Features(maps)
+
+
+class NormLinearHead(nn.Module):
+    """The paper's tail: BatchNorm and a linear layer on the pooled last map. Features -> (B, K)."""
+
+    def __init__(
+        self, config: EfficientViTConfig, specs: dict[str, FeatureSpec], num_classes: int
+    ) -> None:
+        super().__init__()
+        dim = config.dims[-1]
+        self.bn = nn.BatchNorm1d(dim)
+        self.linear = nn.Linear(dim, num_classes)
+        nn.init.trunc_normal_(self.linear.weight, std=0.02)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, features: Features) -> Tensor:
+        last = list(features.maps.values())[-1]
+        return self.linear(self.bn(last.mean((2, 3))))
+
+
+def from_timm(state: dict[str, Tensor], config: EfficientViTConfig) -> dict[str, Tensor]:
+    """timm's efficientvit_msra keys: each residual wraps its content as `m`."""
+    renames = (
+        (r"^(?=patch_embed\.|stages\.)", "backbone."),
+        (r"\.downsample\.res1\.0\.m\.", ".downsample.dw0."),
+        (r"\.downsample\.res1\.1\.m\.", ".downsample.ffn0."),
+        (r"\.downsample\.patchmerge\.", ".downsample.merge."),
+        (r"\.downsample\.res2\.0\.m\.", ".downsample.dw1."),
+        (r"\.downsample\.res2\.1\.m\.", ".downsample.ffn1."),
+        (r"\.mixer\.m\.attn\.", ".attn."),
+        (r"\.attn\.proj\.1\.", ".attn.proj."),
+        (r"\.m\.", "."),
+    )
+    return _fit_windows(_renamed(state, renames), config)
+
+
+def from_official(state: dict[str, Tensor], config: EfficientViTConfig) -> dict[str, Tensor]:
+    """The keys of github.com/microsoft/Cream, for classification and for detection."""
+
+    def stage(match: re.Match[str]) -> str:
+        index, item = int(match[1]) - 1, int(match[2])
+        if index == 0:
+            return f"stages.0.blocks.{item}."
+        if item >= 3:
+            return f"stages.{index}.blocks.{item - 3}."
+        return f"stages.{index}.downsample.{('res1', 'patchmerge', 'res2')[item]}."
+
+    renames = (
+        (r"^patch_embed\.(\d)\.", lambda m: f"patch_embed.conv{int(m[1]) // 2 + 1}."),
+        (r"^blocks(\d)\.(\d+)\.", stage),
+        (r"\.c\.", ".conv."),
+        (r"^head\.l\.", "head.linear."),
+    )
+    return from_timm(_renamed(state, renames), config)
+
+
+def from_vitrail(state: dict[str, Tensor], config: EfficientViTConfig) -> dict[str, Tensor]:
+    """Our own keys, of a model with another `image_size`."""
+    return _fit_windows(dict(state), config)
+
+
+def _renamed(state: dict[str, Tensor], renames: Iterable[tuple[str, Any]]) -> dict[str, Tensor]:
+    out = {}
+    for key, value in state.items():
+        if key.endswith("attention_bias_idxs"):
+            continue  # a function of the window here
+        for pattern, new in renames:
+            key = re.sub(pattern, new, key)
+        out[key] = value
+    return out
+
+
+def _fit_windows(state: dict[str, Tensor], config: EfficientViTConfig) -> dict[str, Tensor]:
+    """Resample each table of biases, a square over (|dy|, |dx|), to the window of its stage."""
+    windows = config.windows()
+    for key, table in state.items():
+        match = re.fullmatch(r"backbone\.stages\.(\d)\..*\.attention_biases", key)
+        if match is None or int(match[1]) >= len(windows):
+            continue
+        old, new = math.isqrt(table.shape[1]), windows[int(match[1])]
+        if old != new:
+            square = table.view(1, -1, old, old).float()
+            square = F.interpolate(square, (new, new), mode="bicubic", antialias=True)
+            state[key] = square.view(-1, new * new).to(table.dtype)
+    return state
+
+
+_INDEX = ("*.attention_bias_idxs",)
+register_backbone(
+    EfficientViT,
+    VARIANTS,
+    tiny=EfficientViTConfig(
+        dims=(32, 48, 64), depths=(1, 1, 1), num_heads=(4, 3, 2), kernels=(7, 5, 3, 3)
+    ),
+    tail=NormLinearHead,
+    published=PUBLISHED,
+    layouts={
+        "timm": Layout(
+            from_timm,
+            marks=("patch_embed.conv1.conv.weight", "stages.0.blocks.0.mixer.m.attn.*"),
+            may_leave=_INDEX,
+            source="hf:timm/efficientvit_m*.r224_in1k",
+        ),
+        "official": Layout(
+            from_official,
+            marks=("patch_embed.0.c.weight", "blocks1.0.mixer.m.attn.*"),
+            may_leave=_INDEX,
+            source="github.com/xinyuliu-jeffrey/EfficientViT_Model_Zoo",
+        ),
+    },
+)

@@ -1,0 +1,34 @@
+"""Multiply-adds and parameters of a model, counted from the model itself."""
+
+from itertools import chain
+
+import torch
+from torch import nn
+from torch.func import functional_call
+from torch.utils.flop_counter import FlopCounterMode
+
+
+def count_macs(model: nn.Module, height: int, width: int) -> int:
+    """Multiply-adds of one (1, 3, height, width) image: convolutions, linear layers, attention products.
+
+    Norms, activations and resampling are left out, as in the papers' tables. Nothing is computed: shapes run
+    through the operators on `meta`, with the weights of a model on any device, or of none.
+    """
+    modes = [(m, m.training) for m in model.modules()]
+    tensors = chain(model.named_parameters(), model.named_buffers())
+    shapes = {name: tensor.detach().to("meta") for name, tensor in tensors}
+    image = torch.empty(1, 3, height, width, device="meta")
+    counter = FlopCounterMode(display=False)
+    model.eval()
+    try:
+        with torch.no_grad(), counter:
+            functional_call(model, shapes, (image,))
+    finally:
+        for module, training in modes:
+            module.training = training
+    return counter.get_total_flops() // 2  # the counter takes a multiply-add as two
+
+
+def count_params(model: nn.Module) -> int:
+    """Numbers that training changes: all parameters, once each, without running statistics."""
+    return sum(p.numel() for p in model.parameters())

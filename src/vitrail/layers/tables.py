@@ -1,0 +1,32 @@
+"""Tables that are a function of a shape: computed once, never a buffer."""
+
+import functools
+from collections.abc import Callable
+from typing import ParamSpec
+
+import torch
+from torch import Tensor
+
+P = ParamSpec("P")
+
+
+def cached_table(make: Callable[P, Tensor]) -> Callable[P, Tensor]:
+    """Keep what a pure function of sizes, dtype and device returns; callers must not write to it.
+
+    While a graph is traced nothing is kept or reused: the result would be a fake tensor, or a constant of
+    one size. Kept tables are ordinary tensors even if first asked for under `torch.inference_mode`, so that
+    training may save them for its backward pass.
+    """
+
+    @functools.lru_cache(maxsize=256)
+    def kept(*args: P.args, **kwargs: P.kwargs) -> Tensor:
+        with torch.inference_mode(False):
+            return make(*args, **kwargs)
+
+    @functools.wraps(make)
+    def table(*args: P.args, **kwargs: P.kwargs) -> Tensor:
+        if torch.compiler.is_compiling():
+            return make(*args, **kwargs)
+        return kept(*args, **kwargs)
+
+    return table

@@ -1,0 +1,252 @@
+"""From pictures in any form to Predictions, in order, batched by size around a model."""
+
+import os
+from collections import defaultdict, deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from vitrail_runtime.errors import InputError
+from vitrail_runtime.finish import finish_classification
+from vitrail_runtime.pictures import find_pictures
+from vitrail_runtime.prediction import Prediction
+from vitrail_runtime.preprocess import (
+    Geometry,
+    Preprocessing,
+    decode,
+    decode_size,
+    prepare,
+    read_size,
+)
+
+Picture = str | os.PathLike[str] | bytes | Image.Image | np.ndarray | Tensor
+_SINGLE = (str, os.PathLike, bytes, Image.Image)
+
+
+class Predictor:
+    """Calls a model on pictures: `for p in Predictor(model)(["a.jpg", "folder", "*.png"]): ...`
+
+    model: from `create_model` or `load`: it knows its classes and its preprocessing. It is moved to
+        `device` (None leaves it where it is), run in eval and inference mode, and left as it was.
+    batch_size: pictures per forward. Only pictures of equal preprocessed size share one, so that each
+        result is that of the picture alone.
+    top_k: how many classes a Prediction holds, the best first.
+    skip_broken: leave out pictures that cannot be read; `skipped` then lists them as (name, why).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        device: str | torch.device | None = None,
+        batch_size: int = 16,
+        top_k: int = 5,
+        skip_broken: bool = False,
+    ) -> None:
+        if not hasattr(model, "preprocessing") or not hasattr(model, "classes"):
+            raise InputError(
+                f"{type(model).__name__} does not know its classes and preprocessing; "
+                "take a model from vitrail.create_model or vitrail.load"
+            )
+        if batch_size < 1:
+            raise InputError(f"batch_size must be at least 1, but is {batch_size}")
+        if top_k < 1:
+            raise InputError(f"top_k must be at least 1, but is {top_k}")
+        self.model: Any = model if device is None else model.to(check_device(device))
+        self.classes: tuple[str, ...] = self.model.classes
+        self.preprocessing: Preprocessing = self.model.preprocessing
+        self.batch_size = batch_size
+        self.top_k = top_k
+        self.skip_broken = skip_broken
+        self.skipped: list[tuple[str, str]] = []
+
+    def __call__(
+        self, pictures: Picture | Iterable[Picture], *, top_k: int | None = None
+    ) -> Iterator[Prediction]:
+        """Predictions in the order of the pictures, one by one as they are ready.
+
+        pictures: one or many of: a path, a folder (searched at any depth), a glob pattern, bytes of a
+            file, a Pillow image, a uint8 array (H, W, 3), a tensor (3, H, W) in uint8 or in floats in
+            [0, 1] (which are rounded to 8 bits, as every other picture has them). An array or tensor
+            of four axes is many pictures. A generator is read as results are asked for.
+        Raises: InputError at once for a file that isn't there; after the last Prediction, listing all
+            of them, when some pictures could not be read, unless `skip_broken`.
+        """
+        if top_k is not None and top_k < 1:
+            raise InputError(f"top_k must be at least 1, but is {top_k}")
+        items = _expand(pictures)
+        if not isinstance(pictures, Iterator):
+            items = iter(list(items))  # what is missing is said before any work is done
+        self.skipped = []
+        return self._predict(items, top_k or self.top_k)
+
+    def _predict(self, items: Iterator[Picture], top_k: int) -> Iterator[Prediction]:
+        done: dict[int, Prediction] = {}
+        waiting: dict[tuple[int, int], list[tuple[int, _Prepared]]] = defaultdict(list)
+        count = given = 0  # of pictures prepared and of Predictions yielded
+        for prepared in _ahead(items, self.preprocessing, self.batch_size):
+            if isinstance(prepared, tuple):
+                self.skipped.append(prepared)
+                continue
+            group = waiting[prepared.pixels.shape[1:]]
+            group.append((count, prepared))
+            count += 1
+            if len(group) == self.batch_size:
+                done.update(self._run(group, top_k))
+            elif count - given >= _WINDOW * self.batch_size:
+                # Many sizes: the oldest picture has waited long enough for mates.
+                oldest = next(g for g in waiting.values() if g and g[0][0] == given)
+                done.update(self._run(oldest, top_k))
+            while given in done:
+                yield done.pop(given)
+                given += 1
+        for group in waiting.values():
+            done.update(self._run(group, top_k))
+        for index in range(given, count):
+            yield done.pop(index)
+        if self.skipped and not self.skip_broken:
+            raise broken_pictures(self.skipped, count)
+
+    def _run(
+        self, group: list[tuple[int, "_Prepared"]], top_k: int
+    ) -> Iterator[tuple[int, Prediction]]:
+        # One forward for pictures of one size; empties the group.
+        if not group:
+            return
+        images = torch.from_numpy(np.stack([prepared.pixels for _, prepared in group]))
+        weight = next(self.model.parameters())
+        training = [m for m in self.model.modules() if m.training]
+        self.model.eval()
+        try:
+            with torch.inference_mode():
+                logits = self.model(images.to(weight.device, weight.dtype))
+        finally:
+            for module in training:
+                module.training = True
+        predictions = finish_classification(logits.float().cpu().numpy(), self.classes, top_k)
+        for (index, prepared), prediction in zip(group, predictions, strict=True):
+            prediction.source = prepared.source
+            prediction.size = prepared.geometry.original
+            yield index, prediction
+        group.clear()
+
+
+# A picture waits for others of its size while at most so many batches are held back.
+_WINDOW = 4
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    pixels: np.ndarray
+    geometry: Geometry
+    source: str | None
+
+
+def check_device(device: str | torch.device) -> torch.device:
+    """The device of that name. Raises InputError where there is no such device here."""
+    try:
+        found = torch.device(device)
+        torch.empty(1, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        have = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f"cannot use device {str(device)!r} ({reason}); here are: {', '.join(have)}"
+        ) from None
+    return found
+
+
+def broken_pictures(broken: list[tuple[str, str]], readable: int) -> InputError:
+    """The error that lists pictures which could not be read, (name, why) each."""
+    shown = "\n".join(f"  {why}" for _, why in broken[:20])
+    more = f"\n  ... and {len(broken) - 20} more" if len(broken) > 20 else ""
+    return InputError(
+        f"{len(broken)} of {len(broken) + readable} pictures could not be read:\n{shown}{more}\n"
+        "leave them out with --skip-broken (skip_broken=True)"
+    )
+
+
+def _expand(pictures: Any) -> Iterator[Picture]:
+    # One picture or many of any kind -> single ones; folders and patterns -> files.
+    if isinstance(pictures, (str, os.PathLike)):
+        yield from find_pictures(pictures)
+    elif isinstance(pictures, _SINGLE):
+        yield pictures
+    elif isinstance(pictures, (np.ndarray, Tensor)):
+        if pictures.ndim == 4:
+            yield from pictures
+        else:
+            yield pictures
+    elif isinstance(pictures, Iterable):
+        for picture in pictures:
+            yield from _expand(picture)
+    else:
+        raise InputError(
+            "a picture is a path, bytes, a Pillow image, a uint8 array (H, W, 3) or a tensor (3, H, W), "
+            f"but got {type(pictures).__name__}"
+        )
+
+
+def _ahead(
+    items: Iterator[Picture], p: Preprocessing, batch_size: int
+) -> Iterator[_Prepared | tuple[str, str]]:
+    # Threads decode while the model runs: Pillow's decoders and filters let go of the interpreter.
+    pool = ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1))
+    futures: deque[Future[_Prepared | tuple[str, str]]] = deque()
+    try:
+        for index, item in enumerate(items):
+            futures.append(pool.submit(_prepare, index, item, p))
+            if len(futures) > batch_size:
+                yield futures.popleft().result()
+        while futures:
+            yield futures.popleft().result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _prepare(index: int, item: Picture, p: Preprocessing) -> _Prepared | tuple[str, str]:
+    # Ready for the model, or (name, why it is not).
+    name = source = None
+    if isinstance(item, (str, os.PathLike)):
+        name = source = str(Path(item))
+    elif isinstance(item, Image.Image):  # opened from a file it knows its name
+        name = source = getattr(item, "filename", None) or None
+    name = name or f"picture {index} ({type(item).__name__})"
+    try:
+        if isinstance(item, Tensor):
+            item = _pixels(item)
+        original = read_size(item, name=name)
+        image = decode(item, at_least=decode_size(p), name=name)
+    except InputError as error:
+        message = str(error)
+        return name, message if name in message else f"{name}: {message}"
+    pixels, geometry = prepare(image, p, original=original)
+    return _Prepared(pixels, geometry, source)
+
+
+def _pixels(image: Tensor) -> np.ndarray:
+    # (C, H, W) uint8, or floats in [0, 1] -> uint8 (H, W, C)
+    if image.ndim != 3 or image.shape[0] not in (1, 3, 4):
+        raise InputError(
+            f"a tensor must be a picture of shape (3, H, W), but is {tuple(image.shape)}; "
+            "arrays of shape (H, W, 3) are given as numpy"
+        )
+    image = image.detach().cpu()
+    if image.is_floating_point():
+        low, high = float(image.min()), float(image.max())
+        if not (low >= 0 and high <= 1):
+            raise InputError(
+                f"a float tensor must lie in [0, 1], but holds {low:.3g} to {high:.3g}; "
+                "give it before normalisation"
+            )
+        image = (image.float() * 255).round().to(torch.uint8)
+    elif image.dtype != torch.uint8:
+        raise InputError(f"a tensor must be uint8 or float, but is {image.dtype}")
+    return image.permute(1, 2, 0).numpy()

@@ -1,0 +1,79 @@
+"""Files, folders and patterns."""
+
+import os
+
+import pytest
+
+from vitrail_runtime.errors import InputError
+from vitrail_runtime.pictures import find_pictures
+
+
+@pytest.fixture
+def tree(tmp_path):
+    for name in (
+        "b.JPG",
+        "a.png",
+        "notes.txt",
+        ".hidden.jpg",
+        "sub/c.webp",
+        "sub/Äpfel.tif",
+        ".git/d.jpg",
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    return tmp_path
+
+
+def names(tree, source):
+    return [p.relative_to(tree).as_posix() for p in find_pictures(source)]
+
+
+def test_a_folder_gives_its_pictures_at_any_depth_in_sorted_order(tree):
+    assert names(tree, tree) == ["a.png", "b.JPG", "sub/c.webp", "sub/Äpfel.tif"]
+
+
+def test_a_file_is_itself_whatever_its_name(tree):
+    assert names(tree, tree / "notes.txt") == ["notes.txt"]
+
+
+def test_patterns_match_pictures_and_folders(tree):
+    assert names(tree, f"{tree}/*") == ["a.png", "b.JPG", "sub/c.webp", "sub/Äpfel.tif"]
+    assert names(tree, f"{tree}/**") == ["a.png", "b.JPG", "sub/c.webp", "sub/Äpfel.tif"]
+    assert names(tree, f"{tree}/**/*.w*") == ["sub/c.webp"]
+    assert names(tree, f"{tree}/[ab].*") == ["a.png", "b.JPG"]
+
+
+def test_a_file_whose_name_looks_like_a_pattern_is_a_file(tree):
+    (tree / "x[1].png").touch()
+    assert names(tree, tree / "x[1].png") == ["x[1].png"]
+
+
+def test_loops_of_links_end_and_linked_folders_count_once(tree):
+    os.symlink(tree, tree / "sub" / "loop")
+    os.symlink(tree / "sub", tree / "again")
+    found = names(tree, tree)
+    assert len(found) == len(set(found)) == 4
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("no.jpg", "no such file or folder"),
+        ("*.gif", r"no pictures match .*\*\.gif"),
+        (".git/x", "no such file"),
+    ],
+)
+def test_what_is_not_there_is_named(tree, source, message):
+    with pytest.raises(InputError, match=message):
+        find_pictures(tree / source)
+
+
+def test_a_folder_without_pictures_says_what_counts_as_one(tmp_path):
+    with pytest.raises(InputError, match=r"no pictures in .*\.avif, .*\.webp count"):
+        find_pictures(tmp_path)
+
+
+def test_a_link_to_nothing_says_so(tmp_path):
+    os.symlink(tmp_path / "gone", tmp_path / "link.jpg")
+    with pytest.raises(InputError, match="a link to nothing"):
+        find_pictures(tmp_path / "link.jpg")

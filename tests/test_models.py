@@ -1,0 +1,201 @@
+"""Names to models, and models to folders and back."""
+
+import json
+import os
+import shutil
+
+import pytest
+import torch
+
+import vitrail
+from tests.parity import randomise
+from vitrail import models, weights
+from vitrail.classifiers import Classifier, PooledHead
+from vitrail.registry import backbone_entry, list_backbones
+from vitrail_runtime.errors import InputError
+
+NAME = "efficientvit_m0"
+CLASSES = ("ant", "Biene", "câprier", "蝶")
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    model = vitrail.create_model(NAME, classes=CLASSES, image_size=64)
+    randomise(model)
+    return model.eval()
+
+
+@pytest.fixture
+def folder(model, tmp_path):
+    return vitrail.save(model, tmp_path / "model", metrics={"top1": 0.5})
+
+
+def test_a_saved_model_comes_back_bit_for_bit(model, folder):
+    again = vitrail.load(folder)
+    assert again.info == model.info
+    assert again.classes == CLASSES
+    assert again.preprocessing.size == (64, 64)
+    assert not again.training
+    state = again.state_dict()
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, state[key]), key
+        assert value.dtype == state[key].dtype, key
+    x = torch.randn(2, 3, 64, 48)
+    with torch.no_grad():
+        assert torch.equal(model(x), again(x))
+
+
+def test_the_folder_holds_what_the_design_says_and_no_temporary_file(folder):
+    expected = ["README.md", "config.json", "metrics.json", "model.safetensors"]
+    assert sorted(os.listdir(folder)) == expected
+    assert json.loads((folder / "metrics.json").read_text()) == {"top1": 0.5}
+    assert "| top1 | 0.5 |" in (folder / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_saved_folder_serves_as_weights_and_the_report_is_kept(model, folder):
+    again = vitrail.create_model(NAME, classes=CLASSES, image_size=64, weights=folder)
+    assert "read model.safetensors in the folder" in str(again.weights_report)
+    assert torch.equal(again.head.linear.weight, model.head.linear.weight)
+    body = vitrail.create_model(NAME, num_classes=2, image_size=64, weights={"backbone": folder})
+    assert torch.equal(
+        body.state_dict()["backbone.patch_embed.conv1.conv.weight"],
+        model.state_dict()["backbone.patch_embed.conv1.conv.weight"],
+    )
+    assert body.weights_report.layout == "vitrail"
+    backbone = vitrail.create_backbone(NAME, weights=folder, image_size=64)
+    assert "head.linear.weight" in backbone.weights_report.left
+
+
+def change_config(folder, **changes):
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"schema_version": 2}, "schema version 2, but this vitrail reads 1; .* newer .* update"),
+        ({"schema_version": "x"}, "schema version 'x'"),
+        ({"schema_version": None}, "not the config.json of a vitrail model"),
+        ({"classes": None}, "lacks 'classes'"),
+        ({"classes": "abc"}, r"lacks 'classes' \(expected list"),
+        ({"classes": ["a", "a"]}, "'a'.* more than once"),
+        ({"name": "efficientvit_m9"}, "unknown model 'efficientvit_m9'; did you mean"),
+        ({"config": {"dimz": []}}, "config.json 'dimz'; did you mean 'dims'"),
+        ({"classes": ["a", "b"]}, "keys differ, such as head.linear.bias"),
+        ({"weights_sha256": "0" * 64}, None),  # the text in the weights' own header is right
+    ],
+)
+def test_a_config_that_does_not_belong_is_named(folder, changes, message):
+    change_config(folder, **changes)
+    if message is None:
+        assert vitrail.load(folder).classes == CLASSES
+        return
+    with pytest.raises(InputError, match=message):
+        vitrail.load(folder)
+
+
+def test_weights_other_than_those_described_are_refused(model, folder):
+    state = dict(model.state_dict())
+    state["head.linear.bias"] = state["head.linear.bias"] + 1
+    weights.write_state(state, folder / "model.safetensors")
+    with pytest.raises(InputError, match=r"sha256 differs.*copy the whole folder again"):
+        vitrail.load(folder)
+
+
+def test_a_save_stopped_between_its_files_loses_nothing(model, folder, monkeypatch):
+    other = vitrail.create_model(NAME, classes=("x", "y"), image_size=96)
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(weights, "write_text", stop)
+    with pytest.raises(KeyboardInterrupt):
+        vitrail.save(other, folder)
+    monkeypatch.undo()
+    again = vitrail.load(folder)
+    assert again.classes == ("x", "y")
+    assert again.preprocessing.size == (96, 96)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / "config.json").write_text("{"), "config.json cannot be read"),
+        (lambda f: (f / "config.json").write_bytes(b"\xff\xfe{"), "config.json cannot be read"),
+        (lambda f: (f / "config.json").write_text("[1]"), "not the config.json of a vitrail"),
+        (lambda f: (f / "config.json").unlink(), "has no config.json"),
+        (lambda f: (f / "model.safetensors").unlink(), "there is no weights file"),
+        (lambda f: os.truncate(f / "model.safetensors", 4000), "not a whole safetensors file"),
+        (lambda f: os.truncate(f / "model.safetensors", 0), "is empty"),
+        (shutil.rmtree, "no such folder"),
+    ],
+)
+def test_a_damaged_folder_is_named(folder, damage, message):
+    damage(folder)
+    with pytest.raises(InputError, match=message) as caught:
+        vitrail.load(folder)
+    assert str(folder) in str(caught.value)
+
+
+def test_a_run_folder_points_to_its_best_model(model, tmp_path):
+    vitrail.save(model, tmp_path / "best")
+    with pytest.raises(InputError, match=r"did you mean .*best\?"):
+        vitrail.load(tmp_path)
+
+
+def test_a_head_of_another_number_of_classes_is_dropped_and_said(folder):
+    model = vitrail.create_model(NAME, num_classes=7, image_size=64, weights=folder)
+    assert model.weights_report.classes == (4, 7)
+    assert model.weights_report.dropped_head == ("head.linear.weight", "head.linear.bias")
+
+
+def test_other_names_of_equal_number_are_an_error(folder):
+    with pytest.raises(InputError, match=r"ant, Biene, câprier, 蝶, but .* 1, 2, 3, 4"):
+        vitrail.create_model(NAME, classes=list("1234"), image_size=64, weights=folder)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"classes": "abc"}, "list of names"),
+        ({"classes": ["a", "a"]}, "more than once"),
+        ({"classes": []}, "list of names"),
+        ({"classes": ["a", "b"], "num_classes": 3}, "drop num_classes"),
+        ({"num_classes": 0}, "at least one class"),
+        ({"image_sise": 3}, "did you mean 'image_size'"),
+        ({"weights": {"backbon": "x.pth"}}, "take the key 'backbone'"),
+    ],
+)
+def test_arguments_that_cannot_be_meant_are_refused(options, message):
+    with pytest.raises(InputError, match=message):
+        vitrail.create_model(NAME, **options)
+
+
+def test_an_unknown_name_lists_the_closest():
+    with pytest.raises(InputError, match=r"did you mean .*'efficientvit_m0'"):
+        vitrail.create_model("efficient_vit_m0")
+    with pytest.raises(InputError, match="unknown task 'detec'"):
+        vitrail.list_models(task="detec")
+    assert NAME in vitrail.list_models("efficientvit*")
+
+
+@pytest.mark.parametrize("name", list_backbones())
+def test_every_variant_builds_on_meta_and_loads_by_assignment(name):
+    entry = backbone_entry(name)
+    with torch.device("meta"):
+        backbone = entry.cls(entry.config)
+        head = (entry.tail or PooledHead)(entry.config, backbone.feature_specs, 3)
+        model = Classifier(backbone, head)
+    # One number each, read again and again: the largest variants would fill the memory.
+    state = {
+        k: torch.zeros((), dtype=v.dtype, device="cpu").expand(v.shape)
+        for k, v in model.state_dict().items()
+    }
+    model.load_state_dict(state, assign=True)
+    assert not any(v.is_meta for v in [*model.parameters(), *model.buffers()])
+    assert models.to_dict(entry.config) == models.to_dict(
+        models.from_dict(type(entry.config), json.loads(json.dumps(models.to_dict(entry.config))))
+    )

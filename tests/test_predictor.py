@@ -1,0 +1,205 @@
+"""Pictures in any form, any size and any number -> Predictions in their order, each as if alone."""
+
+import itertools
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from vitrail.classifiers import Classifier
+from vitrail.models import ModelInfo, describe
+from vitrail.predictor import Predictor
+from vitrail_runtime.errors import InputError
+from vitrail_runtime.preprocess import Preprocessing
+
+CLASSES = ("red", "green", "blue", "grey")
+
+
+class Statistics(nn.Module):
+    """A stand-in backbone that sees everything of a picture but its size: mean and spread per channel."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+        self.batches = []
+
+    def forward(self, images, record=None):
+        self.batches.append(tuple(images.shape))
+        x = self.norm(self.conv(images))
+        return torch.cat([x.mean((2, 3)), x.std((2, 3))], 1)
+
+
+def classifier(**preprocessing):
+    torch.manual_seed(0)
+    model = Classifier(Statistics(), nn.Linear(16, len(CLASSES)))
+    describe(model, ModelInfo("statistics", None, CLASSES, Preprocessing(**preprocessing)))
+    return model.eval()
+
+
+def pictures(count, seed=0):
+    rng = np.random.default_rng(seed)
+    for _ in range(count):
+        height, width = rng.integers(5, 60, 2)
+        yield rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def test_every_kind_of_source_gives_the_same_result(tmp_path):
+    image = next(pictures(1))
+    path = tmp_path / "Bild ä.png"
+    Image.fromarray(image).save(path)
+    chw = torch.from_numpy(image).permute(2, 0, 1)
+    predict = Predictor(classifier(size=(16, 16)))
+    files = [path, str(path), tmp_path, f"{tmp_path}/*.png", path.read_bytes(), Image.open(path)]
+    kinds = [*files, image, chw, chw / 255]
+    scores = [next(predict(kind)).scores for kind in kinds]
+    for other in scores[1:]:
+        np.testing.assert_array_equal(other, scores[0])
+    assert len(list(predict(kinds))) == len(kinds)
+    assert len(list(predict(chw[None].expand(3, -1, -1, -1)))) == 3
+
+
+@pytest.mark.parametrize("mode", ["crop", "fit", "native"])
+def test_results_come_in_order_and_each_equals_the_picture_alone(mode):
+    model = classifier(size=(24, 24), mode=mode)
+    images = list(pictures(23)) + [np.zeros((8, 8, 3), np.uint8)] * 9
+    random.Random(0).shuffle(images)
+    together = list(Predictor(model, batch_size=4)(images))
+    assert [p.size for p in together] == [image.shape[:2] for image in images]
+    for image, p in zip(images, together, strict=True):
+        (alone,) = Predictor(model)(image)
+        np.testing.assert_allclose(p.scores, alone.scores, atol=1e-6)
+        assert p.names == alone.names
+
+
+def test_pictures_of_equal_size_share_a_batch_and_others_never_do():
+    model = classifier(mode="native")
+    images = [np.zeros((6, 7 + i % 2, 3), np.uint8) for i in range(10)]
+    list(Predictor(model, batch_size=4)(images))
+    assert sorted(model.backbone.batches) == [
+        (1, 3, 6, 7),
+        (1, 3, 6, 8),
+        (4, 3, 6, 7),
+        (4, 3, 6, 8),
+    ]
+
+
+def test_results_come_before_the_last_picture_is_read():
+    images = itertools.chain(pictures(200), iter(lambda: pytest.fail("read too far"), None))
+    predictions = Predictor(classifier(size=(8, 8)), batch_size=4)(images)
+    assert len(list(itertools.islice(predictions, 20))) == 20
+
+
+def test_many_sizes_do_not_wait_for_the_end():
+    sizes = itertools.count(5)
+    images = (np.zeros((4, next(sizes), 3), np.uint8) for _ in itertools.count())
+    assert next(Predictor(classifier(mode="native"), batch_size=2)(images)).size == (4, 5)
+    assert next(sizes) < 30
+
+
+def test_the_model_comes_back_as_it_was():
+    model = classifier(size=(8, 8)).train()
+    model.backbone.norm.eval()  # a frozen norm stays frozen
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    (p,) = Predictor(model)(next(pictures(1)))
+    assert (model.training, model.backbone.conv.training, model.backbone.norm.training) == (
+        True,
+        True,
+        False,
+    )
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(value, before[key], rtol=0, atol=0)
+    assert p.labels.dtype == np.int64
+
+
+def test_top_k_is_set_for_all_calls_or_for_one():
+    predict = Predictor(classifier(size=(8, 8)), top_k=2)
+    image = next(pictures(1))
+    assert [len(next(predict(image)).names), len(next(predict(image, top_k=9)).names)] == [2, 4]
+    assert next(predict(image, top_k=4)).scores.sum() == pytest.approx(1)
+
+
+def test_half_precision_models_are_fed_what_they_hold():
+    (p,) = Predictor(classifier(size=(8, 8)).bfloat16())(next(pictures(1)))
+    assert np.isfinite(p.scores).all()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for i, image in enumerate(pictures(7)):
+        Image.fromarray(image).save(tmp_path / f"{i}.png")
+    (tmp_path / "2.png").write_bytes(b"not a picture")
+    (tmp_path / "3.png").write_bytes(b"")
+    data = (tmp_path / "5.png").read_bytes()
+    (tmp_path / "5.png").write_bytes(data[: len(data) // 2])
+    return tmp_path
+
+
+def test_broken_pictures_are_listed_after_all_results(folder):
+    predictions, seen = Predictor(classifier(size=(8, 8)), batch_size=2)(folder), []
+    with pytest.raises(InputError, match=r"3 of 7 pictures could not be read") as error:
+        seen.extend(p.source for p in predictions)
+    assert seen == [str(folder / f"{i}.png") for i in (0, 1, 4, 6)]
+    for i, why in [(2, "not a picture"), (3, "empty"), (5, "broken or truncated")]:
+        assert f"{folder / f'{i}.png'} is {why}" in str(error.value)
+
+
+def test_broken_pictures_are_left_out_when_asked(folder):
+    predict = Predictor(classifier(size=(8, 8)), skip_broken=True)
+    assert len(list(predict(folder))) == 4
+    assert [name for name, _ in predict.skipped] == [str(folder / f"{i}.png") for i in (2, 3, 5)]
+    list(predict(folder / "0.png"))
+    assert predict.skipped == []
+
+
+def test_a_broken_array_is_named_by_its_place():
+    images = [next(pictures(1)), np.zeros((3, 4))]
+    with pytest.raises(
+        InputError, match=r"1 of 2 .*\n  picture 1 \(ndarray\): an array must be a uint8"
+    ):
+        list(Predictor(classifier(size=(8, 8)))(images))
+
+
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        (torch.zeros(5, 6, 3), r"shape \(3, H, W\)"),
+        (torch.full((3, 4, 4), 2.0), "must lie in"),
+        (torch.full((3, 4, 4), float("nan")), "must lie in"),
+        (torch.zeros(3, 4, 4, dtype=torch.int32), "uint8 or float"),
+    ],
+)
+def test_tensors_that_are_no_pictures_are_refused(tensor, message):
+    with pytest.raises(InputError, match=message):
+        list(Predictor(classifier(size=(8, 8)))([tensor]))
+
+
+def test_what_is_missing_is_said_at_once(tmp_path):
+    predict = Predictor(classifier())
+    with pytest.raises(InputError, match="no such file"):
+        predict([tmp_path / "no.jpg"])
+    with pytest.raises(InputError, match="no pictures in"):
+        predict(tmp_path)
+    with pytest.raises(InputError, match="got int"):
+        predict(3)
+
+
+def test_settings_that_make_no_sense_are_refused():
+    with pytest.raises(InputError, match="does not know its classes"):
+        Predictor(nn.Linear(2, 2))
+    for settings in ({"batch_size": 0}, {"top_k": 0}):
+        with pytest.raises(InputError, match="at least 1"):
+            Predictor(classifier(), **settings)
+    with pytest.raises(InputError, match=r"cannot use device 'cuda:77'.*here are: cpu"):
+        Predictor(classifier(), device="cuda:77")
+    with pytest.raises(InputError, match="cannot use device 'gpu'"):
+        Predictor(classifier(), device="gpu")
+
+
+def test_a_picture_of_1_by_5000_is_one_like_any_other():
+    for mode in ("crop", "squash", "fit", "native"):
+        (p,) = Predictor(classifier(size=(32, 32), mode=mode))(np.zeros((1, 5000, 3), np.uint8))
+        assert p.size == (1, 5000)

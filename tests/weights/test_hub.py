@@ -1,0 +1,160 @@
+"""Hub repositories without a network: a fake hub, and a fake cache in offline mode."""
+
+from types import SimpleNamespace
+
+import huggingface_hub
+import pytest
+import torch
+from huggingface_hub import constants, errors
+from safetensors.torch import save_file
+
+from vitrail.weights import hub
+from vitrail.weights.files import read_checkpoint
+from vitrail_runtime.errors import InputError
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+STATE = {"a": torch.arange(3.0)}
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """A hub cache with one commit of one repository, as huggingface_hub lays it out."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    root = tmp_path / "models--owner--name"
+    (root / "refs").mkdir(parents=True)
+    (root / "refs" / "main").write_text(COMMIT)
+    snapshot = root / "snapshots" / COMMIT
+    snapshot.mkdir(parents=True)
+    save_file(STATE, snapshot / "model.safetensors")
+    return snapshot
+
+
+@pytest.fixture
+def online(cache, monkeypatch):
+    """A hub that answers: its repository, what was asked of it, and the failure to raise, if any."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    names = ["README.md", "config.json", "model.safetensors", "modeling.py", "pytorch_model.bin"]
+    fake = SimpleNamespace(files=names, fetched=[], failure=None)
+    (cache / "config.json").write_text("{}")
+
+    def model_info(repo, *, revision=None):
+        if fake.failure:
+            raise fake.failure
+        siblings = [SimpleNamespace(rfilename=n) for n in fake.files]
+        return SimpleNamespace(sha=COMMIT, siblings=siblings)
+
+    def hf_hub_download(repo, filename, *, revision):
+        fake.fetched.append((repo, filename, revision))
+        return str(cache / filename)
+
+    monkeypatch.setattr(huggingface_hub, "model_info", model_info)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hf_hub_download)
+    return fake
+
+
+def failed(kind):
+    response = SimpleNamespace(headers={}, status_code=404, request=None, url="", text="")
+    error = kind.__new__(kind)
+    Exception.__init__(error, "no")
+    error.response = response
+    return error
+
+
+def test_only_weights_of_the_resolved_commit_are_fetched_never_code(online):
+    checkpoint = read_checkpoint("hf:owner/name@main")
+    assert torch.equal(checkpoint.state["a"], STATE["a"])
+    assert online.fetched == [
+        ("owner/name", "model.safetensors", COMMIT),
+        ("owner/name", "config.json", COMMIT),
+    ]
+
+
+@pytest.mark.parametrize("spec", ["hf:owner/name", "hf:owner/name@v1", "hf://owner/name"])
+def test_the_report_names_the_commit_so_that_it_can_be_pinned(online, spec):
+    checkpoint = read_checkpoint(spec)
+    assert checkpoint.source == f"hf:owner/name@{COMMIT}"
+    assert any(f"pin it: hf:owner/name@{COMMIT}" in note for note in checkpoint.notes)
+
+
+def test_a_pinned_commit_in_the_cache_needs_no_network(online):
+    online.failure = ConnectionError("no network")
+    checkpoint = read_checkpoint(f"hf:owner/name@{COMMIT}")
+    assert checkpoint.source == f"hf:owner/name@{COMMIT}"
+    assert not any("pin" in note for note in checkpoint.notes)
+    assert online.fetched == []
+
+
+def test_one_file_of_a_repository_can_be_named(online, cache):
+    save_file({"b": torch.ones(1)}, cache / "other.safetensors")
+    online.files.append("other.safetensors")
+    checkpoint = read_checkpoint("hf:owner/name/other.safetensors")
+    assert list(checkpoint.state) == ["b"]
+    assert [name for _, name, _ in online.fetched] == ["other.safetensors"]
+    with pytest.raises(InputError, match=r"no gone.safetensors; it has .*name one: hf:owner/name/"):
+        read_checkpoint("hf:owner/name/gone.safetensors")
+
+
+def test_a_repository_without_weights_says_so(online):
+    online.files[:] = ["README.md", "tf_model.h5"]
+    with pytest.raises(InputError, match="it has no weight files"):
+        read_checkpoint("hf:owner/name")
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (errors.RepositoryNotFoundError, "no repository owner/name"),
+        (errors.GatedRepoError, "asks for its terms to be accepted"),
+        (errors.RevisionNotFoundError, "has no revision 'v9'"),
+        (ConnectionError, r"cannot be fetched \(ConnectionError: no\)"),
+    ],
+)
+def test_what_the_hub_refuses_is_said(online, kind, message):
+    online.failure = failed(kind)
+    with pytest.raises(InputError, match=message):
+        read_checkpoint("hf:owner/name@v9")
+
+
+def test_without_a_network_the_cached_commit_is_pointed_out(online):
+    online.failure = ConnectionError("no route")
+    with pytest.raises(InputError, match=rf"pin its commit \(hf:owner/name@{COMMIT}\)"):
+        read_checkpoint("hf:owner/name")
+
+
+@pytest.mark.parametrize("spec", ["hf:owner/name", "hf:owner/name@main", f"hf:owner/name@{COMMIT}"])
+def test_offline_the_cache_is_read(cache, spec):
+    checkpoint = read_checkpoint(spec)
+    assert torch.equal(checkpoint.state["a"], STATE["a"])
+    assert checkpoint.source.endswith(COMMIT)
+
+
+@pytest.mark.parametrize("spec", ["hf:owner/other", "hf:owner/name@v2", "hf:owner/name/x.pth"])
+def test_offline_what_is_not_cached_is_a_clear_error(cache, spec):
+    with pytest.raises(InputError, match=r"is not in the cache .* HF_HUB_OFFLINE is set"):
+        read_checkpoint(spec)
+
+
+def test_offline_a_half_cached_set_of_shards_counts_as_not_cached(cache):
+    (cache / "model.safetensors").unlink()
+    index = cache / "model.safetensors.index.json"
+    index.write_text('{"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}')
+    save_file(STATE, cache / "1.safetensors")
+    with pytest.raises(InputError, match="not in the cache"):
+        read_checkpoint("hf:owner/name")
+    save_file({"b": torch.ones(1)}, cache / "2.safetensors")
+    assert set(read_checkpoint("hf:owner/name").state) == {"a", "b"}
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("hf:name", "write hf:owner/name@revision"),
+        ("hf:owner/name@", "write hf:owner/name@revision"),
+        ("hf:owner/name/code.py", "only weights are fetched"),
+        ("hf:owner/name/../../x.pth", "only weights are fetched"),
+    ],
+)
+def test_an_address_that_is_none_is_refused(spec, message):
+    with pytest.raises(InputError, match=message):
+        hub.parse(spec)
