@@ -199,3 +199,14 @@ def test_every_variant_builds_on_meta_and_loads_by_assignment(name):
     assert models.to_dict(entry.config) == models.to_dict(
         models.from_dict(type(entry.config), json.loads(json.dumps(models.to_dict(entry.config))))
     )
+
+
+def test_the_folder_of_a_run_stands_for_its_best_model(tmp_path):
+    best = tmp_path / "best"
+    best.mkdir()
+    (best / "config.json").touch()
+    (tmp_path / "config.json").touch()  # a run's own
+    assert models.model_folder(tmp_path) == models.model_folder(best) == best
+    assert models.model_folder(tmp_path / "other") == tmp_path / "other"
+    (tmp_path / "model.safetensors").touch()
+    assert models.model_folder(str(tmp_path)) == tmp_path

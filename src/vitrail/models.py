@@ -195,6 +195,14 @@ def load(folder: str | Path) -> Classifier:
     return model.eval()
 
 
+def model_folder(folder: str | Path) -> Path:
+    """The folder itself, or `best` in it where it is the folder of a training run."""
+    folder = Path(folder)
+    best = folder / "best"
+    is_run = (best / "config.json").is_file() and not (folder / "model.safetensors").is_file()
+    return best if is_run else folder
+
+
 def read_config(folder: str | Path) -> dict[str, Any]:
     """config.json of a model folder, checked: its schema is ours and nothing is missing."""
     folder = Path(folder)
