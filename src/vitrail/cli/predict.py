@@ -1,0 +1,223 @@
+"""`vitrail predict`: labels for pictures, as a table, JSON lines or annotated pictures."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TextIO
+
+from vitrail_runtime.errors import InputError
+
+if TYPE_CHECKING:
+    from vitrail_runtime.prediction import Prediction
+
+
+def run(argv: list[str]) -> int:
+    import tyro
+    from tyro.conf import FlagCreatePairsOff, Positional, arg
+
+    @dataclass(frozen=True, kw_only=True)
+    class PredictFlags:
+        """Say what is on pictures: vitrail predict RUN photo.jpg folder "holidays/*.jpg".
+
+        Prints a table, or JSON lines with --json; --out writes annotated pictures and predictions.jsonl.
+        """
+
+        model: Annotated[Positional[Path], arg(metavar="RUN")]
+        """The folder of a model, or of a training run (its best model is taken)."""
+        inputs: Annotated[Positional[tuple[str, ...]], arg(metavar="INPUT...")]
+        """Pictures, folders (searched at any depth) and glob patterns."""
+        json: bool = False
+        """One JSON object per picture on stdout, and nothing else there."""
+        out: Path | None = None
+        """A folder for annotated pictures and predictions.jsonl."""
+        top_k: int = 5
+        """How many classes to tell per picture."""
+        skip_broken: bool = False
+        """Leave out pictures that cannot be read, instead of ending with an error that lists them."""
+        device: str = "cpu"
+        """Where the model runs, such as cuda."""
+        batch_size: int = 16
+        """Pictures per forward."""
+
+    flags = tyro.cli(FlagCreatePairsOff[PredictFlags], args=argv, prog="vitrail predict")
+
+    from vitrail_runtime.pictures import find_pictures
+
+    # Whatever is wrong with the inputs is said before a model is loaded.
+    if not flags.inputs:
+        raise InputError("say which pictures: vitrail predict RUN photo.jpg folder '*.png'")
+    pictures = list(dict.fromkeys(path for given in flags.inputs for path in find_pictures(given)))
+    targets = None if flags.out is None else annotated_paths(pictures, flags.out)
+
+    from vitrail.models import load, model_folder
+    from vitrail.predictor import Predictor
+
+    predict = Predictor(
+        load(model_folder(flags.model)),
+        device=flags.device,
+        batch_size=flags.batch_size,
+        top_k=flags.top_k,
+        skip_broken=flags.skip_broken,
+    )
+    seen, log = [], None
+    try:
+        if flags.out is not None:
+            with writing_to(flags.out):
+                flags.out.mkdir(parents=True, exist_ok=True)
+                log = (flags.out / "predictions.jsonl").open("w", encoding="utf-8")
+        # Bar and lines would overwrite each other on one terminal.
+        quiet = flags.json and sys.stdout.isatty()
+        for prediction in watched(predict(pictures), len(pictures), bar=not quiet):
+            line = json.dumps(prediction.to_dict())
+            if flags.out is not None and log is not None and targets is not None:
+                with writing_to(flags.out):
+                    print(line, file=log, flush=True)
+                    save_annotated(prediction, targets[str(prediction.source)])
+            if flags.json:
+                print(line)
+            else:
+                seen.append(prediction)
+    finally:  # also what was found before an error or an interruption is shown
+        if log is not None:
+            log.close()
+        if seen:
+            print_table(seen, sys.stdout)
+    if predict.skipped:
+        say(f"left out {len(predict.skipped)} of {len(pictures)} pictures:")
+        for _, why in predict.skipped:
+            say(f"  {why}")
+        if len(predict.skipped) == len(pictures):
+            raise InputError("none of the pictures could be read")
+    if flags.out is not None:
+        say(f"annotated pictures and predictions.jsonl are in {flags.out}")
+    return 0
+
+
+def annotated_paths(pictures: list[Path], out: Path) -> dict[str, Path]:
+    """Picture -> where its annotated copy goes: a .jpg in `out`, in the folders they have in common below.
+
+    Raises: InputError where `out` is a file, or a copy would overwrite one of the pictures.
+    """
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {out} is a file, but a folder is expected")
+    absolute = {path: Path(os.path.abspath(path)) for path in pictures}
+    common = Path(os.path.commonpath([path.parent for path in absolute.values()]))
+    targets: dict[str, Path] = {}
+    taken = {out / "predictions.jsonl"}
+    for path in pictures:
+        relative = absolute[path].relative_to(common)
+        target = out / relative.with_suffix(".jpg")
+        if target in taken:  # a.png beside a.jpg
+            target = out / relative.with_name(relative.name + ".jpg")
+        taken.add(target)
+        targets[str(path)] = target
+    originals = {os.path.realpath(path) for path in pictures}
+    for path, target in targets.items():
+        if os.path.realpath(target) in originals:
+            raise InputError(
+                f"--out {out} would overwrite the picture {target} with its annotated copy (of {path}); "
+                "name another folder"
+            )
+    return targets
+
+
+@contextmanager
+def writing_to(folder: Path) -> Iterator[None]:
+    """A disk that is full or read-only is for the caller to put right."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"cannot write to {folder}: {error.strerror or error}") from error
+
+
+def save_annotated(prediction: "Prediction", target: Path) -> None:
+    """The picture with its labels, as a JPEG."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    prediction.draw().save(target, quality=92, subsampling=0)
+
+
+def watched(
+    predictions: Iterator["Prediction"], total: int, *, bar: bool = True
+) -> Iterator["Prediction"]:
+    """The same predictions, while stderr shows how far and how fast; lines without a terminal."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    console = Console(stderr=True)
+    columns = (
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]:.0f} images/s"),
+        TimeRemainingColumn(),
+    )
+    shown = Progress(
+        *columns,
+        console=console,
+        transient=True,
+        disable=not (bar and console.is_terminal),
+        # By default rich sends what is printed on stdout to its own console, which is stderr.
+        redirect_stdout=False,
+        redirect_stderr=False,
+    )
+    started = last = time.monotonic()
+    count = 0
+    try:
+        with shown:
+            task = shown.add_task("", total=total, rate=0.0)
+            for prediction in predictions:
+                yield prediction
+                count += 1
+                now = time.monotonic()
+                rate = count / max(now - started, 1e-9)
+                shown.update(task, completed=count, rate=rate)
+                if not console.is_terminal and now - last >= 5:
+                    last = now
+                    left = (total - count) / rate
+                    say(f"{count}/{total} pictures, {rate:.0f} images/s, {left:.0f} s left")
+    finally:
+        seconds = time.monotonic() - started
+        say(f"{count} pictures in {seconds:.1f} s, {count / max(seconds, 1e-9):.0f} images/s")
+
+
+def print_table(predictions: list["Prediction"], file: TextIO) -> None:
+    """A table of pictures, their best label with its score, and what else it could be."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    # Without a terminal lines are as long as they need to be, for grep and the like.
+    console = Console(file=file, width=None if file.isatty() else 1000, highlight=False)
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("picture", overflow="fold")
+    table.add_column("label", style="bold")
+    table.add_column("score", justify="right")
+    table.add_column("or", style="dim", overflow="ellipsis", no_wrap=True)
+    for p in predictions:
+        others = zip(p.names[1:], p.scores[1:], strict=True)
+        rest = ", ".join(f"{name} {score:.1%}" for name, score in others)
+        cells = (printable(p.source or ""), p.names[0], f"{p.scores[0]:.1%}", rest)
+        table.add_row(*map(Text, cells))
+    with console.capture() as printed:
+        console.print(table)
+    for line in printed.get().splitlines():
+        print(line.rstrip(), file=file)
+
+
+def printable(text: str) -> str:
+    """A file's name as text that any terminal takes: bytes that are not UTF-8 become question marks."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
