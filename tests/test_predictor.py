@@ -9,9 +9,11 @@ import torch
 from PIL import Image
 from torch import nn
 
-from vitrail.classifiers import Classifier
-from vitrail.models import ModelInfo, describe
+from tests.parity import randomise
+from vitrail.classifiers import Classifier, PooledHead
+from vitrail.models import ModelInfo, build_backbone, describe
 from vitrail.predictor import Predictor
+from vitrail.registry import tiny_entries
 from vitrail_runtime.errors import InputError
 from vitrail_runtime.preprocess import Preprocessing
 
@@ -197,6 +199,23 @@ def test_settings_that_make_no_sense_are_refused():
         Predictor(classifier(), device="cuda:77")
     with pytest.raises(InputError, match="cannot use device 'gpu'"):
         Predictor(classifier(), device="gpu")
+
+
+@pytest.mark.parametrize("family", sorted(tiny_entries()))
+def test_every_family_gives_each_picture_the_result_it_has_alone(family):
+    entry = tiny_entries()[family]
+    torch.manual_seed(0)
+    backbone = build_backbone(entry, {})
+    head = (entry.tail or PooledHead)(backbone.config, backbone.feature_specs, len(CLASSES))
+    model = Classifier(backbone, head)
+    randomise(model)
+    preprocessing = Preprocessing(size=(48, 48), mode="fit")
+    describe(model, ModelInfo(entry.name, backbone.config, CLASSES, preprocessing))
+    images = [*pictures(5), *pictures(5)]
+    for image, p in zip(images, Predictor(model, batch_size=3)(images), strict=True):
+        (alone,) = Predictor(model)(image)
+        order = np.argsort(p.labels), np.argsort(alone.labels)
+        np.testing.assert_allclose(p.scores[order[0]], alone.scores[order[1]], atol=1e-5)
 
 
 def test_a_picture_of_1_by_5000_is_one_like_any_other():

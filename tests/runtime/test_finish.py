@@ -1,7 +1,11 @@
 """From logits to Predictions."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
+from PIL import Image
 
 from vitrail_runtime.errors import InputError
 from vitrail_runtime.finish import finish_classification
@@ -44,3 +48,20 @@ def test_a_prediction_becomes_plain_data():
 def test_logits_that_cannot_be_read_are_refused(logits, top_k, message):
     with pytest.raises(InputError, match=message):
         finish_classification(logits, CLASSES, top_k=top_k)
+
+
+def test_pictures_become_predictions_without_torch_or_vitrail(tmp_path):
+    Image.fromarray(np.full((30, 40, 3), 99, np.uint8)).save(tmp_path / "a.png")
+    code = (
+        "import sys, numpy as np\n"
+        "from vitrail_runtime import *\n"
+        "path, = find_pictures(sys.argv[1])\n"
+        "pixels, _ = prepare(decode(path), Preprocessing())\n"
+        "p, = finish_classification(pixels.mean((1, 2))[None], ['a', 'b', 'c'])\n"
+        "p.source = str(path)\n"
+        "p.draw()\n"
+        "print([m for m in ('torch', 'torchvision', 'vitrail', 'matplotlib') if m in sys.modules])\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("[]\n", "")

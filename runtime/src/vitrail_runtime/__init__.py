@@ -2,8 +2,17 @@
 
 from vitrail_runtime.errors import InputError
 from vitrail_runtime.finish import finish_classification
+from vitrail_runtime.pictures import find_pictures
 from vitrail_runtime.prediction import Prediction
-from vitrail_runtime.preprocess import Geometry, Preprocessing, decode, prepare, read_size
+from vitrail_runtime.preprocess import (
+    Geometry,
+    Preprocessing,
+    decode,
+    decode_size,
+    prepare,
+    preprocessed_size,
+    read_size,
+)
 
 __all__ = [
     "Geometry",
@@ -11,7 +20,10 @@ __all__ = [
     "Prediction",
     "Preprocessing",
     "decode",
+    "decode_size",
+    "find_pictures",
     "finish_classification",
     "prepare",
+    "preprocessed_size",
     "read_size",
 ]
