@@ -63,13 +63,14 @@ class Checkpoint:
     """A state dict and where it came from.
 
     notes: what was unwrapped, chosen or passed over on the way, for the report.
-    config: config.json beside the weights, {} where there is none.
+    config, preprocessor: config.json and preprocessor_config.json beside the weights, {} where absent.
     """
 
     state: dict[str, Tensor]
     source: str
     notes: list[str] = field(default_factory=list)
     config: dict[str, Any] = field(default_factory=dict)
+    preprocessor: dict[str, Any] = field(default_factory=dict)
 
 
 def read_state(source: str | Path | Mapping[str, Any]) -> dict[str, Tensor]:
@@ -81,8 +82,10 @@ def read_state(source: str | Path | Mapping[str, Any]) -> dict[str, Tensor]:
     return read_checkpoint(source).state
 
 
-def read_checkpoint(source: str | Path | Mapping[str, Any]) -> Checkpoint:
-    """As `read_state`, with what the report says of the source."""
+def read_checkpoint(source: str | Path | Mapping[str, Any] | Checkpoint) -> Checkpoint:
+    """As `read_state`, with what the report says of the source. A Checkpoint is returned as it is."""
+    if isinstance(source, Checkpoint):
+        return source
     if isinstance(source, Mapping):
         return unwrap(source, "the given state dict")
     text = str(source)
@@ -122,11 +125,14 @@ def read_folder(folder: Path) -> Checkpoint:
         checkpoint = read_file(folder / name)
     checkpoint.source = str(folder)
     checkpoint.notes.insert(0, f"read {name} in the folder")
-    if (folder / "config.json").is_file():
-        config = read_json(folder / "config.json")
-        if isinstance(config, dict):
-            checkpoint.config = config
+    checkpoint.config = _beside(folder / "config.json")
+    checkpoint.preprocessor = _beside(folder / "preprocessor_config.json")
     return checkpoint
+
+
+def _beside(path: Path) -> dict[str, Any]:
+    data = read_json(path) if path.is_file() else {}
+    return data if isinstance(data, dict) else {}
 
 
 def read_shards(index: Path) -> Checkpoint:

@@ -11,6 +11,7 @@ from vitrail_runtime.errors import InputError
 _SPEC = re.compile(
     r"hf:(?://)?(?P<repo>[\w.-]+/[\w.-]+?)(?:/(?P<file>[^@]+))?(?:@(?P<revision>[\w./-]+))?"
 )
+DESCRIPTIONS = ("config.json", "preprocessor_config.json")  # read beside the weights
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -98,7 +99,7 @@ def _download(repo: str, file: str | None, revision: str | None, cached: Found |
             raise InputError(_no_such_file(address, file, there))
         path = Path(huggingface_hub.hf_hub_download(repo, name, revision=commit))
         shards = _shards(path) if name.endswith(".index.json") else []
-        extra = ["config.json"] if "config.json" in there and file is None else []
+        extra = [n for n in DESCRIPTIONS if n in there and file is None]
         for other in [*shards, *extra]:
             huggingface_hub.hf_hub_download(repo, other, revision=commit)
     except InputError:

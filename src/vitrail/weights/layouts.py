@@ -82,7 +82,7 @@ class Fit:
 
 def load_weights(
     model: nn.Module,
-    source: str | Path | Mapping[str, Any],
+    source: str | Path | Mapping[str, Any] | Checkpoint,
     entry: BackboneEntry,
     *,
     config: Any,
@@ -373,7 +373,8 @@ def _looks_like(state: Mapping[str, Tensor], entry: BackboneEntry) -> str:
 def look_alikes(state: Mapping[str, Tensor], family: str | None = None) -> list[tuple[str, str]]:
     """(model, layout) of the registered variants whose backbone a state covers exactly.
 
-    family: tried first; others are only tried when none of it fits. Shapes only, on `meta`.
+    family: tried first; others are only tried when none of it fits. Where tables would have to be
+    resampled, only those that need the least of it. Shapes only, on `meta`.
     """
     shapes = {key: value.to("meta") for key, value in state.items()}
     names = list_backbones()
@@ -382,19 +383,20 @@ def look_alikes(state: Mapping[str, Tensor], family: str | None = None) -> list[
         own = [n for n in names if backbone_entry(n).family == family]
         rounds = [own, [n for n in names if n not in own]]
     for some in rounds:
-        found = [(name, _covers(shapes, name)) for name in some]
-        if any(layout for _, layout in found):
-            return [(name, layout) for name, layout in found if layout]
+        fits = [(name, fit) for name in some if (fit := _covers(shapes, name)) is not None]
+        if fits:
+            least = min(len(fit.resampled) for _, fit in fits)
+            return [(name, fit.layout) for name, fit in fits if len(fit.resampled) == least]
     return []
 
 
-def _covers(shapes: Mapping[str, Tensor], name: str) -> str | None:
-    """The layout by which these shapes are exactly the backbone of a registered name."""
+def _covers(shapes: Mapping[str, Tensor], name: str) -> Fit | None:
+    """The fit by which these shapes are exactly the backbone of a registered name, if there is one."""
     entry = backbone_entry(name)
     with torch.device("meta"):
         own = entry.cls(entry.config).state_dict()
     fit = best_fit(shapes, {f"backbone.{key}": v for key, v in own.items()}, entry, entry.config)
-    return fit.layout if fit is not None and not fit.problems else None
+    return fit if fit is not None and not fit.problems else None
 
 
 def listed(items: Iterable[str], limit: int = 10) -> str:

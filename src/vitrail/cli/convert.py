@@ -1,0 +1,166 @@
+"""`vitrail convert`: a checkpoint of timm, torchvision, Hugging Face or a paper's authors, as ours."""
+
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from vitrail_runtime.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertFlags:
+    """Read a foreign checkpoint, report every key, and write a model folder or a bare .safetensors file."""
+
+    source: str
+    """A file (.safetensors, .pth, .pt, .bin, .ckpt), a folder, or hf:owner/name@revision."""
+    target: Path
+    """A new model folder, or a file ending in .safetensors for the weights alone."""
+    model: str | None = None
+    """The model's name; recognised from the keys and shapes where only one fits."""
+    layout: str | None = None
+    """The layout of the keys, where recognising it goes wrong; an unknown one lists those there are."""
+    image_size: int | None = None
+    """Pixels of a side that the position tables are made for; without it what the source says."""
+    classes: Path | None = None
+    """A text file of class names, one per line, in the order of the labels."""
+    overwrite: bool = False
+    """Write over a target that is there."""
+
+
+def run(argv: list[str]) -> None:
+    import tyro
+
+    flags = tyro.cli(
+        ConvertFlags,
+        args=argv,
+        prog="vitrail convert",
+        config=(tyro.conf.PositionalRequiredArgs,),
+    )
+    bare = flags.target.suffix == ".safetensors"
+    if flags.target.exists() and not flags.overwrite:
+        raise InputError(f"{flags.target} is there already; name another, or pass --overwrite")
+    if flags.target.exists() and bare == flags.target.is_dir():
+        raise InputError(f"{flags.target} is a {'folder' if bare else 'file'}; name another target")
+
+    from vitrail import models
+    from vitrail.registry import backbone_entry
+    from vitrail.weights import files, layouts
+    from vitrail.weights.described import described
+
+    checkpoint = files.read_checkpoint(flags.source)
+    said = described(checkpoint.config, checkpoint.preprocessor, models.Preprocessing())
+    name = flags.model or recognise(checkpoint, said.architecture)
+    entry = backbone_entry(name)
+    said = described(checkpoint.config, checkpoint.preprocessor, entry.preprocessing)
+    options = size_options(entry, said.preprocessing, flags.image_size)
+    count = classes_in(checkpoint.state, name, options, flags.layout)
+    if count is None and not bare:
+        raise InputError(
+            f"{checkpoint.source} has no classifier, so it makes no model folder; name a target that ends "
+            f"in .safetensors, and start from it with vitrail train --model {name} --weights FILE"
+        )
+    names = class_names(flags.classes, said.classes, count)
+    # The checkpoint's own names are settled by now.
+    source = replace(checkpoint, config={})
+    if count is None:
+        model: Any = models.create_backbone(name, **options)
+    else:
+        model = models.create_model(name, classes=names, num_classes=count, **options)
+    config = model.config if count is None else model.backbone.config
+    report = layouts.load_weights(model, source, entry, config=config, layout=flags.layout)
+    print(report)
+    if bare:
+        state = model.state_dict()
+        if count is None:
+            state = {f"backbone.{key}": value for key, value in state.items()}
+        files.write_state(state, flags.target)
+    else:
+        size = options.get("image_size")
+        preprocessing = (
+            replace(said.preprocessing, size=(size, size)) if size else said.preprocessing
+        )
+        models.describe(model, replace(model.info, preprocessing=preprocessing))
+        models.save(model, flags.target)
+    what = "no classifier" if count is None else f"{count} classes"
+    params = sum(p.numel() for p in model.parameters()) / 1e6
+    print(f"wrote {flags.target}: {name}, {params:.2f} M parameters, {what}")
+    if bare:
+        print(f"use it: vitrail train --model {name} --weights {flags.target} --data FOLDER")
+    else:
+        print(f"use it: vitrail predict {flags.target} PICTURE")
+
+
+def recognise(checkpoint: Any, architecture: str) -> str:
+    """The one registered model whose backbone these weights cover. Raises InputError for none or several."""
+    from vitrail.weights.layouts import listed, look_alikes
+
+    names = [name for name, _ in look_alikes(checkpoint.state)]
+    if len(names) > 1:
+        # Twins in shape (DeiT and ViT) differ in preprocessing: believe the name that the source bears.
+        called = (
+            architecture,
+            Path(checkpoint.source.rpartition("@")[0] or checkpoint.source).name,
+        )
+        named = [
+            n for n in names if any(c == n or c.startswith((n + "_", n + ".")) for c in called)
+        ]
+        names = named if len(named) == 1 else names
+    if len(names) == 1:
+        return names[0]
+    if not names:
+        raise InputError(
+            f"{checkpoint.source} looks like no registered model; its keys are "
+            f"{listed(sorted(checkpoint.state))}. Name the model with --model to see what differs; "
+            "vitrail models lists them"
+        )
+    raise InputError(
+        f"{checkpoint.source} fits {len(names)} models: {', '.join(names)}; say which with --model"
+    )
+
+
+def size_options(entry: Any, preprocessing: Any, image_size: int | None) -> dict[str, Any]:
+    """{"image_size": ...} for `create_model`, from the flag or from what the source says."""
+    if all(f.name != "image_size" for f in fields(entry.config)):
+        if image_size is not None:
+            raise InputError(f"{entry.name} has no tables of one image size; drop --image-size")
+        return {}
+    height, width = preprocessing.size
+    return {"image_size": image_size or (height if height == width else (height, width))}
+
+
+def classes_in(
+    state: dict[str, Any], name: str, options: dict[str, Any], layout: str | None
+) -> int | None:
+    """How many classes the head in a state has; None where it has none, by shapes alone."""
+    import torch
+
+    from vitrail import models
+    from vitrail.registry import backbone_entry
+    from vitrail.weights.layouts import best_fit
+
+    with torch.device("meta"):
+        model = models.create_model(name, num_classes=1, **options)
+    shapes = {key: value.to("meta") for key, value in state.items()}
+    config = model.backbone.config
+    fit = best_fit(shapes, model.state_dict(), backbone_entry(name), config, layout)
+    if fit is not None and any(key.startswith("head.") for key in fit.new):
+        return None
+    return fit.classes[0] if fit is not None and fit.classes else 1
+
+
+def class_names(
+    path: Path | None, said: tuple[str, ...] | None, count: int | None
+) -> tuple[str, ...] | None:
+    """The classes' names: from the file, else from the source, else None (numbers)."""
+    if path is None:
+        return said if said is not None and len(said) == count else None
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--classes {path} cannot be read: {error}") from error
+    names = tuple(line.strip() for line in lines if line.strip())
+    if len(names) != count:
+        raise InputError(
+            f"{path} names {len(names)} classes, but the weights have {count or 'none'}"
+        )
+    return names
