@@ -17,6 +17,7 @@ def from_peer(name, peer, **config_fields):
     ours = create_model(name, **config_fields)
     entry = backbone_entry(name)
     state = entry.layouts["timm"].convert(peer.state_dict(), ours.backbone.config)
+    state = entry.resample(state, ours.backbone.config)
     ours.load_state_dict(state, strict=True)
     return ours.double().eval()
 

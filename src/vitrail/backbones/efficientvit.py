@@ -339,7 +339,7 @@ def from_timm(state: dict[str, Tensor], config: EfficientViTConfig) -> dict[str,
         (r"\.attn\.proj\.1\.", ".attn.proj."),
         (r"\.m\.", "."),
     )
-    return _fit_windows(_renamed(state, renames), config)
+    return _renamed(state, renames)
 
 
 def from_official(state: dict[str, Tensor], config: EfficientViTConfig) -> dict[str, Tensor]:
@@ -362,11 +362,6 @@ def from_official(state: dict[str, Tensor], config: EfficientViTConfig) -> dict[
     return from_timm(_renamed(state, renames), config)
 
 
-def from_vitrail(state: dict[str, Tensor], config: EfficientViTConfig) -> dict[str, Tensor]:
-    """Our own keys, of a model with another `image_size`."""
-    return _fit_windows(dict(state), config)
-
-
 def _renamed(state: dict[str, Tensor], renames: Iterable[tuple[str, Any]]) -> dict[str, Tensor]:
     out = {}
     for key, value in state.items():
@@ -378,9 +373,9 @@ def _renamed(state: dict[str, Tensor], renames: Iterable[tuple[str, Any]]) -> di
     return out
 
 
-def _fit_windows(state: dict[str, Tensor], config: EfficientViTConfig) -> dict[str, Tensor]:
+def fit_windows(state: dict[str, Tensor], config: EfficientViTConfig) -> dict[str, Tensor]:
     """Resample each table of biases, a square over (|dy|, |dx|), to the window of its stage."""
-    windows = config.windows()
+    windows, state = config.windows(), dict(state)
     for key, table in state.items():
         match = re.fullmatch(r"backbone\.stages\.(\d)\..*\.attention_biases", key)
         if match is None or int(match[1]) >= len(windows):
@@ -401,6 +396,7 @@ register_backbone(
         dims=(32, 48, 64), depths=(1, 1, 1), num_heads=(4, 3, 2), kernels=(7, 5, 3, 3)
     ),
     tail=NormLinearHead,
+    resample=fit_windows,
     published=PUBLISHED,
     layouts={
         "timm": Layout(
