@@ -1,0 +1,65 @@
+"""`vitrail train`: train or fine-tune on your data; the same command goes on with a run that stopped."""
+
+import argparse
+import sys
+from typing import Any
+
+from vitrail_runtime.errors import InputError
+
+DESCRIPTION = """Train or fine-tune a classifier. The same command goes on where the run in --out stopped.
+
+--recipe NAME starts from a recipe's settings, --config FILE from a file's: defaults < recipe < file < flags.
+--replay RUN looks at the batch that stopped a run with a loss that was not finite."""
+
+
+def run(argv: list[str]) -> int:
+    first = argparse.ArgumentParser(prog="vitrail train", add_help=False, allow_abbrev=False)
+    for flag in ("--recipe", "--config", "--replay"):
+        first.add_argument(flag)
+    given, flags = first.parse_known_args(argv)
+    if given.replay is not None:
+        return show_replay(given.replay)
+    config = effective_config(given.recipe, given.config, flags)
+    from vitrail.train.loop import train
+
+    result = train(config)
+    if result.signal:
+        command = f"vitrail train --config {result.folder / 'config.yaml'}"
+        say(f"{result.reason}: stopped at update {result.steps}, all saved; go on with: {command}")
+        return 128 + result.signal
+    say(f"{result.reason}: {result.steps} updates in {result.seconds / 60:.1f} minutes")
+    print(f"best top-1 {result.best:.4f} on the validation pictures: {result.folder / 'best'}")
+    return 0
+
+
+def effective_config(recipe: str | None, file: str | None, flags: list[str]) -> Any:
+    """The configuration of a run: defaults < recipe < file < flags."""
+    import tyro
+
+    from vitrail.recipes import recipe_config
+    from vitrail.train.config import TrainConfig, read_config
+
+    config = TrainConfig() if recipe is None else recipe_config(recipe)
+    if file is not None:
+        config = read_config(file, config)
+    config = tyro.cli(
+        TrainConfig, args=flags, default=config, prog="vitrail train", description=DESCRIPTION
+    )
+    if not config.data:
+        raise InputError("say which pictures to train on: vitrail train --data DIR")
+    return config
+
+
+def show_replay(folder: str) -> int:
+    from vitrail.train.replay import replay
+
+    found = replay(folder)
+    print(f"update {found['step']}: loss {found['loss']}, gradient norm {found['gradient_norm']}")
+    print(f"in full precision: loss {found['loss_fp32']}")
+    print("weights that are not finite: " + (", ".join(found["weights"]) or "none"))
+    print("pictures whose loss is not finite: " + (", ".join(found["pictures"]) or "none"))
+    return 0
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr)

@@ -1,0 +1,146 @@
+"""What a training run is: one frozen dataclass, torch-free, every field a flag of `vitrail train`."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from vitrail.configuration import from_dict, to_dict
+from vitrail.data.augmentation import Augmentation
+from vitrail_runtime.errors import InputError
+
+# Fields that change how a run is carried out, not what it computes: a resumed run may differ in them.
+OUTWARD = frozenset(
+    {"data", "out", "device", "workers", "threads", "log_every", "save_every", "keep", "keep_every"}
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A training run. `vitrail train --help` shows the fields; a run folder's config.yaml repeats it."""
+
+    data: str = ""
+    """Where the pictures are: class folders, tar shards or a CSV file."""
+    model: str = "efficientvit_m0"
+    """A name from `vitrail models`."""
+    out: str = ""
+    """The run folder; empty: runs/MODEL. A run that stands there is continued."""
+    weights: str | None = None
+    """Start from a file, a model folder or hf:owner/name@revision."""
+    train_only: Literal["full", "head"] = "full"
+    """"head" freezes the backbone, its BatchNorm statistics included."""
+    model_fields: dict[str, Any] = field(default_factory=dict)
+    """Fields of the paper's config, such as drop_path_rate."""
+    image_size: int | None = None
+    """Height and width in pixels of training and evaluation; none: the model's own."""
+    crop_pct: float | None = None
+    """Evaluation: the share of the resized picture that the centre crop keeps; none: the model's own."""
+    skip_broken: bool = False
+    """Train without the pictures that cannot be read, instead of stopping."""
+
+    epochs: int = 30
+    """Passes over the data."""
+    max_steps: int | None = None
+    """Stop after so many updates; the schedule ends there."""
+    max_minutes: float | None = None
+    """Stop after so much training time; the schedule ends there."""
+    batch_size: int = 128
+    """Pictures per update, over all processes and accumulated parts together."""
+    accumulate: int = 1
+    """Parts that a batch is computed in, one after another, for less memory."""
+    sampling: Literal["uniform", "balanced"] = "uniform"
+    """"balanced" draws every class equally often."""
+    repeats: int = 1
+    """Repeated augmentation: differently augmented copies of a picture in one batch."""
+    sizes: tuple[int, ...] = ()
+    """Multi-scale batches: a size is drawn per update, pixels per update stay about constant."""
+
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    lr: float = 1e-3
+    """Learning rate after warm-up."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's averaging of gradient and square."""
+    eps: float = 1e-8
+    """AdamW's term against division by zero."""
+    momentum: float = 0.9
+    """SGD's momentum (Nesterov)."""
+    weight_decay: float = 0.05
+    """Not on biases, norms, tokens and position tables."""
+    layer_decay: float = 1.0
+    """Each earlier block learns slower by this factor; 1 is off."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup_epochs: float = 1.0
+    """Epochs of linear warm-up; at most half of the run."""
+    warmup_lr: float = 1e-6
+    """Learning rate at the start of warm-up."""
+    min_lr: float = 1e-5
+    """Learning rate at the end of the cosine."""
+    clip_grad: float | None = 1.0
+    """Largest norm of the gradient; none: no clipping."""
+    label_smoothing: float = 0.1
+    """Probability spread over all classes."""
+    ema: float = 0.0
+    """Decay of the weights' moving average, which is then evaluated and saved; 0 is off."""
+    augmentation: Augmentation = field(default_factory=Augmentation)
+    seed: int = 0
+
+    eval_every: int = 1
+    """Epochs between evaluations."""
+    early_stopping: int | None = None
+    """Stop after so many evaluations without a better score."""
+    keep_every: int | None = None
+    """Also keep the model of every so many epochs."""
+    save_every: float = 5.0
+    """Minutes between saved run states, from which a run resumes."""
+    keep: int = 2
+    """Run states to keep."""
+    log_every: int = 20
+    """Updates between rows of metrics.jsonl."""
+
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: matrix work in bfloat16 (autocast), weights and loss in float32."""
+    grad_checkpointing: bool = False
+    """Recompute blocks in the backward pass instead of storing them."""
+    parallel: Literal["data", "fsdp"] = "data"
+    """Several processes: a copy each, or shards of the weights (FSDP) for models that do not fit."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    workers: int | None = None
+    """Processes that read and augment; none: chosen by the machine."""
+    threads: int | None = None
+    """Math threads of each process; none: the cores that the workers leave, or OMP_NUM_THREADS."""
+
+
+def differences(ours: TrainConfig, theirs: TrainConfig) -> list[str]:
+    """What makes two configurations different runs: "lr: 0.001 here, 0.002 there" lines."""
+    lines = []
+    for f in fields(TrainConfig):
+        a, b = to_dict(ours)[f.name], to_dict(theirs)[f.name]
+        if f.name not in OUTWARD and a != b:
+            lines.append(f"{f.name}: {b!r} there, {a!r} now")
+    return lines
+
+
+def read_config(path: str | Path, base: TrainConfig | None = None) -> TrainConfig:
+    """`base` (or the defaults) with what a YAML file says in its place.
+
+    Raises InputError for a file that cannot be read, an unknown key (with the closest) or a wrong value.
+    """
+    path = Path(path)
+    try:
+        given = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"{path} cannot be read as YAML: {error}") from error
+    if not isinstance(given, dict):
+        raise InputError(f"{path} must hold keys and values, but holds {type(given).__name__}")
+    return from_dict(TrainConfig, _merged(to_dict(base or TrainConfig()), given), where=str(path))
+
+
+def _merged(base: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with `given` in its place, nested mappings key by key."""
+    out = dict(base)
+    for key, value in given.items():
+        nested = isinstance(value, Mapping) and isinstance(out.get(key), Mapping)
+        out[key] = _merged(out[key], value) if nested else value
+    return out

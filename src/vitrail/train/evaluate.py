@@ -1,0 +1,109 @@
+"""A model measured on a data set, through the one preprocessing that Predictor and runtime share."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vitrail.data.images import ImageData
+from vitrail.data.loader import eval_batches
+from vitrail_runtime.errors import InputError
+from vitrail_runtime.preprocess import Preprocessing
+
+
+# Not inference_mode: tables that a model caches by shape would be born unfit for a later training step.
+@torch.no_grad()
+def evaluate(
+    model: Any,
+    data: ImageData,
+    preprocessing: Preprocessing | None = None,
+    *,
+    batch_size: int = 64,
+    device: torch.device | str | None = None,
+    workers: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    predictions: bool = False,
+) -> dict[str, Any]:
+    """Scores of a classifier with `classes` on labelled pictures, in eval mode and full precision.
+
+    Classes are matched by name: the order of folders does not matter, a name that the model does not know is
+    an InputError that shows both lists. With `world` processes each takes its share and all get the sums.
+
+    Returns: top1, top5, loss, num_images, classes, per_class {name: precision, recall, f1, support} and
+        confusion[truth][predicted]; with `predictions` also what was said of every picture, as arrays in the
+        data's order: labels and predicted (N,), probabilities (N, K) float16, keys (N,).
+    """
+    from vitrail.metrics import ClassificationMetrics  # torchmetrics takes seconds to import
+
+    preprocessing = preprocessing or model.preprocessing
+    assert preprocessing is not None
+    device = torch.device(device or next(model.parameters()).device)
+    lookup = torch.tensor(label_map(data.classes, model.classes))
+    metrics = ClassificationMetrics(len(model.classes), device)
+    kept: list[tuple[Tensor, ...]] = []
+    was_training = model.training
+    model.eval()
+    for batch in eval_batches(
+        data, preprocessing, batch_size, rank=rank, world=world, workers=workers
+    ):
+        labels = lookup[batch.labels]
+        logits = model(batch.images.to(device)).float()
+        metrics.update(logits, labels.to(device))
+        if predictions:
+            indices = torch.as_tensor(batch.indices)
+            kept.append((indices, labels, logits.argmax(1).cpu(), logits.softmax(1).half().cpu()))
+    model.train(was_training)
+    scores = metrics.compute()
+    scores["classes"] = list(model.classes)
+    scores["per_class"] = dict(zip(model.classes, scores["per_class"], strict=True))
+    if predictions:
+        scores["predictions"] = _in_order(kept, data, world)
+    return scores
+
+
+def label_map(data_classes: Sequence[str], model_classes: Sequence[str]) -> list[int]:
+    """The model's label of each of the data's labels, by name.
+
+    Raises InputError showing both lists when the data has a class that the model does not know.
+    """
+    place = {name: i for i, name in enumerate(model_classes)}
+    strange = [name for name in data_classes if name not in place]
+    if strange:
+        raise InputError(
+            f"the data has classes that the model does not know: {_some(strange)}\n"
+            f"  the model's {len(model_classes)}: {_some(model_classes)}\n"
+            f"  the data's {len(data_classes)}: {_some(data_classes)}\n"
+            "rename the folders to the model's names, or train a model on these classes"
+        )
+    return [place[name] for name in data_classes]
+
+
+def model_folder(path: Path) -> Path:
+    """The model in a folder: of a run folder its best one, else the folder itself."""
+    return path / "best" if (path / "best" / "config.json").is_file() else path
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:20]) + (f", ... ({len(names)} in all)" if len(names) > 20 else "")
+
+
+def _in_order(kept: list[tuple[Tensor, ...]], data: ImageData, world: int) -> dict[str, np.ndarray]:
+    parts: list[Any] = [kept]
+    if world > 1:
+        parts = [None] * world
+        torch.distributed.all_gather_object(parts, kept)
+    rows = [row for part in parts for row in part]
+    indices, labels, predicted, probabilities = (
+        torch.cat([row[i] for row in rows]).numpy() for i in range(4)
+    )
+    order = np.argsort(indices)
+    return {
+        "labels": labels[order],
+        "predicted": predicted[order],
+        "probabilities": probabilities[order],
+        "keys": np.array([data.keys[i] for i in indices[order]]),
+    }

@@ -1,0 +1,129 @@
+"""The run folder: config.yaml, metrics.jsonl, best/, last/, state/ and the lock that keeps two runs apart."""
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vitrail.configuration import to_dict
+from vitrail.train.config import TrainConfig
+from vitrail.train.state import states
+from vitrail.weights import write_text
+from vitrail_runtime.errors import InputError
+
+
+class RunFolder:
+    """A folder that one process at a time writes to.
+
+    best/ and last/ are model folders, state/ holds run states, metrics.jsonl one row per logging interval and
+    evaluation, config.yaml the effective configuration.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.state = self.path / "state"
+        self.metrics = self.path / "metrics.jsonl"
+        self.config = self.path / "config.yaml"
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder. The kernel lets go when the process ends, however it ends: no lock goes stale.
+
+        Raises InputError naming the process that holds it.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = open(self.path / "lock", "a+")  # noqa: SIM115  (held as long as the run)
+        except OSError as error:
+            raise InputError(f"cannot write to the run folder {self.path}: {error}") from error
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                lock.seek(0)
+                holder = lock.read().strip() or "another process"
+                raise InputError(
+                    f"{self.path} is in use by {holder}; wait for it, stop it, or give another --out"
+                ) from error
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+            lock.flush()
+            self._recover()
+            yield
+
+    def write_config(self, config: TrainConfig) -> None:
+        text = yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+        write_text(self.config, text)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The rows of metrics.jsonl; a last one cut off by a crash is left out."""
+        if not self.metrics.is_file():
+            return []
+        rows = []
+        for line in self.metrics.read_text(encoding="utf-8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+        return rows
+
+    def keep_rows(self, count: int) -> None:
+        """Forget what was logged after the state that the run resumes from."""
+        text = "".join(json.dumps(row) + "\n" for row in self.rows()[:count])
+        write_text(self.metrics, text)
+
+    def add_row(self, row: Mapping[str, Any]) -> None:
+        with open(self.metrics, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    @contextmanager
+    def replacing(self, name: str) -> Iterator[Path]:
+        """A new folder to fill, which then takes the place of NAME; a crash leaves one of the two whole."""
+        new, old, place = (self.path / n for n in (f".{name}.new", f".{name}.old", name))
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir()
+        try:
+            yield new
+        except BaseException:
+            shutil.rmtree(new, ignore_errors=True)
+            raise
+        if place.exists():
+            os.replace(place, old)
+        os.replace(new, place)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def _recover(self) -> None:
+        """Clean up after a crash between the two renames of `replacing`, and after unfinished writes."""
+        for old in self.path.glob(".*.old"):
+            place = self.path / old.name[1:].removesuffix(".old")
+            if place.exists():
+                shutil.rmtree(old)
+            else:
+                os.replace(old, place)
+        for new in self.path.glob(".*.new"):
+            shutil.rmtree(new)
+        for partial in self.state.glob("*.partial"):
+            partial.unlink()
+
+
+@contextmanager
+def explained(folder: RunFolder) -> Iterator[None]:
+    """Turn a failed write into a message that says what is safe and how to go on."""
+    try:
+        yield
+    except OSError as error:
+        saved = states(folder.state)
+        safe = f"the state in {saved[0]} is complete" if saved else "no state was saved yet"
+        full = error.errno == errno.ENOSPC or "space" in str(error).lower()
+        todo = "free some space" if full else "put it right"
+        raise InputError(
+            f"cannot write to {folder.path}: {error}; {safe}; {todo} and give the same command again"
+        ) from error

@@ -1,0 +1,186 @@
+"""The training loop."""
+
+import math
+import signal
+import time
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vitrail.data.augment import mix
+from vitrail.data.loader import TrainBatch
+from vitrail.train.config import TrainConfig
+from vitrail.train.evaluate import evaluate
+from vitrail.train.folder import RunFolder
+from vitrail.train.interrupt import Interrupt
+from vitrail.train.losses import loss_of
+from vitrail.train.parallel import (
+    clip_gradients,
+    mean_over_processes,
+    on_main,
+    share_buffers,
+    start_processes,
+)
+from vitrail.train.replay import keep_batch
+from vitrail.train.schedule import learning_rate
+from vitrail.train.setup import Run, seed_update, set_up
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How a run ended: best/ and last/ in `folder` are the models, metrics.jsonl what was measured."""
+
+    folder: Path
+    reason: str  # "all epochs", "time limit", ..., or the signal that stopped it
+    signal: int  # the signal's number; 0: the run is over
+    steps: int
+    best: float | None  # top-1 of best/ on the validation pictures
+    seconds: float
+
+
+def train(config: TrainConfig) -> RunResult:
+    """Train to the end, or on from where the run in `config.out` stopped.
+
+    On a CPU with as many threads the weights are the same bit for bit, stopped or not. Raises InputError for
+    whatever a person can put right; what was saved before is then still there.
+    """
+    accelerator = start_processes(config)
+    folder = RunFolder(config.out or f"runs/{config.model}")
+    with ExitStack() as stack:
+        on_main(accelerator, lambda: stack.enter_context(folder.locked()))
+        run = set_up(config, accelerator, folder)
+        interrupt = stack.enter_context(Interrupt())
+        stack.enter_context(run.progress)
+        return fit(run, interrupt)
+
+
+def fit(run: Run, interrupt: Interrupt) -> RunResult:
+    """The loop itself: epochs of updates, each closed by an evaluation."""
+    config, at, asked = run.config, run.at, 0
+    if at.finished:
+        run.progress.say(f"{run.folder.path} is finished: {at.finished}")
+    while not at.finished and not asked:
+        run.begin_epoch()
+        for batch in run.batches():
+            asked = update(run, batch, interrupt)
+            if at.step % config.log_every == 0:
+                run.log_training()
+            if at.step >= run.total_steps:
+                at.finished = "all epochs" if config.max_steps is None else "all steps"
+            elif run.share_done >= 1:
+                at.finished = "time limit"
+            if at.finished or asked:
+                break
+            if at.seconds - run.saved_at >= 60 * config.save_every:
+                run.save_state()
+        else:
+            at.epoch, at.batch = at.epoch + 1, 0
+        if at.finished or (at.batch == 0 and at.epoch % config.eval_every == 0):
+            score(run)
+        if at.finished or asked:
+            run.save_state()
+    reason = at.finished or signal.Signals(asked).name
+    return RunResult(
+        run.folder.path, reason, 0 if at.finished else asked, at.step, at.best, at.seconds
+    )
+
+
+def update(run: Run, batch: TrainBatch, interrupt: Interrupt) -> int:
+    """One optimiser step on one global batch. Returns the signal that any process received, or 0.
+
+    Raises InputError, before anything is changed, when loss or gradient is not finite.
+    """
+    config, at = run.config, run.at
+    rate = learning_rate(
+        config,
+        at.step,
+        done=run.share_done,
+        warmup_steps=run.warmup_steps,
+        total_steps=run.total_steps,
+    )
+    for group in run.optimizer.param_groups:
+        group["lr"] = rate * group["lr_scale"]
+    seed_update(config, at.step, run.rank)
+    images, targets = to_device(run, batch)
+    own_loss = backward(run, images, targets)
+    own_norm = clip_gradients(run.net, config.clip_grad)
+    loss, norm, seconds, asked = mean_over_processes(
+        run.accelerator, own_loss, own_norm, time.monotonic() - run.started, interrupt.asked
+    )
+    if not math.isfinite(loss + norm):
+        raise keep_batch(run, batch, images, targets)
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    if run.ema is not None:
+        run.ema.update(run.model, at.step)
+    at.step, at.batch = at.step + 1, batch.step + 1
+    at.images += len(images) * run.world
+    at.seconds = seconds
+    at.losses = (*at.losses, loss)
+    run.rate, run.norm = rate, norm
+    epoch = f"epoch {at.epoch + 1}/{config.epochs}"
+    run.progress.step(at.step, epoch, len(images) * run.world, loss, seconds)
+    return (interrupt.asked or signal.SIGTERM) if asked else 0
+
+
+def backward(run: Run, images: Tensor, targets: Tensor) -> Tensor:
+    """Gradients of the mean loss over this process's share of a batch, in `accumulate` parts; the loss."""
+    total = torch.zeros((), device=images.device)
+    parts = list(
+        zip(images.chunk(run.config.accumulate), targets.chunk(run.config.accumulate), strict=True)
+    )
+    for i, (x, y) in enumerate(parts):
+        alone = i + 1 < len(parts)  # processes add up their gradients once, with the last part
+        with run.accelerator.no_sync(run.net) if alone else nullcontext():
+            with torch.autocast(
+                x.device.type, torch.bfloat16, enabled=run.config.precision == "bf16"
+            ):
+                logits = run.net(x)
+            loss = loss_of(logits, y, run.config) * (len(x) / len(images))
+            run.accelerator.backward(loss)
+        total += loss.detach()
+    return total
+
+
+def to_device(run: Run, batch: TrainBatch) -> tuple[Tensor, Tensor]:
+    """Normalised pictures (b, 3, h, w) and targets, on the device."""
+    device, p = run.accelerator.device, run.model.preprocessing
+    images = batch.images.to(device, non_blocking=True).float()
+    mean = images.new_tensor(p.mean)[:, None, None] * 255
+    std = images.new_tensor(p.std)[:, None, None] * 255
+    images = (images - mean) / std
+    labels = batch.labels.to(device, non_blocking=True)
+    key = (run.config.seed, run.at.epoch, batch.step)
+    classes = len(run.model.classes)
+    return mix(images, labels, run.config.augmentation, key, num_classes=classes)
+
+
+def score(run: Run) -> None:
+    """Evaluate what is to be used (the average, where one is kept); save it as last/ and perhaps best/."""
+    config, at = run.config, run.at
+    with run.ema.applied(run.model) if run.ema is not None else nullcontext():
+        share_buffers(run.model)
+        scores = evaluate(
+            run.model,
+            run.val_data,
+            batch_size=max(1, config.batch_size // run.world),
+            workers=run.workers,
+            rank=run.rank,
+            world=run.world,
+            predictions=True,
+        )
+        names = ["last"]
+        if at.best is None or scores["top1"] > at.best:
+            at.best, at.best_step, at.stale = scores["top1"], at.step, 0
+            names.append("best")
+        else:
+            at.stale += 1
+        if config.keep_every and at.epoch % config.keep_every == 0:
+            names.append(f"epoch-{at.epoch:04d}")
+        run.save_model(names, scores)
+    run.log_evaluation(scores)
+    if config.early_stopping is not None and at.stale >= config.early_stopping and not at.finished:
+        at.finished = f"no better score in {at.stale} evaluations"

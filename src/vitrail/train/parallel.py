@@ -1,0 +1,133 @@
+"""One process or many: what a run asks of Accelerate and torch.distributed.
+
+The same command runs alone, under `torchrun -m vitrail train ...` and under `accelerate launch`. Data
+parallel on CPU (gloo) and GPU: gradients are averaged, so a global batch gives the same update however many
+share it. BatchNorm normalises by the whole batch on GPUs (SyncBatchNorm); on a CPU every process normalises
+by its own share, and rank 0's running statistics are kept, because torch has no synchronised form there.
+"""
+
+import os
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from vitrail.train.config import TrainConfig
+from vitrail.train.optim import is_block
+from vitrail_runtime.errors import InputError
+
+T = TypeVar("T")
+
+
+def start_processes(config: TrainConfig) -> Accelerator:
+    """Join the other processes, where a launcher started some, and settle device and threads."""
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("device is 'cuda', but torch sees no GPU here; use --device cpu, or auto")
+    on_cpu = config.device == "cpu" or not torch.cuda.is_available()
+    accelerator = Accelerator(cpu=on_cpu)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    elif "OMP_NUM_THREADS" not in os.environ:
+        # Math threads that share cores with the workers, or with another process's math threads, wait
+        # for each other at every layer: give every process its own cores.
+        local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        share = cores() // local_world - choose_workers(config, accelerator)
+        torch.set_num_threads(max(1, share))
+    return accelerator
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def choose_workers(config: TrainConfig, accelerator: Accelerator) -> int:
+    """Reading processes: as configured; else some cores beside a GPU, and none beside the math of a CPU."""
+    if config.workers is not None:
+        return config.workers
+    if accelerator.device.type == "cpu":
+        return 0
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, min(8, cores() // local_world - 1))
+
+
+def check_world(config: TrainConfig, world: int) -> None:
+    """Raise InputError unless every process gets an equal share of every part of a batch."""
+    shares = world * config.accumulate
+    if config.batch_size % shares:
+        nearest = max(shares, round(config.batch_size / shares) * shares)
+        parts = f" in {config.accumulate} parts each" if config.accumulate > 1 else ""
+        raise InputError(
+            f"{world} processes{parts} cannot share a batch of {config.batch_size} equally; "
+            f"the nearest batch size that they can is {nearest}: --batch-size {nearest}"
+        )
+
+
+def distribute(model: Any, config: TrainConfig, accelerator: Accelerator) -> nn.Module:
+    """The model as this process trains it. Parameters must be on the device already."""
+    if accelerator.num_processes == 1:
+        return model
+    if config.parallel == "data":
+        return accelerator.prepare(model)
+    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    for name, module in list(model.named_modules()):
+        if is_block(name):  # gathered one block at a time, so no process ever holds the whole
+            fully_shard(module, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def synchronised_batchnorm(model: Any, accelerator: Accelerator) -> Any:
+    """BatchNorm over the whole global batch where the device has it: on GPUs."""
+    if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return model
+
+
+def share_buffers(model: nn.Module) -> None:
+    """Give every process rank 0's running statistics, before all of them evaluate."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)
+
+
+def on_main(accelerator: Accelerator, action: Callable[[], T]) -> T | None:
+    """Do something on rank 0 alone. An InputError there ends every process: rank 0 tells, others leave."""
+    error: list[str | None] = [None]
+    result = None
+    if accelerator.is_main_process:
+        try:
+            result = action()
+        except InputError as problem:
+            error = [str(problem)]
+    if accelerator.num_processes > 1:
+        dist.broadcast_object_list(error, src=0)
+    if error[0] is not None:
+        if accelerator.is_main_process:
+            raise InputError(error[0])
+        raise SystemExit(2)
+    return result
+
+
+def mean_over_processes(accelerator: Accelerator, *values: float | Tensor) -> list[float]:
+    """The mean of each value over all processes, so that all of them decide alike. NaN stays NaN."""
+    stacked = torch.stack(
+        [torch.as_tensor(v).to(accelerator.device, torch.float64) for v in values]
+    )
+    if accelerator.num_processes > 1:
+        dist.all_reduce(stacked)
+        stacked /= accelerator.num_processes
+    return stacked.tolist()
+
+
+def clip_gradients(model: nn.Module, largest: float | None) -> Tensor:
+    """Scale gradients down to the norm `largest`, over all parameters; returns the norm before."""
+    norm = nn.utils.clip_grad_norm_(
+        model.parameters(), float("inf") if largest is None else largest
+    )
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm

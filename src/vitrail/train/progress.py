@@ -1,0 +1,93 @@
+"""What a person sees while a run works: a bar with throughput and time left, or lines without a terminal."""
+
+import sys
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, TaskProgressColumn, TextColumn
+from rich.progress import Progress as Bar
+
+
+class Progress:
+    """Shows steps on stderr. Only the main process speaks; stdout stays free for results.
+
+    total: updates of the whole run. minutes: its time limit. Speed is that of this start.
+    """
+
+    def __init__(self, total: int, *, minutes: float | None, speaks: bool) -> None:
+        self.total = total
+        self.limit = None if minutes is None else 60 * minutes
+        self.speaks = speaks
+        self.console = Console(stderr=True, quiet=not speaks)
+        self.bar: Bar | None = None
+        if speaks and self.console.is_terminal:
+            columns = (
+                TextColumn("{task.fields[epoch]}"),
+                BarColumn(),
+                TaskProgressColumn(),
+                TextColumn("{task.fields[figures]}"),
+            )
+            self.bar = Bar(*columns, console=self.console, transient=True)
+            self.task = self.bar.add_task("", total=1.0, epoch="starting", figures="")
+
+    def __enter__(self) -> "Progress":
+        self.images, self.busy = 0, 0.0
+        self.reported = self.last = time.monotonic()
+        if self.bar is not None:
+            self.bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+    def step(self, step: int, epoch: str, images: int, loss: float, seconds: float) -> None:
+        """One update more: its number, pictures seen by it, its loss, training seconds of the whole run."""
+        if not self.speaks:
+            return
+        now = time.monotonic()
+        self.images += images
+        self.busy += now - self.last
+        self.last = now
+        share = (
+            step / self.total
+            if self.limit is None
+            else max(step / self.total, seconds / self.limit)
+        )
+        left = _left(share, seconds)
+        figures = f"loss {loss:.3f}  {self.rate:.0f} images/s  {left} left"
+        if self.bar is not None:
+            self.bar.update(self.task, completed=share, epoch=epoch, figures=figures)
+        elif now - self.reported >= 15:
+            self.reported = now
+            self.say(f"{epoch}  step {step}/{self.total}  {figures}")
+
+    @property
+    def rate(self) -> float:
+        """Pictures per second of training since this start."""
+        return self.images / max(self.busy, 1e-9)
+
+    def begin_epoch(self) -> None:
+        """Training goes on; what passed since the last update (an evaluation) does not count."""
+        self.last = time.monotonic()
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        if self.bar is not None:
+            self.bar.console.print(text, highlight=False, markup=False)
+        elif self.speaks:
+            print(text, file=sys.stderr, flush=True)
+
+
+def _left(share: float, seconds: float) -> str:
+    if share <= 0:
+        return "?"
+    rest = int(seconds * (1 - share) / share)
+    hours, minutes = divmod(rest // 60, 60)
+    return f"{hours}:{minutes:02d}:{rest % 60:02d}" if hours else f"{minutes}:{rest % 60:02d}"

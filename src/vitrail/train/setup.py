@@ -1,0 +1,308 @@
+"""What a run is made of, from its configuration: data, plan, model, optimiser, and where it stands."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from vitrail import models
+from vitrail.configuration import from_dict, to_dict
+from vitrail.data.images import ImageData, open_data
+from vitrail.data.loader import TrainBatch, TrainLoader
+from vitrail.data.plan import BatchPlan, balanced_weights
+from vitrail.registry import backbone_entry
+from vitrail.train.config import TrainConfig, differences
+from vitrail.train.ema import Ema
+from vitrail.train.folder import RunFolder, explained
+from vitrail.train.optim import create_optimizer
+from vitrail.train.parallel import (
+    check_world,
+    choose_workers,
+    distribute,
+    on_main,
+    synchronised_batchnorm,
+)
+from vitrail.train.progress import Progress
+from vitrail.train.state import Position, gather, read_state, restore, states, whole, write_state
+from vitrail_runtime.errors import InputError
+
+
+@dataclass
+class Run:
+    """A run that stands somewhere. `net` is `model` as the processes train it: the same parameters."""
+
+    config: TrainConfig
+    accelerator: Accelerator
+    folder: RunFolder
+    train_data: ImageData
+    val_data: ImageData
+    plan: BatchPlan
+    loader: TrainLoader
+    model: Any
+    net: nn.Module
+    optimizer: torch.optim.Optimizer
+    ema: Ema | None
+    progress: Progress
+    at: Position
+    total_steps: int
+    warmup_steps: int
+    started: float = 0.0  # on the monotonic clock, moved back by the time of earlier starts
+    saved_at: float = 0.0  # training seconds
+    rate: float = 0.0  # learning rate and gradient norm of the last update
+    norm: float = 0.0
+
+    @property
+    def rank(self) -> int:
+        return self.accelerator.process_index
+
+    @property
+    def world(self) -> int:
+        return self.accelerator.num_processes
+
+    @property
+    def workers(self) -> int:
+        return choose_workers(self.config, self.accelerator)
+
+    @property
+    def share_done(self) -> float:
+        """How much of the run is over, by steps or by time, whichever is further."""
+        by_steps = self.at.step / self.total_steps
+        limit = self.config.max_minutes
+        return by_steps if limit is None else max(by_steps, self.at.seconds / (60 * limit))
+
+    def batches(self) -> Iterator[TrainBatch]:
+        """What is left of the epoch that the run stands in: this process's share of each batch."""
+        return self.loader.epoch(self.at.epoch, self.at.batch)
+
+    def begin_epoch(self) -> None:
+        """Training mode, save for a frozen backbone: its dropout and running statistics stay still."""
+        self.progress.begin_epoch()
+        self.net.train()
+        if self.config.train_only == "head":
+            self.model.backbone.eval()
+
+    def log_training(self) -> None:
+        """A row with the mean loss since the last one."""
+        at = self.at
+        self._add_row(
+            kind="train",
+            loss=sum(at.losses) / len(at.losses),
+            lr=self.rate,
+            grad_norm=self.norm,
+            images_per_second=round(self.progress.rate, 1),
+        )
+        at.losses = ()
+
+    def log_evaluation(self, scores: dict[str, Any]) -> None:
+        """A row with the scores, and a line for the person who waits."""
+        figures = {k: scores[k] for k in ("top1", "top5", "loss", "num_images")}
+        self._add_row(kind="eval", **figures, best=self.at.best)
+        mark = " (best)" if self.at.best_step == self.at.step else ""
+        self.progress.say(
+            f"epoch {self.at.step / self.total_steps * self.config.epochs:.1f}  step {self.at.step}  "
+            f"val loss {scores['loss']:.4f}  top-1 {scores['top1']:.4f}{mark}"
+        )
+
+    def _add_row(self, *, kind: str, **figures: Any) -> None:
+        at = self.at
+        row = {"kind": kind, "step": at.step, "epoch": at.epoch, "images": at.images}
+        if self.accelerator.is_main_process:
+            with explained(self.folder):
+                self.folder.add_row(row | figures | {"seconds": round(at.seconds, 3)})
+        at.rows += 1
+
+    def save_state(self) -> None:
+        """Write where the run stands, so that it can go on from here."""
+        tensors = gather(self.model, self.optimizer, self.ema)
+        if self.accelerator.is_main_process:
+            with explained(self.folder):
+                about = _identity(self.config, self.train_data)
+                write_state(self.folder.state, tensors, self.at, about, keep=self.config.keep)
+        self.saved_at = self.at.seconds
+
+    def save_model(self, names: list[str], scores: dict[str, Any]) -> None:
+        """Write the model as it stands, with its scores and predictions, to folders of these names."""
+        state = {key: whole(value) for key, value in self.model.state_dict().items()}
+        if not self.accelerator.is_main_process:
+            return
+        with torch.device("meta"):
+            model = build_model(replace(self.config, weights=None), self.train_data.classes)
+        model.load_state_dict(state, assign=True)
+        figures = {key: value for key, value in scores.items() if key != "predictions"}
+        for name in names:
+            with explained(self.folder), self.folder.replacing(name) as new:
+                models.save(model, new, metrics=figures)
+                np.savez_compressed(new / "predictions.npz", **scores["predictions"])
+
+
+def set_up(config: TrainConfig, accelerator: Accelerator, folder: RunFolder) -> Run:
+    """Build everything and bring it to where the run in `folder` stopped, if one did."""
+    check_world(config, accelerator.num_processes)
+    train_data = open_data(config.data, "train", skip_broken=config.skip_broken)
+    val_data = open_data(
+        config.data, "val", classes=train_data.classes, skip_broken=config.skip_broken
+    )
+    saved = on_main(accelerator, lambda: find_state(config, folder, train_data))
+
+    torch.manual_seed(config.seed)
+    model = build_model(config, train_data.classes).to(accelerator.device)
+    if config.train_only == "head":
+        model.backbone.requires_grad_(False)
+    model = synchronised_batchnorm(model, accelerator)
+    net = distribute(model, config, accelerator)
+    optimizer = create_optimizer(model, config)
+    ema = Ema(model, config.ema) if config.ema else None
+    position = Position()
+    if saved is not None:
+        tensors, position, _ = read_state(saved)
+        restore(tensors, model, optimizer, ema)
+
+    plan = build_plan(config, train_data, model.preprocessing.size)
+    per_epoch = [plan.steps(epoch) for epoch in range(config.epochs)]
+    total = min(sum(per_epoch), config.max_steps or sum(per_epoch))
+    warmup = min(round(config.warmup_epochs * sum(per_epoch) / config.epochs), total // 2)
+    progress = Progress(total, minutes=config.max_minutes, speaks=accelerator.is_main_process)
+    augmentation = replace(
+        config.augmentation, mean=model.preprocessing.mean, std=model.preprocessing.std
+    )
+    loader = TrainLoader(
+        train_data,
+        plan,
+        augmentation,
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+        workers=choose_workers(config, accelerator),
+        pin_memory=accelerator.device.type == "cuda",
+    )
+    run = Run(
+        config=config,
+        accelerator=accelerator,
+        folder=folder,
+        train_data=train_data,
+        val_data=val_data,
+        plan=plan,
+        loader=loader,
+        model=model,
+        net=net,
+        optimizer=optimizer,
+        ema=ema,
+        progress=progress,
+        at=position,
+        total_steps=total,
+        warmup_steps=warmup,
+    )
+    run.started = time.monotonic() - position.seconds
+    run.saved_at = position.seconds
+    return run
+
+
+def build_model(config: TrainConfig, classes: tuple[str, ...]) -> Any:
+    """The model of a configuration, with its starting weights, for pictures of the configured size."""
+    extra = model_fields(config)
+    weights = config.weights and starting_weights(config.weights, classes)
+    model: Any = models.create_model(config.model, classes=classes, weights=weights, **extra)
+    changes: dict[str, Any] = {}
+    if config.image_size is not None:
+        changes["size"] = (config.image_size, config.image_size)
+    if config.crop_pct is not None:
+        changes["crop_pct"] = config.crop_pct
+    models.describe(
+        model, replace(model.info, preprocessing=replace(model.preprocessing, **changes))
+    )
+    if config.grad_checkpointing:
+        if not hasattr(model.backbone, "grad_checkpointing"):
+            raise InputError(
+                f"{config.model} has no blocks to recompute; drop --grad-checkpointing"
+            )
+        model.backbone.grad_checkpointing = True
+    return model
+
+
+def model_fields(config: TrainConfig) -> dict[str, Any]:
+    """Fields of the paper's config that the run sets, as that config's types: YAML knows lists only."""
+    default = backbone_entry(config.model).config
+    given = dict(config.model_fields)
+    if config.image_size is not None and any(f.name == "image_size" for f in fields(default)):
+        given["image_size"] = config.image_size
+    where = f"model_fields of {config.model}"
+    full = from_dict(type(default), to_dict(default) | given, where=where)
+    return {name: getattr(full, name) for name in given}
+
+
+def starting_weights(source: str, classes: tuple[str, ...]) -> Any:
+    """What `create_model` gets: of a model of ours for other classes, the backbone alone.
+
+    A head of as many classes with other names would load, and start out calling everything by a wrong name.
+    """
+    folder = Path(source)
+    if (folder / "config.json").is_file():
+        there = models.read_config(folder).get("classes")
+        if there is not None and tuple(there) != tuple(classes):
+            return {"backbone": source}
+    return source
+
+
+def build_plan(config: TrainConfig, data: ImageData, size: tuple[int, int]) -> BatchPlan:
+    """Which pictures in which step. A data set smaller than one batch is an InputError of the plan."""
+    return BatchPlan(
+        length=len(data),
+        batch_size=config.batch_size,
+        size=size,
+        seed=config.seed,
+        scales=tuple((side, side) for side in config.sizes),
+        weights=balanced_weights(data.labels) if config.sampling == "balanced" else None,
+        repeats=config.repeats,
+    )
+
+
+def seed_update(config: TrainConfig, step: int, rank: int) -> None:
+    """Let dropout and stochastic depth draw by the number of the update: no random state to keep."""
+    key = np.random.SeedSequence([config.seed, step, rank]).generate_state(1, np.uint64)[0]
+    torch.manual_seed(int(key >> 1))
+
+
+def find_state(config: TrainConfig, folder: RunFolder, data: ImageData) -> Path | None:
+    """The newest whole state in a run folder, None in a new one.
+
+    Raises InputError when the folder is another run's (saying what differs), or a newer version's.
+    """
+    problems = []
+    for path in states(folder.state):
+        try:
+            _, position, about = read_state(path)
+        except InputError as error:
+            if "newer vitrail" in str(error):
+                raise
+            problems.append(str(error))  # damaged after it was written; the one before will do
+            continue
+        theirs = from_dict(TrainConfig, about["config"], where=str(path))
+        lines = differences(config, theirs)
+        if about["data"] != data.content_hash:
+            lines.append("data: not the same pictures")
+        if lines:
+            raise InputError(
+                f"{folder.path} holds another run, {position.step} steps on:\n  "
+                + "\n  ".join(lines)
+                + "\ngive another --out, or the configuration of that run to go on with it: "
+                f"--config {folder.config}; to start from its weights: --weights {folder.path / 'last'}"
+            )
+        folder.keep_rows(position.rows)
+        return path
+    if problems:
+        raise InputError(
+            "\n".join(problems) + f"\nno whole state is left; delete {folder.state} to start over"
+        )
+    if folder.metrics.is_file():
+        folder.keep_rows(0)  # stopped before the first state: starts over
+    folder.write_config(config)
+    return None
+
+
+def _identity(config: TrainConfig, data: ImageData) -> dict[str, Any]:
+    return {"config": to_dict(config), "data": data.content_hash, "classes": list(data.classes)}

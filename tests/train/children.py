@@ -1,0 +1,59 @@
+"""Runs in processes of their own, which a test may kill. Forked, so that they start in milliseconds."""
+
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import torch
+
+import vitrail.metrics  # noqa: F401  (imported once, before the forks)
+from vitrail.train.config import TrainConfig
+from vitrail.train.loop import train
+
+CONTEXT = multiprocessing.get_context("fork")
+
+
+def run(config: TrainConfig, *, kill_after: float | None = None, dies_at: str = "") -> int:
+    """Train in a child; the exit code. It is killed after some seconds, or kills itself inside a function.
+
+    dies_at: "rename:N" at the N-th rename of a file (0 based), before it happens.
+    """
+    child = CONTEXT.Process(target=_child, args=(config, dies_at))
+    child.start()
+    child.join(kill_after)
+    if child.is_alive():
+        child.kill()
+        child.join()
+    return child.exitcode
+
+
+def ask_to_stop(config: TrainConfig, number: int) -> int:
+    """Train in a child, send it a signal as soon as it has logged something; the exit code."""
+    child = CONTEXT.Process(target=_child, args=(config, ""))
+    child.start()
+    metrics = Path(config.out) / "metrics.jsonl"
+    while child.is_alive() and not (metrics.is_file() and metrics.stat().st_size):
+        time.sleep(0.01)
+    os.kill(child.pid, number)
+    child.join()
+    return child.exitcode
+
+
+def _child(config: TrainConfig, dies_at: str) -> None:
+    torch.set_num_threads(1)  # the parent's math threads do not exist in a fork
+    if dies_at:
+        count = int(dies_at.partition(":")[2])
+        real = os.replace
+
+        def replace(*args, **kwargs) -> None:
+            nonlocal count
+            if count == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            count -= 1
+            real(*args, **kwargs)
+
+        os.replace = replace
+    result = train(config)
+    os._exit(128 + result.signal if result.signal else 0)

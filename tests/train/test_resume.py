@@ -1,0 +1,96 @@
+"""A run that is killed, whenever, ends with the weights of one that is not, bit for bit."""
+
+import random
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.train.children import ask_to_stop, run
+from tests.train.conftest import tiny_config
+from vitrail.train.folder import RunFolder
+from vitrail.train.loop import train
+from vitrail.train.state import read_state, states
+
+
+def config_for(data: Path, out: Path, **changes):
+    """All that has a memory: AdamW, averaged weights, running statistics; a state after every update."""
+    settings = {"epochs": 2, "ema": 0.9, "save_every": 0.0, "eval_every": 2}
+    return tiny_config(data, out, **(settings | changes))
+
+
+def same(ours: Path, theirs: Path) -> bool:
+    """Models, averages and optimiser's memory equal in every bit, and the same rows logged but for clocks."""
+    pairs = [
+        (load_file(o / "last" / "model.safetensors"), read_state(states(o / "state")[0])[0])
+        for o in (ours, theirs)
+    ]
+    (model, state), (other_model, other_state) = pairs
+    assert model.keys() == other_model.keys()
+    assert state.keys() == other_state.keys()
+    return (
+        all(torch.equal(model[k], other_model[k]) for k in model)
+        and all(torch.equal(state[k], other_state[k]) for k in state)
+        and rows(ours) == rows(theirs)
+    )
+
+
+def rows(out: Path) -> list[dict]:
+    clocks = ("seconds", "images_per_second")
+    return [{k: v for k, v in r.items() if k not in clocks} for r in RunFolder(out).rows()]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(pictures, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("whole") / "run"
+    assert run(config_for(pictures, out)) == 0
+    return out
+
+
+def test_a_run_that_dies_before_any_rename_of_a_checkpoint_ends_the_same(
+    pictures, tmp_path, uninterrupted
+):
+    out = tmp_path / "run"
+    died = 0
+    for renames in (1, 2, 3, 5, 0):  # each start gets a little further and dies at another write
+        died += run(config_for(pictures, out), dies_at=f"rename:{renames}") == -signal.SIGKILL
+    assert died == 5
+    assert run(config_for(pictures, out)) == 0
+    assert same(out, uninterrupted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_a_run_killed_at_random_moments_ends_the_same(pictures, tmp_path, uninterrupted, seed):
+    moments = random.Random(seed)
+    out = tmp_path / "run"
+    kills = 0
+    for _ in range(60):
+        code = run(config_for(pictures, out), kill_after=moments.uniform(0.2, 3.0))
+        kills += code == -signal.SIGKILL
+        if code == 0:
+            break
+    else:
+        assert run(config_for(pictures, out)) == 0
+    assert kills > 0
+    assert same(out, uninterrupted)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_the_run_which_then_goes_on(pictures, tmp_path, uninterrupted, number):
+    out = tmp_path / "run"
+    config = config_for(pictures, out)
+    assert ask_to_stop(replace(config, save_every=60.0), number) == 128 + number
+    assert len(states(out / "state")) == 1
+    assert run(config) == 0
+    assert same(out, uninterrupted)
+
+
+def test_a_finished_run_is_left_as_it_is(pictures, tmp_path, uninterrupted):
+    before = {p: p.stat().st_mtime_ns for p in uninterrupted.rglob("*.safetensors")}
+    result = train(config_for(pictures, uninterrupted))
+    assert result.reason == "all epochs"
+    assert {p: p.stat().st_mtime_ns for p in uninterrupted.rglob("*.safetensors")} == before
