@@ -71,7 +71,8 @@ def pad_to_multiple(x: Tensor, multiple: int | tuple[int, int]) -> Tensor:
     """
     mh, mw = (multiple, multiple) if isinstance(multiple, int) else multiple
     height, width = x.shape[-2:]
-    pad = (0, -width % mw, 0, -height % mh)
+    # Rounded up by whole divisions: of such a size a tracer proves that it is divisible.
+    pad = (0, (width + mw - 1) // mw * mw - width, 0, (height + mh - 1) // mh * mh - height)
     if not torch.compiler.is_compiling() and pad == (0, 0, 0, 0):
         return x
     return F.pad(x, pad)
