@@ -1,0 +1,122 @@
+"""DeiT (Touvron et al., "Training data-efficient image transformers & distillation through attention",
+ICML 2021, https://arxiv.org/abs/2012.12877).
+
+A plain ViT learns from ImageNet alone when the training is right. With a teacher, a second learned token, the
+distillation token, travels beside the class token: its own classifier answers the teacher's label, the class
+token's the true one, and the two answers are averaged at test time.
+
+Unlike the official code: the head averages in training too, and `both` gives the two answers for the loss.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from torch import Tensor, nn
+
+from vitrail.backbones.vit import (
+    BASE,
+    HUGGINGFACE_EMBEDDING,
+    SMALL,
+    TIMM_MARKS,
+    TINY,
+    ViT,
+    ViTConfig,
+    ViTHead,
+    from_huggingface,
+    from_timm,
+)
+from vitrail.features import Features, FeatureSpec
+from vitrail.registry import Layout, Published, register_backbone
+from vitrail_runtime.preprocess import Preprocessing
+
+PLAIN = {"deit_tiny": TINY, "deit_small": SMALL, "deit_base": BASE}  # Table 1
+VARIANTS = {f"{name}_patch16": size for name, size in PLAIN.items()} | {
+    f"{name}_distilled_patch16": replace(size, distillation_token=True)
+    for name, size in PLAIN.items()
+}
+
+
+class DeiT(ViT):
+    """A ViT; its config says whether there is a distillation token."""
+
+
+class DistilledHead(nn.Module):
+    """One zero-initialised linear classifier per token. Features -> (B, num_classes), their mean."""
+
+    def __init__(
+        self, config: ViTConfig, specs: Mapping[str, FeatureSpec], num_classes: int
+    ) -> None:
+        super().__init__()
+        self.fc = nn.Linear(config.embed_dim, num_classes)
+        self.fc_dist = nn.Linear(config.embed_dim, num_classes)
+        for layer in (self.fc, self.fc_dist):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, features: Features) -> Tensor:
+        from_class, from_teacher = self.both(features)
+        return (from_class + from_teacher) / 2
+
+    def both(self, features: Features) -> tuple[Tensor, Tensor]:
+        """Logits of the class token, for the true label, and of the distillation token, for the teacher's."""
+        assert features.prefix is not None
+        return self.fc(features.prefix[:, 0]), self.fc_dist(features.prefix[:, 1])
+
+
+def deit_tail(config: ViTConfig, specs: Mapping[str, FeatureSpec], num_classes: int) -> nn.Module:
+    """Two classifiers where there is a distillation token, ViT's head otherwise."""
+    head = DistilledHead if config.distillation_token else ViTHead
+    return head(config, specs, num_classes)
+
+
+LAYOUTS = {
+    "timm": Layout(from_timm, TIMM_MARKS, source="DeiT's official files, timm"),
+    "huggingface_plain": Layout(
+        from_huggingface,
+        (f"vit.{HUGGINGFACE_EMBEDDING}", "vit.embeddings.position_embeddings"),
+        may_leave=("vit.pooler.*",),
+        source="Hugging Face ViTForImageClassification",
+    ),
+    "huggingface": Layout(
+        from_huggingface,
+        (f"deit.{HUGGINGFACE_EMBEDDING}", "deit.embeddings.distillation_token"),
+        may_leave=("deit.pooler.*",),
+        source="Hugging Face DeiTForImageClassificationWithTeacher",
+    ),
+    "huggingface_base": Layout(
+        from_huggingface,
+        (HUGGINGFACE_EMBEDDING, "embeddings.position_embeddings", "layernorm.weight"),
+        may_leave=("pooler.*",),
+        source="Hugging Face DeiTModel",
+    ),
+}
+
+HEADLESS = "the paper's count has no classifier"
+PUBLISHED = {  # Tables 5 and 7; MACs as in Swin, Table 1
+    "deit_tiny_patch16": Published(params=5, top1=72.2, note=HEADLESS),
+    "deit_small_patch16": Published(params=22, macs=4.6, top1=79.8),
+    "deit_base_patch16": Published(params=86, macs=17.5, top1=81.8, note=HEADLESS),
+    "deit_tiny_distilled_patch16": Published(params=6, top1=74.5),
+    "deit_small_distilled_patch16": Published(params=22, top1=81.2),
+    "deit_base_distilled_patch16": Published(params=87, top1=83.4),
+}
+
+register_backbone(
+    DeiT,
+    VARIANTS,
+    tiny=ViTConfig(
+        embed_dim=32,
+        depth=2,
+        num_heads=2,
+        patch_size=8,
+        image_size=32,
+        mlp_ratio=2.0,
+        attn_every=2,
+        drop_path_rate=0.1,
+        distillation_token=True,
+    ),
+    layouts=LAYOUTS,
+    tail=deit_tail,
+    preprocessing=Preprocessing(crop_pct=0.9),
+    published=PUBLISHED,
+)

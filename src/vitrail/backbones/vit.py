@@ -1,0 +1,721 @@
+"""ViT (Dosovitskiy et al., "An Image is Worth 16x16 Words: Transformers for Image Recognition at Scale",
+ICLR 2021, https://arxiv.org/abs/2010.11929).
+
+An image is cut into square patches, each patch becomes one token by a linear projection, a learned table
+tells where it stood, and a pre-norm transformer does the rest; a class token collects what the head reads.
+
+DeiT and DINOv2 are this network with other tokens, a LayerScale and a SwiGLU: the parts stand here, and what
+else these papers bring stands in deit.py and dinov2.py.
+
+Unlike the official code: every image size is taken (zeros fill up the last patches at the right and the
+bottom; the position table is resampled bicubically to the grid); the final norm is applied to the map and the
+prefix tokens, so average pooling reads normed tokens; new weights are drawn from a normal of std 0.02.
+Dropout inside the blocks is left out: the recipes since DeiT use stochastic depth instead.
+"""
+
+import itertools
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from vitrail.features import Features, FeatureSpec, check_images, level_name, pad_to_multiple
+from vitrail.layers.mlp import Mlp
+from vitrail.layers.position import resample_positions, resize_patch_embedding
+from vitrail.layers.residual import DropPath, LayerScale, drop_path_schedule
+from vitrail.packing import PackedFeatures, PackedImages, patch_grid
+from vitrail.registry import Layout, Published, Tensors, register_backbone
+from vitrail_runtime.errors import InputError
+from vitrail_runtime.preprocess import Preprocessing
+
+Pool = Literal["token", "avg", "both"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViTConfig:
+    embed_dim: int
+    depth: int
+    num_heads: int
+    patch_size: int = 16
+    image_size: int | tuple[int, int] = 224  # pixels; the position table's own grid covers it
+    mlp_ratio: float = 4.0  # width of the hidden layer (of each half of it in SwiGLU) / embed_dim
+    mlp: Literal["gelu", "swiglu"] = "gelu"
+    qkv_bias: bool = True
+    norm_eps: float = 1e-6
+    layer_scale_init: float | None = None  # None: no LayerScale
+    drop_path_rate: float = 0.0  # rate of the last block; earlier blocks grow linearly from zero
+    attn_every: int = 1  # blocks 0, k, 2k, ... attend, the others keep only their MLP
+    stem: Literal["patch", "conv"] = "patch"  # "conv": CMT's three 3x3 convolutions before patching
+    class_token: bool = True
+    distillation_token: bool = False
+    num_reg_tokens: int = 0
+    prefix_positions: bool = True  # the table has rows for the tokens before the patches
+    pos_antialias: bool = True  # how the table is resampled; timm's weights expect True
+    pos_offset: float = 0.0  # added to the grid before its scale is taken; DINOv2 expects 0.1
+    out_blocks: tuple[int, ...] = ()  # blocks whose normed maps "b2", ... are given; (): the last
+    pool: Pool = "token"  # what the head reads
+    head: Literal["linear", "tanh", "mlp"] = "linear"
+    head_hidden_dim: int | None = None  # of the heads "tanh" and "mlp"; None: embed_dim
+
+    def __post_init__(self) -> None:
+        if self.embed_dim % self.num_heads:
+            raise InputError(
+                f"embed_dim {self.embed_dim} must be divisible by num_heads {self.num_heads}"
+            )
+        if self.pool != "avg" and not self.class_token:
+            raise InputError(
+                f"pool={self.pool!r} reads the class token; without one choose pool='avg'"
+            )
+        if self.attn_every < 1:
+            raise InputError(
+                f"attn_every is {self.attn_every}, but must be at least 1 (all blocks)"
+            )
+        if self.stem == "conv" and self.patch_size % 2:
+            raise InputError(f"stem='conv' halves the image: patch_size {self.patch_size} is odd")
+        wrong = [i for i in self.out_blocks if not 0 <= i < self.depth]
+        if wrong or list(self.out_blocks) != sorted(set(self.out_blocks)):
+            raise InputError(
+                f"out_blocks {self.out_blocks} must be rising block numbers from 0 to {self.depth - 1}"
+            )
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        return self.class_token + self.distillation_token + self.num_reg_tokens
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(h, w) of the position table, in patches."""
+        size = self.image_size
+        return patch_grid((size, size) if isinstance(size, int) else size, self.patch_size)
+
+
+TINY = ViTConfig(embed_dim=192, depth=12, num_heads=3)  # DeiT, Table 1
+SMALL = ViTConfig(embed_dim=384, depth=12, num_heads=6)
+BASE = ViTConfig(embed_dim=768, depth=12, num_heads=12)  # ViT, Table 1
+LARGE = ViTConfig(embed_dim=1024, depth=24, num_heads=16)
+HUGE = ViTConfig(embed_dim=1280, depth=32, num_heads=16)
+# Zhai et al., "Scaling Vision Transformers", CVPR 2022, Table 2
+GIANT = ViTConfig(embed_dim=1408, depth=40, num_heads=16, mlp_ratio=6144 / 1408)
+GIGANTIC = ViTConfig(embed_dim=1664, depth=48, num_heads=16, mlp_ratio=8192 / 1664)
+
+VARIANTS = {
+    "vit_tiny_patch16": TINY,
+    "vit_small_patch8": replace(SMALL, patch_size=8),
+    "vit_small_patch16": SMALL,
+    "vit_small_patch32": replace(SMALL, patch_size=32),
+    "vit_base_patch8": replace(BASE, patch_size=8),
+    "vit_base_patch16": BASE,
+    "vit_base_patch32": replace(BASE, patch_size=32),
+    "vit_large_patch14": replace(LARGE, patch_size=14),
+    "vit_large_patch16": LARGE,
+    "vit_large_patch32": replace(LARGE, patch_size=32),
+    "vit_huge_patch14": replace(HUGE, patch_size=14),
+    "vit_giant_patch14": replace(GIANT, patch_size=14),
+    "vit_gigantic_patch14": replace(GIGANTIC, patch_size=14),
+}
+
+
+Run = tuple[int, int]  # images, tokens of each: neighbours of equal length in a packed sequence
+
+
+class KeysValues(NamedTuple):
+    """What a block's tokens offer to whoever attends to them: each (B, heads, N, D)."""
+
+    keys: Tensor
+    values: Tensor
+
+
+class PatchEmbed(nn.Module):
+    """Patches by a strided projection (eq. 1). (B, 3, H, W) -> (B, C, ceil(H / p), ceil(W / p))."""
+
+    def __init__(self, patch_size: int, embed_dim: int, in_chans: int = 3) -> None:
+        super().__init__()
+        self.stride = patch_size
+        self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, patch_size)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.proj(pad_to_multiple(images, self.stride))
+
+    def project(self, patches: Tensor) -> Tensor:
+        """The same for cut patches, in any order: (T, 3 * p * p) -> (T, C)."""
+        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+
+
+class ConvStemEmbed(nn.Module):
+    """The stem of CMT's ablation (Guo et al., CVPR 2022, https://arxiv.org/abs/2107.06263): three 3x3
+    convolutions, the first of stride 2, each followed by GELU and then BatchNorm, before patches of half the
+    size. Shapes as PatchEmbed."""
+
+    def __init__(self, patch_size: int, embed_dim: int, stem_dim: int = 32) -> None:
+        super().__init__()
+        self.stride = patch_size
+        layers: list[nn.Module] = []
+        for in_chans, stride, padding in ((3, 2, 0), (stem_dim, 1, 1), (stem_dim, 1, 1)):
+            conv = nn.Conv2d(in_chans, stem_dim, 3, stride, padding)
+            layers += [conv, nn.GELU(), nn.BatchNorm2d(stem_dim)]
+        self.stem = nn.Sequential(*layers)
+        self.proj = nn.Conv2d(stem_dim, embed_dim, patch_size // 2, patch_size // 2)
+
+    def forward(self, images: Tensor) -> Tensor:
+        # Of even sizes the first convolution reads one zero at the left and the top, and none at the right
+        # and the bottom; padded so, a traced graph halves its sizes without a remainder.
+        x = F.pad(pad_to_multiple(images, self.stride), (1, 0, 1, 0))
+        return self.proj(self.stem(x))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention (appendix A). (B, N, C) -> (B, N, C)."""
+
+    def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(
+        self,
+        x: Tensor,
+        *others: KeysValues | None,
+        record: dict[str, Tensor] | None = None,
+        name: str = "",
+    ) -> tuple[Tensor, KeysValues]:
+        """The result, and the tokens' own keys and values; `others` are attended to as well."""
+        q, k, v = self.heads(self.qkv(x))
+        own = KeysValues(k, v)
+        given = [kv for kv in others if kv is not None]
+        if given:
+            batch = x.shape[0]
+            k = torch.cat([k, *(kv.keys.expand(batch, -1, -1, -1) for kv in given)], dim=2)
+            v = torch.cat([v, *(kv.values.expand(batch, -1, -1, -1) for kv in given)], dim=2)
+        if record is None:
+            out = F.scaled_dot_product_attention(q, k, v)
+        else:
+            weights = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1)
+            record[f"{name}.weights"] = weights  # (B, heads, queries, keys)
+            out = weights @ v
+        return self.proj(out.transpose(1, 2).flatten(2)), own
+
+    def heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, N, 3C) -> queries, keys, values, each (B, heads, N, D)."""
+        q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        return q, k, v
+
+    def keys_values(self, x: Tensor) -> KeysValues:
+        """Keys and values alone: (B, N, C), or (N, C) for every image alike."""
+        dim = x.shape[-1]
+        bias = None if self.qkv.bias is None else self.qkv.bias[dim:]
+        kv = F.linear(x if x.ndim == 3 else x[None], self.qkv.weight[dim:], bias)
+        k, v = kv.unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        return KeysValues(k, v)
+
+    def forward_packed(self, x: Tensor, runs: Sequence[Run]) -> Tensor:
+        """(T, C) -> (T, C): projections over all tokens at once, attention image by image."""
+        outs = []
+        qkv = self.qkv(x)
+        for part, (count, length) in zip(qkv.split([c * n for c, n in runs]), runs, strict=True):
+            q, k, v = self.heads(part.unflatten(0, (count, length)))
+            out = F.scaled_dot_product_attention(q, k, v)
+            outs.append(out.transpose(1, 2).flatten(2).flatten(0, 1))
+        return self.proj(torch.cat(outs) if len(outs) > 1 else outs[0])
+
+
+class SwiGLU(nn.Module):
+    """Gated feed-forward layer (Shazeer, "GLU Variants Improve Transformer", 2020,
+    https://arxiv.org/abs/2002.05202): fc2(silu(gate) * value), both halves from one projection."""
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, 2 * hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.fc1(x).chunk(2, dim=-1)
+        return self.fc2(F.silu(gate) * value)
+
+
+class Block(nn.Module):
+    """Attention, then MLP; each is pre-normed, scaled and added back (eq. 2 and 3). (B, N, C) -> same."""
+
+    def __init__(self, config: ViTConfig, drop_path: float, attends: bool = True) -> None:
+        super().__init__()
+        dim, init = config.embed_dim, config.layer_scale_init
+        self.attn: Attention | None = None
+        if attends:
+            self.norm1 = nn.LayerNorm(dim, config.norm_eps)
+            self.attn = Attention(dim, config.num_heads, config.qkv_bias)
+            self.ls1 = nn.Identity() if init is None else LayerScale(dim, init)
+        self.norm2 = nn.LayerNorm(dim, config.norm_eps)
+        mlp = SwiGLU if config.mlp == "swiglu" else Mlp
+        self.mlp = mlp(dim, round(dim * config.mlp_ratio))
+        self.ls2 = nn.Identity() if init is None else LayerScale(dim, init)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(
+        self,
+        x: Tensor,
+        memory: Tensor | None = None,
+        keys_values: list[KeysValues | None] | None = None,
+        record: dict[str, Tensor] | None = None,
+        name: str = "",
+    ) -> Tensor:
+        """memory: rows (M, C) or (B, M, C) beside the tokens, which are attended to but do not attend and
+        are not handed on (Sandler et al., CVPR 2022, https://arxiv.org/abs/2203.15243, eq. 2).
+        keys_values: a list that the block's own are appended to (None where it does not attend).
+        """
+        own = None
+        if self.attn is not None:
+            extra = None if memory is None else self.keys_values(memory)
+            y, own = self.attn(self.norm1(x), extra, record=record, name=f"{name}.attn")
+            x = x + self.drop_path(self.ls1(y))
+        elif memory is not None:
+            raise InputError(f"{name or 'this block'} does not attend: its memory must be None")
+        if keys_values is not None:
+            keys_values.append(own)
+        return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
+
+    def cross(
+        self, tokens: Tensor, kv: KeysValues | None, memory_kv: KeysValues | None = None
+    ) -> Tensor:
+        """A second stream through this block's weights: (B, Q, C) -> (B, Q, C).
+
+        The tokens attend to themselves, to the base stream's `kv` and to `memory_kv`; the base stream does
+        not see them (the masked form of Sandler et al., section 3.3).
+        """
+        if self.attn is not None:
+            y, _ = self.attn(self.norm1(tokens), kv, memory_kv)
+            tokens = tokens + self.drop_path(self.ls1(y))
+        return tokens + self.drop_path(self.ls2(self.mlp(self.norm2(tokens))))
+
+    def keys_values(self, memory: Tensor) -> KeysValues:
+        """What memory rows (M, C) or (B, M, C) offer: they pass the block's norm like any other token."""
+        assert self.attn is not None, "a block without attention has no keys"
+        return self.attn.keys_values(self.norm1(memory))
+
+    def forward_packed(self, x: Tensor, runs: Sequence[Run]) -> Tensor:
+        """(T, C) tokens of many images, one after another -> same."""
+        if self.attn is not None:
+            y = self.attn.forward_packed(self.norm1(x), runs)
+            x = x + self._drop_images(self.ls1(y), runs)
+        return x + self._drop_images(self.ls2(self.mlp(self.norm2(x))), runs)
+
+    def _drop_images(self, y: Tensor, runs: Sequence[Run]) -> Tensor:
+        """Stochastic depth drops the branch of a whole image, never of single tokens."""
+        if not self.training or self.drop_path.rate == 0.0:
+            return y
+        sizes = [count * length for count, length in runs]
+        parts = [
+            self.drop_path(part.unflatten(0, run)).flatten(0, 1)
+            for part, run in zip(y.split(sizes), runs, strict=True)
+        ]
+        return torch.cat(parts)
+
+
+class ViT(nn.Module):
+    """images (B, 3, H, W) -> Features: one map of stride `patch_size` (or those of `out_blocks`), and the
+    prefix tokens (class, distillation, registers, in this order), all after the final norm.
+
+    patch_embed: another module from images to a map (B, embed_dim, ceil(H / stride), ceil(W / stride)), which
+    has an attribute `stride`. config.patch_size is then that stride: the pixels that one token stands for.
+    """
+
+    def __init__(self, config: ViTConfig, patch_embed: nn.Module | None = None) -> None:
+        super().__init__()
+        self.config = config
+        dim = config.embed_dim
+        if patch_embed is None:
+            embed = ConvStemEmbed if config.stem == "conv" else PatchEmbed
+            patch_embed = embed(config.patch_size, dim)
+        self.patch_embed = patch_embed
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if config.class_token else None
+        self.dist_token = (
+            nn.Parameter(torch.zeros(1, 1, dim)) if config.distillation_token else None
+        )
+        self.reg_token = (
+            nn.Parameter(torch.zeros(1, config.num_reg_tokens, dim))
+            if config.num_reg_tokens
+            else None
+        )
+        self.num_prefix_tokens = config.num_prefix_tokens
+        # Rows of the table that belong to prefix tokens.
+        self.prefix_rows = config.num_prefix_tokens if config.prefix_positions else 0
+        rows = self.prefix_rows + math.prod(config.grid)
+        self.pos_embed = nn.Parameter(torch.zeros(1, rows, dim))
+        rates = drop_path_schedule(config.drop_path_rate, config.depth)
+        blocks = [Block(config, rate, i % config.attn_every == 0) for i, rate in enumerate(rates)]
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = nn.LayerNorm(dim, config.norm_eps)
+
+        spec = FeatureSpec(dim, patch_embed.stride)  # pyright: ignore[reportArgumentType]
+        self.map_names = {i: f"b{i}" for i in config.out_blocks}
+        if not self.map_names:
+            self.map_names = {config.depth - 1: level_name(spec.stride)}
+        self.feature_specs = dict.fromkeys(self.map_names.values(), spec)
+        self.grad_checkpointing = False
+        self._init_weights()
+
+    def _init_weights(self) -> None:
+        for parameter in (self.pos_embed, self.cls_token, self.dist_token, self.reg_token):
+            if parameter is not None:
+                nn.init.trunc_normal_(parameter, std=0.02)
+        for module in self.blocks.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward(
+        self,
+        images: Tensor,
+        record: dict[str, Tensor] | None = None,
+        *,
+        memory: Sequence[Tensor | None] | None = None,
+    ) -> Features:
+        """memory: for each block rows (M, C) or (B, M, C) that all its tokens attend to, or None: the
+        full-attention form of learnable memory (`Block.forward`)."""
+        return self._encode(images, record, memory, None)
+
+    def forward_keys_values(self, images: Tensor) -> tuple[Features, list[KeysValues | None]]:
+        """As `forward`, bit for bit, and each block's keys and values for a second stream (`Block.cross`)."""
+        keys_values: list[KeysValues | None] = []
+        return self._encode(images, None, None, keys_values), keys_values
+
+    def _encode(
+        self,
+        images: Tensor,
+        record: dict[str, Tensor] | None,
+        memory: Sequence[Tensor | None] | None,
+        keys_values: list[KeysValues | None] | None,
+    ) -> Features:
+        check_images(images, self)
+        if memory is not None and len(memory) != len(self.blocks):
+            raise InputError(
+                f"memory has {len(memory)} entries, but {type(self).__name__} has {len(self.blocks)} "
+                "blocks; give one per block, None where it has none"
+            )
+        # What is handed out is kept anyway: computing it again would save nothing.
+        saving = (
+            self.grad_checkpointing and self.training and record is None and keys_values is None
+        )
+        x, grid = self.embed(images)
+        tapped: dict[str, Tensor] = {}
+        normed = x
+        for i, block in enumerate(cast(Iterable[Block], self.blocks)):
+            extra = None if memory is None else memory[i]
+            if saving:
+                x = checkpoint(block, x, extra, use_reentrant=False)
+            else:
+                x = block(x, extra, keys_values, record, f"blocks.{i}")
+            if record is not None:
+                record[f"blocks.{i}"] = x
+            if i in self.map_names:
+                normed = self.norm(x)
+                tapped[self.map_names[i]] = normed
+        if self.config.depth - 1 not in self.map_names:
+            normed = self.norm(x)
+        skip = self.num_prefix_tokens
+        maps = {
+            name: tokens[:, skip:].unflatten(1, grid).permute(0, 3, 1, 2)
+            for name, tokens in tapped.items()
+        }
+        return Features(maps, normed[:, :skip] if skip else None)
+
+    def embed(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """The tokens that enter the first block (B, P + h * w, C), and the grid (h, w)."""
+        x = self.patch_embed(images)
+        grid = (x.shape[-2], x.shape[-1])
+        x = x.flatten(2).transpose(1, 2) + self.positions(grid)
+        prefix = self.prefix()
+        if prefix is not None:
+            x = torch.cat([prefix.expand(x.shape[0], -1, -1), x], dim=1)
+        return x, grid
+
+    def prefix(self) -> Tensor | None:
+        """Class, distillation and register tokens with their positions (1, P, C), or None."""
+        kinds = (self.cls_token, self.dist_token, self.reg_token)
+        tokens: list[Tensor] = [token for token in kinds if token is not None]
+        if not tokens:
+            return None
+        prefix = torch.cat(tokens, dim=1) if len(tokens) > 1 else tokens[0]
+        return prefix + self.pos_embed[:, : self.prefix_rows] if self.prefix_rows else prefix
+
+    def positions(self, grid: tuple[int, int]) -> Tensor:
+        """The patches' position table for a grid (h, w): (1, h * w, C)."""
+        return resample_positions(
+            self.pos_embed[:, self.prefix_rows :],
+            self.config.grid,
+            grid,
+            antialias=self.config.pos_antialias,
+            offset=self.config.pos_offset,
+        )
+
+    def forward_packed(self, packed: PackedImages) -> PackedFeatures:
+        """Many images of any sizes at once, each as if it were alone."""
+        if not isinstance(self.patch_embed, PatchEmbed):
+            raise InputError(
+                f"{type(self).__name__} with {type(self.patch_embed).__name__} cannot take packed images: "
+                "its tokens are no plain patches; use images of one size in a batch"
+            )
+        if packed.patch_size != self.patch_embed.stride:
+            raise InputError(
+                f"the images were packed in patches of {packed.patch_size}, but this model's are of "
+                f"{self.patch_embed.stride}; pack with patch_size={self.patch_embed.stride}"
+            )
+        wanted = self.patch_embed.proj.weight[0].numel()
+        if packed.patches.shape[-1] != wanted:
+            raise InputError(
+                f"packed patches have {packed.patches.shape[-1]} numbers, but {type(self).__name__} takes "
+                f"{wanted} (3 channels of {packed.patch_size} x {packed.patch_size}); pack RGB images"
+            )
+        skip = self.num_prefix_tokens
+        tables = {grid: self.positions(grid)[0] for grid in dict.fromkeys(packed.grids)}
+        x = self.patch_embed.project(packed.patches)
+        x = x + torch.cat([tables[grid] for grid in packed.grids])
+        prefix = self.prefix()
+        if prefix is not None:
+            parts = [t for piece in x.split(packed.lengths) for t in (prefix[0], piece)]
+            x = torch.cat(parts)
+        runs = equal_runs([skip + length for length in packed.lengths])
+        tapped: dict[str, Tensor] = {}
+        for i, block in enumerate(cast(Iterable[Block], self.blocks)):
+            if self.grad_checkpointing and self.training:
+                x = checkpoint(block.forward_packed, x, runs, use_reentrant=False)
+            else:
+                x = block.forward_packed(x, runs)
+            if i in self.map_names:
+                tapped[self.map_names[i]] = self.norm(x)
+        split = {name: split_prefix(tokens, runs, skip) for name, tokens in tapped.items()}
+        if self.config.depth - 1 in self.map_names:
+            tokens = split[self.map_names[self.config.depth - 1]][0]
+        else:
+            tokens = split_prefix(self.norm(x), runs, skip)[0]
+        return PackedFeatures(
+            maps={name: patches for name, (_, patches) in split.items()},
+            prefix=tokens if skip else None,
+            grids=packed.grids,
+            image_ids=packed.image_ids,
+        )
+
+
+def equal_runs(lengths: Sequence[int]) -> list[Run]:
+    """Neighbours of equal length as (count, length): they share one batched attention call."""
+    return [(len(list(group)), length) for length, group in itertools.groupby(lengths)]
+
+
+def split_prefix(x: Tensor, runs: Sequence[Run], skip: int) -> tuple[Tensor, Tensor]:
+    """Packed tokens with prefixes (T, C) -> prefixes (N, P, C), the other tokens (T - N * P, C)."""
+    sizes = [count * length for count, length in runs]
+    parts = [part.unflatten(0, run) for part, run in zip(x.split(sizes), runs, strict=True)]
+    prefix = torch.cat([part[:, :skip] for part in parts])
+    return prefix, torch.cat([part[:, skip:].flatten(0, 1) for part in parts])
+
+
+class ViTHead(nn.Module):
+    """The class token, the mean of the map or both, then a classifier. Features -> (B, num_classes).
+
+    "linear": zero-initialised, for fine-tuning; "tanh": one hidden layer, for pre-training (section 3.1);
+    "mlp": two layers with GELU.
+    """
+
+    def __init__(
+        self, config: ViTConfig, specs: Mapping[str, FeatureSpec], num_classes: int
+    ) -> None:
+        super().__init__()
+        self.pool: Pool = config.pool
+        dim = config.embed_dim * (2 if config.pool == "both" else 1)
+        self.hidden, self.act = None, None
+        if config.head != "linear":
+            hidden_dim = config.head_hidden_dim or config.embed_dim
+            self.hidden = nn.Linear(dim, hidden_dim)
+            self.act = nn.Tanh() if config.head == "tanh" else nn.GELU()
+            nn.init.trunc_normal_(self.hidden.weight, std=0.02)
+            nn.init.zeros_(self.hidden.bias)
+            dim = hidden_dim
+        self.fc = nn.Linear(dim, num_classes)
+        nn.init.zeros_(self.fc.bias)
+        if config.head == "linear":
+            nn.init.zeros_(self.fc.weight)
+        else:
+            # Zeros here would hide the hidden layer from its first gradients.
+            nn.init.trunc_normal_(self.fc.weight, std=0.02)
+
+    def forward(self, features: Features) -> Tensor:
+        x = pooled(features, self.pool)
+        if self.hidden is not None and self.act is not None:
+            x = self.act(self.hidden(x))
+        return self.fc(x)
+
+
+def pooled(features: Features, pool: Pool) -> Tensor:
+    """The class token, the mean of the last map, or both side by side: (B, C) or (B, 2C)."""
+    parts = []
+    if pool != "avg":
+        assert features.prefix is not None
+        parts.append(features.prefix[:, 0])
+    if pool != "token":
+        parts.append(list(features.maps.values())[-1].mean((2, 3)))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def from_timm(state: Tensors, config: ViTConfig) -> Tensors:
+    """timm's and DeiT's keys, which are ours except for the heads."""
+    heads = {"head": "head.fc", "head_dist": "head.fc_dist", "pre_logits.fc": "head.hidden"}
+    out = {}
+    for key, value in state.items():
+        part, _, leaf = key.rpartition(".")
+        out[f"{heads[part]}.{leaf}" if part in heads else f"backbone.{key}"] = value
+    return out
+
+
+HUGGINGFACE_NAMES = [  # (pattern, ours), tried in order; the older released names and those of 5.x
+    (r"^(vit|deit|dinov2|dinov2_with_registers)\.", ""),
+    (r"^(encoder\.)?layers?\.(\d+)\.", r"blocks.\2."),
+    (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+    (r"^embeddings\.distillation_token$", "dist_token"),
+    (r"^embeddings\.register_tokens$", "reg_token"),
+    (r"^embeddings\.position_embeddings$", "pos_embed"),
+    (r"^embeddings\.", ""),
+    (r"^layernorm\.", "norm."),
+    (r"\.layernorm_before\.", ".norm1."),
+    (r"\.layernorm_after\.", ".norm2."),
+    (r"\.attention\.(?:attention\.)?(?:(q)uery|(k)ey|(v)alue|([qkv])_proj)\.", r".attn.\1\2\3\4."),
+    (r"\.attention\.(output\.dense|o_proj)\.", ".attn.proj."),
+    (r"\.(intermediate\.dense|mlp\.weights_in)\.", ".mlp.fc1."),
+    (r"\.(output\.dense|mlp\.weights_out|mlp\.down_proj)\.", ".mlp.fc2."),
+    (r"\.layer_scale([12])\.lambda1$", r".ls\1.gamma"),
+    (r"^(cls_)?classifier\.", "head.fc."),
+    (r"^distillation_classifier\.", "head.fc_dist."),
+    (r"^pooler\.dense\.", "head.hidden."),
+]
+# Separate projections there, one of ours.
+HUGGINGFACE_PARTS = {
+    "attn.qkv": ("attn.q", "attn.k", "attn.v"),
+    "mlp.fc1": ("mlp.gate_proj", "mlp.up_proj"),
+}
+
+
+def from_huggingface(state: Tensors, config: ViTConfig) -> Tensors:
+    """ViT, DeiT and DINOv2 (with and without registers) of transformers, as released and as of 5.x."""
+    ours = {}
+    for key, value in state.items():
+        for pattern, name in HUGGINGFACE_NAMES:
+            key = re.sub(pattern, name, key)
+        ours[key] = value
+    for i in range(config.depth):
+        for whole, parts in HUGGINGFACE_PARTS.items():
+            for leaf in ("weight", "bias"):
+                keys = [f"blocks.{i}.{part}.{leaf}" for part in parts]
+                if all(key in ours for key in keys):
+                    ours[f"blocks.{i}.{whole}.{leaf}"] = torch.cat([ours.pop(k) for k in keys])
+    out = {k if k.startswith("head.") else f"backbone.{k}": v for k, v in ours.items()}
+    return fold_class_position(out, config)
+
+
+def fold_class_position(state: Tensors, config: ViTConfig) -> Tensors:
+    """For a model whose table has no row for the class token: add that row to the token itself."""
+    table, token = state.get("backbone.pos_embed"), state.get("backbone.cls_token")
+    if config.prefix_positions or table is None or token is None:
+        return state
+    folded = {"backbone.cls_token": token + table[:, :1], "backbone.pos_embed": table[:, 1:]}
+    return {**state, **folded}
+
+
+def resample_to(state: Tensors, config: ViTConfig) -> Tensors:
+    """Our keys, with a square position table and the patch kernel of another size brought to the config's.
+
+    This is how fine-tuning at a higher resolution starts (section 3.2), and how one checkpoint runs at other
+    patch sizes (FlexiViT).
+    """
+    out = dict(state)
+    kernel, table = out.get("backbone.patch_embed.proj.weight"), out.get("backbone.pos_embed")
+    if kernel is not None and config.stem == "patch" and kernel.shape[-1] == kernel.shape[-2] != 1:
+        out["backbone.patch_embed.proj.weight"] = resize_patch_embedding(kernel, config.patch_size)
+    if table is not None:
+        skip = config.num_prefix_tokens if config.prefix_positions else 0
+        side = math.isqrt(table.shape[1] - skip)
+        fits = table.shape[1] - skip == math.prod(config.grid)
+        if not fits and side * side == table.shape[1] - skip:
+            patches = resample_positions(
+                table[:, skip:],
+                (side, side),
+                config.grid,
+                antialias=config.pos_antialias,
+                offset=config.pos_offset,
+            )
+            out["backbone.pos_embed"] = torch.cat([table[:, :skip], patches], dim=1)
+    return out
+
+
+TIMM_MARKS = ("patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight")
+HUGGINGFACE_EMBEDDING = "embeddings.patch_embeddings.projection.weight"
+
+LAYOUTS = {
+    "timm": Layout(from_timm, TIMM_MARKS, may_leave=("pre_logits.*",), source="timm"),
+    "huggingface": Layout(
+        from_huggingface,
+        (f"vit.{HUGGINGFACE_EMBEDDING}", "vit.embeddings.position_embeddings"),
+        may_leave=("vit.pooler.*",),
+        source="Hugging Face ViTForImageClassification",
+    ),
+    "huggingface_base": Layout(
+        from_huggingface,
+        (HUGGINGFACE_EMBEDDING, "embeddings.position_embeddings", "layernorm.weight"),
+        may_leave=("pooler.*",),
+        source="Hugging Face ViTModel",
+    ),
+}
+
+HALF = (0.5, 0.5, 0.5)
+AUGREG = Preprocessing(crop_pct=0.9, mean=HALF, std=HALF)
+
+HEADLESS = "the paper's count has no classifier"
+AUGREG_SCORE = "top-1 of the released AugReg weights (Steiner et al., 2021), ImageNet-21k first"
+PUBLISHED = {
+    # Parameters: ViT, Table 1, and Scaling ViT, Table 2. Top-1: ViT, Table 5, at 384 px, from ImageNet-21k.
+    # MACs: as in Swin, Table 1.
+    "vit_tiny_patch16": Published(top1=75.5, note=AUGREG_SCORE),
+    "vit_small_patch16": Published(macs=4.6, top1=81.4, note=AUGREG_SCORE),
+    "vit_small_patch32": Published(top1=76.0, note=AUGREG_SCORE),
+    "vit_base_patch8": Published(top1=85.8, note=AUGREG_SCORE),
+    "vit_base_patch16": Published(params=86, macs=55.4, top1=83.97, image_size=384, note=HEADLESS),
+    "vit_base_patch32": Published(top1=81.28, image_size=384),
+    "vit_large_patch16": Published(
+        params=307,
+        macs=190.7,
+        top1=85.15,
+        image_size=384,
+        note="the layers of Table 1 count 303.3 M, and 304.3 M with a classifier",
+    ),
+    "vit_large_patch32": Published(top1=80.99, image_size=384),
+    "vit_huge_patch14": Published(params=632, top1=85.13, image_size=384),
+    "vit_giant_patch14": Published(params=1011, note=HEADLESS),
+    "vit_gigantic_patch14": Published(params=1843, note=HEADLESS),
+}
+
+register_backbone(
+    ViT,
+    VARIANTS,
+    tiny=ViTConfig(
+        embed_dim=32,
+        depth=2,
+        num_heads=2,
+        patch_size=8,
+        image_size=(24, 40),
+        mlp_ratio=2.0,
+        stem="conv",
+        drop_path_rate=0.1,
+        out_blocks=(0, 1),
+        pool="both",
+        head="mlp",
+    ),
+    layouts=LAYOUTS,
+    tail=ViTHead,
+    preprocessing=dict.fromkeys(VARIANTS, AUGREG)
+    | {"vit_small_patch8": Preprocessing(crop_pct=0.9)},
+    published=PUBLISHED,
+)

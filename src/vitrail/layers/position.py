@@ -1,0 +1,85 @@
+"""Learned position tables and patch kernels at other sizes than the trained one."""
+
+import torch
+from torch import Tensor
+
+Grid = tuple[int, int]
+
+
+def cubic_weights(
+    new: int, old: int, *, antialias: bool, offset: float = 0.0, like: Tensor
+) -> Tensor:
+    """The matrix (new, old) of bicubic resampling along one axis, each row summing to 1.
+
+    It is what `F.interpolate(mode="bicubic", align_corners=False)` computes, as arithmetic on the
+    sizes: a traced graph keeps dynamic ones, no engine needs a resize operator, and a size of 1 is no
+    special case. The kernel is Keys' cubic convolution, with a = -0.75 and repeated borders; with
+    `antialias` a = -0.5, stretched by the scale when shrinking, and renormalised at the borders.
+
+    offset: added to the new size before the scale old / new is taken, nowhere else.
+    like: gives dtype and device.
+    """
+    options = {"dtype": like.dtype, "device": like.device}
+    scale = old / (new + offset)
+    centres = (torch.arange(new, **options) + 0.5) * scale - 0.5
+    if antialias:
+        stretch = torch.clamp(torch.full((), 1.0, **options) * scale, min=1.0)
+        distance = (centres[:, None] - torch.arange(old, **options)) / stretch
+        weights = _keys_cubic(distance.abs(), a=-0.5)
+        return weights / weights.sum(1, keepdim=True)
+    # Two taps beyond either border, which read the border itself.
+    taps = torch.arange(-2, old + 2, **options)
+    weights = _keys_cubic((centres[:, None] - taps).abs(), a=-0.75)
+    border = taps.clamp(0, old - 1)[:, None] == torch.arange(old, **options)
+    return weights @ border.to(weights.dtype)
+
+
+def _keys_cubic(x: Tensor, a: float) -> Tensor:
+    near = ((a + 2) * x - (a + 3)) * x * x + 1
+    far = ((x - 5) * x + 8) * x * a - 4 * a
+    return torch.where(x <= 1, near, torch.where(x < 2, far, torch.zeros_like(x)))
+
+
+def resample_positions(
+    table: Tensor, old: Grid, new: Grid, *, antialias: bool, offset: float = 0.0
+) -> Tensor:
+    """A position table (1, h * w, C) of grid `old` resampled bicubically to grid `new`.
+
+    The sum is taken in float32 or wider and returned in the table's dtype. When the grids are equal
+    the table itself is returned; a traced graph computes that case like any other, to the same values.
+    """
+    tracing = torch.compiler.is_compiling()
+    if not tracing and old == new:
+        return table
+    if offset and tracing:
+        # The table is used as it is at its own grid, where an offset would still shift it.
+        differs = torch.sym_min(1, abs(new[0] - old[0]) + abs(new[1] - old[1]))
+        offset = offset * float(differs)
+    wide = table.to(torch.promote_types(table.dtype, torch.float32))
+    rows = cubic_weights(new[0], old[0], antialias=antialias, offset=offset, like=wide)
+    columns = cubic_weights(new[1], old[1], antialias=antialias, offset=offset, like=wide)
+    # Plain matrices, and a copy before axes are joined: a broadcast product, or the search for a view,
+    # would ask a traced graph whether a width is 1.
+    grid = wide.reshape(old[0], old[1], -1).transpose(0, 1).flatten(1)  # (x, y * C)
+    grid = (columns @ grid).unflatten(1, (old[0], -1))  # (w, y, C)
+    grid = (
+        grid.transpose(0, 1).clone(memory_format=torch.contiguous_format).flatten(1)
+    )  # (y, w * C)
+    return (rows @ grid).reshape(1, -1, table.shape[-1]).to(table.dtype)
+
+
+def resize_patch_embedding(weight: Tensor, new_patch_size: int) -> Tensor:
+    """A patch kernel (D, C, p, p) for another patch size (Beyer et al., "FlexiViT", CVPR 2023,
+    https://arxiv.org/abs/2212.08013, section 3.4): (D, C, new, new).
+
+    If B resizes a patch bicubically with antialias, the new kernel (B^T)^+ w gives the resized patch the
+    token that w gave the patch: exactly when patches grow, with the least square error when they shrink.
+    """
+    old_patch_size = weight.shape[-1]
+    if old_patch_size == new_patch_size:
+        return weight
+    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    resize = cubic_weights(new_patch_size, old_patch_size, antialias=True, like=wide)
+    # B is the Kronecker product of the two axes' matrices, and so is its pseudo-inverse.
+    inverse = torch.linalg.pinv(resize.T)  # (new, old)
+    return torch.einsum("dcyx,hy,wx->dchw", wide, inverse, inverse).to(weight.dtype)
