@@ -180,12 +180,17 @@ class _Jobs:
             )
 
     def run(self, jobs: Iterable) -> Iterator:
-        self.queue.jobs = jobs
-        results = (self.dataset[job] for job in jobs) if self.loader is None else self.loader
-        for result in results:
+        for result in self._results(jobs):
             if isinstance(result, InputError):
+                self.loader = None  # else the traceback would keep the workers alive
                 raise result
             yield result
+
+    def _results(self, jobs: Iterable) -> Iterable:
+        if self.loader is None:
+            return (self.dataset[job] for job in jobs)
+        self.queue.jobs = jobs
+        return self.loader
 
 
 class _Queue:
