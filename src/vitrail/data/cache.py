@@ -6,12 +6,14 @@ $VITRAIL_CACHE_BYTES (16 GiB): the files that were not used for longest go first
 
 import os
 import tempfile
+import time
 from collections.abc import Collection
 from pathlib import Path
 
 from vitrail_runtime.errors import InputError
 
 DEFAULT_BOUND = 16 * 2**30
+ABANDONED_AFTER = 3600  # seconds
 
 
 def cache_folder() -> Path:
@@ -61,7 +63,9 @@ def make_room(wanted: int, keep: Collection[Path] = ()) -> bool:
             info = path.stat()
         except FileNotFoundError:  # another process made room
             continue
-        if path in keep:
+        # A partial file of another process is being written now, unless it died.
+        writing = path.name.startswith(".") and time.time() - info.st_mtime < ABANDONED_AFTER
+        if path in keep or writing:
             kept += info.st_size
         else:
             files.append((info.st_mtime, info.st_size, path))

@@ -9,8 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
+from vitrail.data import hub
 from vitrail.data.folders import ClassFolders
 from vitrail.data.index import Index, Source, digest, read_index
+from vitrail.data.shards import Shards, is_shard
+from vitrail.data.tables import Table, is_table
 from vitrail_runtime.errors import InputError
 from vitrail_runtime.preprocess import decode
 
@@ -93,7 +96,9 @@ def open_data(
     """One split of a set of labelled pictures.
 
     Args:
-        source: class folders (ROOT/train/CLASS/*.jpg with val and test beside train, or ROOT/CLASS/*.jpg).
+        source: class folders (ROOT/train/CLASS/*.jpg with val and test beside train, or ROOT/CLASS/*.jpg);
+            a folder of tar shards (train-*.tar, train-*.tar.gz, ...); a .csv or .tsv of file and label; or
+            a data set of the hub, hf:owner/name@revision.
         split: "train", "val", "test", or "all" for every picture of every split. Where the source has no val,
             `val_fraction` of each class of its training pictures is held out: drawn by `seed` from the
             pictures' content, so that exact duplicates stay on one side and names do not matter; `notes`
@@ -138,12 +143,23 @@ def open_data(
 
 def open_source(source: str | Path) -> Source:
     """The kind of storage that a path or name stands for."""
+    if str(source).startswith(hub.PREFIX):
+        return hub.HubDataset(str(source))
     path = Path(source)
     if not path.exists():
         raise InputError(f"{source}: no such file or folder{_nearest(path)}")
-    if path.is_dir():
-        return ClassFolders(path)
-    raise InputError(f"{source} is a file, but no kind of data set that is read here")
+    if path.is_file():
+        if is_table(path):
+            return Table(path)
+        if is_shard(path):
+            return Shards(path)
+        raise InputError(
+            f"{source} is a file, but neither a table (.csv, .tsv) nor a shard (.tar, .tar.gz); "
+            "give a folder of class folders or shards, or a table of file and label"
+        )
+    if any(is_shard(p) for p in path.iterdir()):
+        return Shards(path)
+    return ClassFolders(path)
 
 
 def hold_out(labels: np.ndarray, digests: Sequence[str], fraction: float, seed: int) -> np.ndarray:

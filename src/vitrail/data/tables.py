@@ -1,0 +1,137 @@
+"""A table of file and label: .csv, or .tsv with tabs, with a header.
+
+The columns `file` (or filename, path, image) and `label` (or class) are taken, else the first two; a column
+`split` says train, val or test of each row. Files are relative to the table's folder.
+"""
+
+import csv
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from vitrail.data.folders import SPLIT_NAMES
+from vitrail.data.index import Place, Sample
+from vitrail_runtime.errors import InputError
+from vitrail_runtime.preprocess import IMAGE_SUFFIXES
+
+TABLE_SUFFIXES = (".csv", ".tsv")
+FILE_COLUMNS = ("file", "filename", "file_name", "path", "image")
+LABEL_COLUMNS = ("label", "class", "class_name")
+
+
+class Table:
+    """A CSV of file and label. See `vitrail.data.index.Source`."""
+
+    def __init__(self, path: Path) -> None:
+        self.name = str(path)
+        self.folder = path.absolute().parent
+        self._rows: dict[str, list[tuple[str, str]]] = {}  # split -> (file, label), in order
+        seen: dict[str, int] = {}
+        for number, file, label, split in _read_rows(path):
+            if file in seen:
+                raise InputError(
+                    f"{path}, line {number}: {file} is also in line {seen[file]}; list each file once"
+                )
+            seen[file] = number
+            self._rows.setdefault(split, []).append((file, label))
+        if not seen:
+            raise InputError(f"{path} has a header but no rows")
+        missing = [f for f in seen if not (self.folder / f).is_file()]
+        if missing:
+            shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+            raise InputError(
+                f"{path} lists {len(missing)} of {len(seen)} files that do not exist below "
+                f"{self.folder}: {shown}"
+            )
+
+    def splits(self) -> tuple[str, ...]:
+        return tuple(s for s in ("train", "val", "test", "") if s in self._rows)
+
+    def classes(self) -> tuple[str, ...]:
+        names = {label for _, label in self._rows[self.splits()[0]]}
+        if all(n.isascii() and n.isdecimal() for n in names):
+            return tuple(sorted(names, key=int))
+        return tuple(sorted(names))
+
+    def fingerprint(self, split: str) -> str:
+        total = hashlib.sha256(os.fsencode(self.folder))
+        for file, label in self._rows[split]:
+            info = (self.folder / file).stat()
+            total.update(f"{file}\0{label}\0{info.st_size}\0{info.st_mtime_ns}\n".encode())
+        return total.hexdigest()
+
+    def count(self, split: str) -> int:
+        return len(self._rows[split])
+
+    def scan(self, split: str) -> Iterator[Sample]:
+        for file, label in self._rows[split]:
+            try:
+                payload = self.read(file, (0, 0, 0))
+            except OSError as error:  # counted with the broken pictures
+                payload = error
+            yield file, label, (0, 0, 0), payload
+
+    def read(self, key: str, place: Place) -> bytes:
+        with open(self.folder / key, "rb", buffering=0) as file:
+            return file.read()
+
+    def where(self, key: str, place: Place) -> str:
+        return str(Path(self.name).parent / key)
+
+
+def is_table(path: Path) -> bool:
+    """Whether a file's name is that of a table."""
+    return path.suffix.lower() in TABLE_SUFFIXES
+
+
+def _read_rows(path: Path) -> Iterator[tuple[int, str, str, str]]:
+    """(line, file, label, split) of every row."""
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            rows = csv.reader(file, delimiter=delimiter)
+            header = [cell.strip() for cell in next(rows, [])]
+            file_at, label_at, split_at = _columns(header, path)
+            for row in rows:
+                if not row:
+                    continue
+                if len(row) != len(header):
+                    raise InputError(
+                        f"{path}, line {rows.line_num}: {len(row)} cells under a header of {len(header)}"
+                    )
+                name, label = row[file_at].strip(), row[label_at].strip()
+                if not name or not label:
+                    what = header[label_at if name else file_at]
+                    raise InputError(f"{path}, line {rows.line_num}: no {what}")
+                split = ""
+                if split_at is not None:
+                    split = SPLIT_NAMES.get(row[split_at].strip().lower(), "")
+                    if not split:
+                        raise InputError(
+                            f"{path}, line {rows.line_num}: split must be train, val or test, but is "
+                            f"{row[split_at]!r}"
+                        )
+                yield rows.line_num, name, label, split
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from error
+    except csv.Error as error:
+        raise InputError(f"{path} cannot be read as a table: {error}") from error
+
+
+def _columns(header: list[str], path: Path) -> tuple[int, int, int | None]:
+    if len(header) < 2:
+        raise InputError(
+            f"{path} must have a header with columns such as file,label, but its first line is "
+            f"{header[0] if header else 'empty'!r}"
+        )
+    if os.path.splitext(header[0])[1].lower() in IMAGE_SUFFIXES:
+        raise InputError(
+            f"{path} has no header: its first line names the picture {header[0]}; put file,label above it"
+        )
+    lower = [h.lower() for h in header]
+    file_at = next((lower.index(c) for c in FILE_COLUMNS if c in lower), 0)
+    label_at = next((lower.index(c) for c in LABEL_COLUMNS if c in lower), 1)
+    if file_at == label_at:
+        raise InputError(f"{path}: cannot tell file from label in the header {', '.join(header)}")
+    return file_at, label_at, lower.index("split") if "split" in lower else None
