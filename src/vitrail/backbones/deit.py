@@ -24,6 +24,7 @@ from vitrail.backbones.vit import (
     ViTHead,
     from_huggingface,
     from_timm,
+    resample_to,
 )
 from vitrail.features import Features, FeatureSpec
 from vitrail.registry import Layout, Published, register_backbone
@@ -117,6 +118,7 @@ register_backbone(
     ),
     layouts=LAYOUTS,
     tail=deit_tail,
+    resample=resample_to,
     preprocessing=Preprocessing(crop_pct=0.9),
     published=PUBLISHED,
 )

@@ -28,6 +28,7 @@ from vitrail.backbones.vit import (
     fold_class_position,
     from_huggingface,
     from_timm,
+    resample_to,
 )
 from vitrail.registry import Layout, Published, Tensors, register_backbone
 from vitrail_runtime.preprocess import Preprocessing
@@ -131,6 +132,7 @@ register_backbone(
     ),
     layouts=LAYOUTS,
     tail=ViTHead,
+    resample=resample_to,
     preprocessing=Preprocessing(size=(518, 518), crop_pct=1.0),
     published=PUBLISHED,
 )

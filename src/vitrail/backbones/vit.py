@@ -72,6 +72,11 @@ class ViTConfig:
             raise InputError(
                 f"pool={self.pool!r} reads the class token; without one choose pool='avg'"
             )
+        sides = (self.image_size,) if isinstance(self.image_size, int) else self.image_size
+        if min(self.patch_size, *sides) < 1:
+            raise InputError(
+                f"image_size {self.image_size} and patch_size {self.patch_size} must be at least 1 pixel"
+            )
         if self.attn_every < 1:
             raise InputError(
                 f"attn_every is {self.attn_every}, but must be at least 1 (all blocks)"
@@ -715,6 +720,7 @@ register_backbone(
     ),
     layouts=LAYOUTS,
     tail=ViTHead,
+    resample=resample_to,
     preprocessing=dict.fromkeys(VARIANTS, AUGREG)
     | {"vit_small_patch8": Preprocessing(crop_pct=0.9)},
     published=PUBLISHED,

@@ -78,8 +78,9 @@ def resize_patch_embedding(weight: Tensor, new_patch_size: int) -> Tensor:
     old_patch_size = weight.shape[-1]
     if old_patch_size == new_patch_size:
         return weight
-    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    resize = cubic_weights(new_patch_size, old_patch_size, antialias=True, like=wide)
+    # Small, so always on the CPU and in float64: the pseudo-inverse is then the same on every machine.
+    like = torch.empty(0, dtype=torch.float64)
+    resize = cubic_weights(new_patch_size, old_patch_size, antialias=True, like=like)
     # B is the Kronecker product of the two axes' matrices, and so is its pseudo-inverse.
-    inverse = torch.linalg.pinv(resize.T)  # (new, old)
-    return torch.einsum("dcyx,hy,wx->dchw", wide, inverse, inverse).to(weight.dtype)
+    inverse = torch.linalg.pinv(resize.T).to(weight.device)  # (new, old)
+    return (inverse @ weight.double() @ inverse.T).to(weight.dtype)

@@ -1,0 +1,177 @@
+"""Packing as a property: nothing is lost, no budget is broken, and neighbours do not matter."""
+
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tests.parity import randomise
+from vitrail.backbones.vit import ViT, ViTConfig, ViTHead
+from vitrail.classifiers import Classifier
+from vitrail.packing import pack, patch_grid, plan_packs, unpack
+from vitrail_runtime.errors import InputError
+
+PATCH = 4
+SIZES = st.lists(st.tuples(st.integers(1, 21), st.integers(1, 21)), min_size=1, max_size=7)
+
+
+def pictures(sizes: list[tuple[int, int]], dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(3, h, w, generator=generator, dtype=dtype) for h, w in sizes]
+
+
+def backbone(**fields) -> ViT:
+    shape = {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": PATCH, "image_size": 16}
+    model = ViT(ViTConfig(**{**shape, "mlp_ratio": 2.0, **fields}))
+    randomise(model)
+    return model.eval()
+
+
+MODELS = {
+    "vit": backbone().double(),
+    "deit": backbone(distillation_token=True, attn_every=2).double(),
+    "dinov2": backbone(
+        mlp="swiglu",
+        layer_scale_init=0.5,
+        num_reg_tokens=2,
+        prefix_positions=False,
+        pos_antialias=False,
+        pos_offset=0.1,
+        out_blocks=(0, 1),
+    ).double(),
+    "no prefix": backbone(class_token=False, pool="avg", out_blocks=(0,)).double(),
+}
+
+
+@given(sizes=SIZES, patch_size=st.integers(1, 9))
+def test_unpacking_gives_back_every_image_bit_for_bit(sizes, patch_size):
+    images = pictures(sizes)
+    found = {}
+    for packed in pack(images, patch_size, max_tokens=1000):
+        assert packed.patches.shape == (sum(packed.lengths), 3 * patch_size**2)
+        assert found.keys().isdisjoint(packed.image_ids)
+        found |= unpack(packed)
+    assert found.keys() == set(range(len(images)))
+    assert all(torch.equal(found[i], image) for i, image in enumerate(images))
+
+
+def test_a_patch_is_a_vector_of_channel_row_column():
+    image = torch.arange(2 * 4 * 6.0).reshape(2, 4, 6)
+    (packed,) = pack([image], patch_size=2)
+    assert packed.grids == ((2, 3),)
+    assert packed.patches[4].tolist() == image[:, 2:4, 2:4].flatten().tolist()
+
+
+@given(sizes=SIZES, extra=st.integers(0, 30), prefix=st.integers(0, 5))
+def test_every_pack_keeps_the_budget_prefix_tokens_included(sizes, extra, prefix):
+    needs = [h * w + prefix for h, w in (patch_grid(size, PATCH) for size in sizes)]
+    budget = max(needs) + extra
+    packs = plan_packs(sizes, PATCH, budget, prefix)
+    assert sorted(i for ids in packs for i in ids) == list(range(len(sizes)))
+    for ids in packs:
+        assert sum(needs[i] for i in ids) <= budget
+        assert [needs[i] for i in ids] == sorted((needs[i] for i in ids), reverse=True)
+    # No two packs would have fitted into one.
+    loads = sorted(sum(needs[i] for i in ids) for ids in packs)
+    assert len(loads) < 2 or loads[0] + loads[1] > budget
+
+
+@pytest.mark.parametrize("name", MODELS)
+@given(sizes=SIZES)
+@example(sizes=[(8, 12), (12, 8), (24, 4), (1, 1)])  # equal lengths of unequal grids
+def test_a_packed_image_equals_the_image_alone_whatever_its_neighbours(name, sizes):
+    model = MODELS[name]
+    images = pictures(sizes)
+    found = {}
+    with torch.no_grad():
+        for packed in pack(images, PATCH, 60, model.num_prefix_tokens):
+            found |= model.forward_packed(packed).unpack()
+        for i, image in enumerate(images):
+            alone = model(image[None])
+            assert found[i].maps.keys() == alone.maps.keys()
+            for key, want in alone.maps.items():
+                torch.testing.assert_close(found[i].maps[key], want, atol=1e-12, rtol=1e-12)
+            if alone.prefix is None:
+                assert found[i].prefix is None
+            else:
+                torch.testing.assert_close(found[i].prefix, alone.prefix, atol=1e-12, rtol=1e-12)
+
+
+def test_the_law_holds_in_float32_and_for_logits():
+    model = backbone(pool="both")
+    head = ViTHead(model.config, model.feature_specs, 5)
+    randomise(head)
+    classifier = Classifier(model, head).eval()
+    images = pictures([(37, 53), (16, 16), (9, 80), (16, 16)], torch.float32)
+    with torch.no_grad():
+        for packed in pack(images, PATCH, 400):
+            logits = classifier.forward_packed(packed)
+            for row, i in zip(logits, packed.image_ids, strict=True):
+                torch.testing.assert_close(
+                    row[None], classifier(images[i][None]), atol=1e-5, rtol=0
+                )
+
+
+def test_packed_gradients_equal_those_of_the_images_alone():
+    model = backbone(layer_scale_init=0.5).double().train()
+    images = pictures([(9, 13), (16, 8), (8, 16)])
+    weights = [p for p in model.parameters() if p.requires_grad]
+
+    def gradients(loss: Tensor) -> list[Tensor]:
+        return list(torch.autograd.grad(loss, weights))
+
+    (packed,) = pack(images, PATCH)
+    found = model.forward_packed(packed).unpack()
+    together = gradients(sum(f.prefix.square().sum() for f in found.values()))
+    model.grad_checkpointing = True
+    saved = model.forward_packed(packed).prefix
+    again = gradients(saved.square().sum())
+    alone = gradients(sum(model(image[None]).prefix.square().sum() for image in images))
+    for a, b, c in zip(together, alone, again, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-10)
+        torch.testing.assert_close(c, b, atol=1e-10, rtol=1e-10)
+
+
+def test_stochastic_depth_drops_the_branch_of_whole_images():
+    block = backbone(depth=2, drop_path_rate=0.5).train().blocks[1]
+    runs = [(3, 6), (3, 1)]  # three images of six tokens, three of one
+    torch.manual_seed(0)
+    kept = torch.stack([block._drop_images(torch.ones(21, 2), runs)[:, 0] for _ in range(50)])
+    assert set(kept.unique().tolist()) == {0.0, 2.0}
+    per_image = kept[:, :18].unflatten(1, (3, 6))
+    assert torch.equal(per_image, per_image[..., :1].expand_as(per_image))
+    assert not torch.equal(per_image[:, 0], per_image[:, 1])
+
+
+@pytest.mark.parametrize(
+    ("images", "options", "message"),
+    [
+        ([torch.zeros(3, 40, 33)], {"max_tokens": 50}, r"image 0 of 40 x 33 .* 91 tokens .*to 91"),
+        ([torch.zeros(1, 3, 8, 8)], {}, "without a batch axis"),
+        ([torch.zeros(3, 0, 8)], {}, "non-empty"),
+        ([torch.zeros(3, 8, 8), torch.zeros(1, 8, 8)], {}, "image 1 has 1 channels"),
+        ([torch.zeros(3, 8, 8)], {"patch_size": 0}, "at least 1"),
+    ],
+)
+def test_what_cannot_be_packed_is_said(images, options, message):
+    with pytest.raises(InputError, match=message):
+        pack(images, **{"patch_size": PATCH, **options})
+
+
+@pytest.mark.parametrize(
+    ("fields", "channels", "patch_size", "message"),
+    [
+        ({}, 3, 8, "patch_size=4"),
+        ({}, 1, 4, "RGB"),
+        ({"stem": "conv"}, 3, 4, "no plain patches"),
+    ],
+)
+def test_a_pack_for_another_model_is_named(fields, channels, patch_size, message):
+    (packed,) = pack([torch.zeros(channels, 8, 8)], patch_size)
+    with pytest.raises(InputError, match=message):
+        backbone(**fields).forward_packed(packed)
+
+
+def test_no_images_make_no_packs():
+    assert pack([]) == []
