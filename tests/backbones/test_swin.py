@@ -203,7 +203,7 @@ def test_recorded_attention_weights_explain_the_same_output():
     torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]))
 
 
-@pytest.mark.parametrize(("every", "share"), [(1, 12), (2, 6), (3, 4), (4, 3), (5, 2)])
+@pytest.mark.parametrize(("every", "share"), [(1, 12), (2, 6), (3, 4), (4, 3), (6, 2)])
 def test_attn_every_keeps_that_share_of_attention_blocks(every, share):
     with torch.device("meta"):
         model = create_model("swin_tiny_patch4_window7", attn_every=every)

@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitrail.features import Features, FeatureSpec, check_images, pad_to_multiple, pyramid_specs
+from vitrail.layers.attention import attend, map_to_tokens, tokens_to_map
 from vitrail.layers.checkpoint import checkpointed
 from vitrail.layers.mlp import Mlp
 from vitrail.layers.residual import DropPath, drop_path_schedule
@@ -50,7 +51,7 @@ class SwinConfig:
     patch_size: int = 4
     mlp_ratio: float = 4.0
     qkv_bias: bool = True
-    attn_every: int = 1  # every n-th block attends
+    attn_every: int = 1  # blocks 0, n, 2n, ... of the network attend, the others keep their MLP
     drop_path_rate: float = 0.0  # rate of the last block; earlier blocks grow linearly from zero
 
     def __post_init__(self) -> None:
@@ -183,7 +184,7 @@ class PatchEmbed(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, int, int]:
         x = self.proj(pad_to_multiple(images, self.patch_size))
         height, width = x.shape[-2:]
-        return self.norm(x.flatten(2).transpose(1, 2)), height, width
+        return self.norm(map_to_tokens(x)), height, width
 
 
 class PatchMerging(nn.Module):
@@ -248,13 +249,7 @@ class WindowAttention(nn.Module):
             bias = bias + shift_masks(*where, q.dtype, q.device)[:, None]  # (4, heads, N, N)
             kinds = window_kinds(height, width, self.window, q.device)
             bias = bias.index_select(0, kinds.repeat(batch))
-        if record is None and not torch.compiler.is_compiling():
-            x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-        else:  # in graphs too: with a learnt bias the fused function's memory order is not fixed
-            weights = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1) + bias).softmax(-1)
-            if record is not None:
-                record[f"{name}.weights"] = weights
-            x = weights @ v
+        x = attend(q, k, v, bias, record, name)
         x = x.transpose(1, 2).reshape(batch, windows * size, dim)
         return self.proj(x.index_select(1, token_places(*where, x.device)))
 
@@ -324,7 +319,7 @@ class Swin(nn.Module):
             blocks = []
             for i in range(depth):
                 attn = None
-                if index % every == every - 1:
+                if index % every == 0:
                     # Windows alternate over the blocks that attend.
                     shift = config.window_size // 2 if (i // every) % 2 else 0
                     attn = WindowAttention(dim, heads, config.window_size, shift, config.qkv_bias)
@@ -349,11 +344,7 @@ class Swin(nn.Module):
                     x = checkpointed(block, x, height, width)
                 else:
                     x = block(x, height, width, record, f"layers.{stage}.blocks.{i}")
-            tokens = x.transpose(1, 2)  # a map in channels-last order, without a copy
-            if torch.compiler.is_compiling():
-                # Strides of a map of unknown width would become a condition on the width.
-                tokens = tokens.contiguous()
-            maps[level] = tokens.unflatten(2, (height, width))
+            maps[level] = tokens_to_map(x, height, width)
         return Features(maps)
 
 
@@ -370,7 +361,7 @@ class SwinTail(nn.Module):
         self.apply(_init)
 
     def forward(self, features: Features) -> Tensor:
-        x = list(features.maps.values())[-1].flatten(2).transpose(1, 2)
+        x = map_to_tokens(list(features.maps.values())[-1])
         return self.fc(self.norm(x).mean(1))
 
 
