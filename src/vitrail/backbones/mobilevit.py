@@ -25,7 +25,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vitrail.features import Features, FeatureSpec, check_images, pyramid_specs
-from vitrail.layers.conv import ConvNormAct, InvertedResidual, init_conv_weights, make_divisible
+from vitrail.layers.conv import (
+    ConvNormAct,
+    ConvPoolHead,
+    InvertedResidual,
+    init_conv_weights,
+    make_divisible,
+)
 from vitrail.layers.mlp import Mlp
 from vitrail.layers.resize import resize_to_multiple
 from vitrail.registry import Layout, Published, Tensors, register_backbone, rename_keys
@@ -190,20 +196,13 @@ class MobileViT(nn.Module):
         return Features(dict(zip(self.feature_specs, outputs[1:], strict=True)))
 
 
-class MobileViTHead(nn.Module):
-    """A 1x1 convolution widens the last map before it is pooled. Features -> (B, K)."""
-
-    def __init__(
-        self, config: MobileViTConfig, specs: dict[str, FeatureSpec], num_classes: int
-    ) -> None:
-        super().__init__()
-        self.conv = ConvNormAct(specs["c5"].channels, config.head_dim, 1, act=_silu)
-        self.drop = nn.Dropout(config.head_drop_rate)
-        self.fc = nn.Linear(config.head_dim, num_classes)
-        init_conv_weights(self, linear_std=0.02)
-
-    def forward(self, features: Features) -> Tensor:
-        return self.fc(self.drop(self.conv(features.maps["c5"]).mean((2, 3))))
+def mobilevit_head(
+    config: MobileViTConfig, specs: dict[str, FeatureSpec], num_classes: int
+) -> ConvPoolHead:
+    """The classifier's tail."""
+    return ConvPoolHead(
+        specs["c5"].channels, config.head_dim, num_classes, act=_silu, drop=config.head_drop_rate
+    )
 
 
 def reverse_stem(state: Tensors) -> Tensors:
@@ -316,7 +315,7 @@ register_backbone(
         drop_rate=0.0,
         head_drop_rate=0.0,
     ),
-    tail=MobileViTHead,
+    tail=mobilevit_head,
     layouts={
         "timm": Layout(
             from_timm,

@@ -1,13 +1,15 @@
 """Parts of mobile convolutional networks: normalised convolutions, squeeze-and-excitation, the
-inverted residual, and their initialisation."""
+inverted residual, their order in stages, and their initialisation."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from vitrail.features import Features, FeatureSpec, level_name
 from vitrail.layers.residual import DropPath
 
 Activation = Callable[[], nn.Module]
@@ -93,7 +95,7 @@ class InvertedResidual(nn.Module):
     ends where their shapes agree (Sandler et al., "MobileNetV2", CVPR 2018, arXiv 1801.04381, fig. 3b).
     (B, C, H, W) -> (B, out, ceil(H / stride), ceil(W / stride)).
 
-    hidden_dim: the wide width; equal to `in_chans`, the widening is left out unless `always_expand`.
+    hidden_dim: the wide width; equal to `in_chans`, the widening is left out.
     se: squeeze-and-excitation over the wide map, or None.
     """
 
@@ -111,12 +113,11 @@ class InvertedResidual(nn.Module):
         eps: float = 1e-5,
         momentum: float = 0.1,
         same_pad: bool = False,
-        always_expand: bool = False,
     ) -> None:
         super().__init__()
         self.expand = (
             ConvNormAct(in_chans, hidden_dim, 1, act=act, eps=eps, momentum=momentum)
-            if always_expand or hidden_dim != in_chans
+            if hidden_dim != in_chans
             else nn.Identity()
         )
         self.depthwise = ConvNormAct(
@@ -138,6 +139,72 @@ class InvertedResidual(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.project(self.se(self.depthwise(self.expand(x))))
         return x + self.drop_path(y) if self.shortcut else y
+
+
+class ConvPoolHead(nn.Module):
+    """A 1x1 convolution widens the coarsest map before it is pooled and classified. Features -> (B, K)."""
+
+    def __init__(
+        self,
+        in_chans: int,
+        hidden_dim: int,
+        num_classes: int,
+        *,
+        act: Activation,
+        drop: float,
+        eps: float = 1e-5,
+        momentum: float = 0.1,
+    ) -> None:
+        super().__init__()
+        self.conv = ConvNormAct(in_chans, hidden_dim, 1, act=act, eps=eps, momentum=momentum)
+        self.drop = nn.Dropout(drop)
+        self.fc = nn.Linear(hidden_dim, num_classes)
+        init_conv_weights(self)
+
+    def forward(self, features: Features) -> Tensor:
+        last = list(features.maps.values())[-1]
+        return self.fc(self.drop(self.conv(last).mean((2, 3))))
+
+
+def run_stages(
+    x: Tensor,
+    stages: nn.ModuleList,
+    outputs: Mapping[int, str],
+    record: dict[str, Tensor] | None = None,
+    checkpointing: bool = False,
+) -> dict[str, Tensor]:
+    """Pass `x` through stages of blocks. -> {outputs[i]: the map after stage i}.
+
+    record: takes every block's map as "stages.I.J". checkpointing: recompute blocks in the backward pass.
+    """
+    maps = {}
+    for i, stage in enumerate(stages):
+        for j, block in enumerate(stage.children()):
+            x = checkpoint(block, x, use_reentrant=False) if checkpointing else block(x)
+            if record is not None:
+                record[f"stages.{i}.{j}"] = x
+        if i in outputs:
+            maps[outputs[i]] = x
+    return maps
+
+
+def stage_specs(
+    dims: Sequence[int], strides: Sequence[int], stem_stride: int = 2
+) -> tuple[dict[str, FeatureSpec], dict[int, str]]:
+    """Specs of the last stage at each stride from 4 up, and {stage index: map name} for `run_stages`."""
+    stride, last = stem_stride, {}
+    for i, factor in enumerate(strides):
+        stride *= factor
+        last[stride] = i
+    kept = {s: i for s, i in last.items() if s >= 4}
+    specs = {level_name(s): FeatureSpec(dims[i], s) for s, i in kept.items()}
+    return specs, {i: level_name(s) for s, i in kept.items()}
+
+
+def absorb_eps(state: dict[str, Tensor], theirs: float, ours: float) -> dict[str, Tensor]:
+    """Weights of a network whose BatchNorms have `eps=theirs`, for one with `ours`: the running variances
+    take up the difference, and inference is the same to rounding. `theirs` is the larger."""
+    return {k: v + (theirs - ours) if k.endswith("running_var") else v for k, v in state.items()}
 
 
 def make_divisible(width: float, divisor: int = 8) -> int:
