@@ -12,6 +12,12 @@ from vitrail.train.config import TrainConfig
 CLASSES = ("left", "right", "top")
 BOXES = {"left": (6, 1), "right": (6, 15), "top": (1, 8)}  # (row, column) of the square
 
+# A plain vision transformer without BatchNorm, small enough for a test.
+VIT = {
+    "model": "vit_tiny_patch16",
+    "model_fields": {"depth": 2, "embed_dim": 32, "num_heads": 2, "patch_size": 8},
+}
+
 
 def draw(name: str, seed: int) -> Image.Image:
     rng = np.random.default_rng(seed)

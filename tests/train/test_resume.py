@@ -10,16 +10,21 @@ import torch
 from safetensors.torch import load_file
 
 from tests.train.children import ask_to_stop, run
-from tests.train.conftest import tiny_config
+from tests.train.conftest import VIT, tiny_config
+from vitrail.data.augmentation import Augmentation
 from vitrail.train.folder import RunFolder
 from vitrail.train.loop import train
 from vitrail.train.state import read_state, states
 
 
 def config_for(data: Path, out: Path, **changes):
-    """All that has a memory: AdamW, averaged weights, running statistics; a state after every update."""
+    """All that has a memory or draws at random; a state after every update."""
     settings = {"epochs": 2, "ema": 0.9, "save_every": 0.0, "eval_every": 2}
     return tiny_config(data, out, **(settings | changes))
+
+
+DROPPING = VIT | {"model_fields": VIT["model_fields"] | {"drop_path_rate": 0.3}}
+MIXING = {"augmentation": Augmentation(mixup=0.2, cutmix=1.0)}
 
 
 def same(ours: Path, theirs: Path) -> bool:
@@ -43,54 +48,62 @@ def rows(out: Path) -> list[dict]:
     return [{k: v for k, v in r.items() if k not in clocks} for r in RunFolder(out).rows()]
 
 
+@pytest.fixture(scope="module", params=[DROPPING | MIXING, {}], ids=["vit", "efficientvit"])
+def changes(request) -> dict:
+    """A model that drops paths at random on mixed pictures; one with running statistics."""
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def uninterrupted(pictures, tmp_path_factory) -> Path:
+def uninterrupted(pictures, tmp_path_factory, changes) -> Path:
     out = tmp_path_factory.mktemp("whole") / "run"
-    assert run(config_for(pictures, out)) == 0
+    assert run(config_for(pictures, out, **changes)) == 0
     return out
 
 
 def test_a_run_that_dies_before_any_rename_of_a_checkpoint_ends_the_same(
-    pictures, tmp_path, uninterrupted
+    pictures, tmp_path, changes, uninterrupted
 ):
     out = tmp_path / "run"
     died = 0
     for renames in (1, 2, 3, 5, 0):  # each start gets a little further and dies at another write
-        died += run(config_for(pictures, out), dies_at=f"rename:{renames}") == -signal.SIGKILL
+        died += (
+            run(config_for(pictures, out, **changes), dies_at=f"rename:{renames}")
+            == -signal.SIGKILL
+        )
     assert died == 5
-    assert run(config_for(pictures, out)) == 0
+    assert run(config_for(pictures, out, **changes)) == 0
     assert same(out, uninterrupted)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
-def test_a_run_killed_at_random_moments_ends_the_same(pictures, tmp_path, uninterrupted, seed):
+def test_a_run_killed_at_random_moments_ends_the_same(
+    pictures, tmp_path, changes, uninterrupted, seed
+):
+    out, config = tmp_path / "run", config_for(pictures, tmp_path / "run", **changes)
+    whole = RunFolder(uninterrupted).rows()[-1]["seconds"]
     moments = random.Random(seed)
-    out = tmp_path / "run"
-    kills = 0
-    for _ in range(60):
-        code = run(config_for(pictures, out), kill_after=moments.uniform(0.2, 3.0))
-        kills += code == -signal.SIGKILL
-        if code == 0:
-            break
-    else:
-        assert run(config_for(pictures, out)) == 0
-    assert kills > 0
+    codes = [run(config, kill_after=moments.uniform(0.1, 0.6) * whole) for _ in range(6)]
+    assert -signal.SIGKILL in codes
+    assert run(config) == 0
     assert same(out, uninterrupted)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_the_run_which_then_goes_on(pictures, tmp_path, uninterrupted, number):
+def test_a_signal_saves_the_run_which_then_goes_on(
+    pictures, tmp_path, changes, uninterrupted, number
+):
     out = tmp_path / "run"
-    config = config_for(pictures, out)
+    config = config_for(pictures, out, **changes)
     assert ask_to_stop(replace(config, save_every=60.0), number) == 128 + number
     assert len(states(out / "state")) == 1
     assert run(config) == 0
     assert same(out, uninterrupted)
 
 
-def test_a_finished_run_is_left_as_it_is(pictures, tmp_path, uninterrupted):
+def test_a_finished_run_is_left_as_it_is(pictures, changes, uninterrupted):
     before = {p: p.stat().st_mtime_ns for p in uninterrupted.rglob("*.safetensors")}
-    result = train(config_for(pictures, uninterrupted))
+    result = train(config_for(pictures, uninterrupted, **changes))
     assert result.reason == "all epochs"
     assert {p: p.stat().st_mtime_ns for p in uninterrupted.rglob("*.safetensors")} == before

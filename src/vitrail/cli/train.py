@@ -2,13 +2,17 @@
 
 import argparse
 import sys
+from dataclasses import replace
 from typing import Any
+
+import yaml
 
 from vitrail_runtime.errors import InputError
 
 DESCRIPTION = """Train or fine-tune a classifier. The same command goes on where the run in --out stopped.
 
 --recipe NAME starts from a recipe's settings, --config FILE from a file's: defaults < recipe < file < flags.
+--model-fields FIELD=VALUE ... sets fields of the model's own config, such as drop_path_rate=0.1.
 --replay RUN looks at the batch that stopped a run with a loss that was not finite."""
 
 
@@ -16,10 +20,11 @@ def run(argv: list[str]) -> int:
     first = argparse.ArgumentParser(prog="vitrail train", add_help=False, allow_abbrev=False)
     for flag in ("--recipe", "--config", "--replay"):
         first.add_argument(flag)
+    first.add_argument("--model-fields", nargs="+", default=[])
     given, flags = first.parse_known_args(argv)
     if given.replay is not None:
         return show_replay(given.replay)
-    config = effective_config(given.recipe, given.config, flags)
+    config = effective_config(given.recipe, given.config, flags, given.model_fields)
     from vitrail.train.loop import train
 
     result = train(config)
@@ -32,7 +37,9 @@ def run(argv: list[str]) -> int:
     return 0
 
 
-def effective_config(recipe: str | None, file: str | None, flags: list[str]) -> Any:
+def effective_config(
+    recipe: str | None, file: str | None, flags: list[str], model_fields: list[str]
+) -> Any:
     """The configuration of a run: defaults < recipe < file < flags."""
     import tyro
 
@@ -42,12 +49,24 @@ def effective_config(recipe: str | None, file: str | None, flags: list[str]) -> 
     config = TrainConfig() if recipe is None else recipe_config(recipe)
     if file is not None:
         config = read_config(file, config)
+    fields = config.model_fields | dict(map(field_value, model_fields))
+    config = replace(config, model_fields=fields)
     config = tyro.cli(
         TrainConfig, args=flags, default=config, prog="vitrail train", description=DESCRIPTION
     )
     if not config.data:
         raise InputError("say which pictures to train on: vitrail train --data DIR")
     return config
+
+
+def field_value(text: str) -> tuple[str, Any]:
+    """("drop_path_rate", 0.1) of "drop_path_rate=0.1"; values are written as in YAML."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise InputError(
+            f"--model-fields takes FIELD=VALUE, such as drop_path_rate=0.1, not {text!r}"
+        )
+    return name, yaml.safe_load(value)
 
 
 def show_replay(folder: str) -> int:

@@ -4,7 +4,7 @@ import math
 import signal
 import time
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -26,7 +26,7 @@ from vitrail.train.parallel import (
 )
 from vitrail.train.replay import keep_batch
 from vitrail.train.schedule import learning_rate
-from vitrail.train.setup import Run, seed_update, set_up
+from vitrail.train.setup import Run, introduce, seed_update, set_up
 
 
 @dataclass(frozen=True)
@@ -48,12 +48,14 @@ def train(config: TrainConfig) -> RunResult:
     whatever a person can put right; what was saved before is then still there.
     """
     accelerator = start_processes(config)
-    folder = RunFolder(config.out or f"runs/{config.model}")
+    config = replace(config, out=config.out or f"runs/{config.model}")
+    folder = RunFolder(config.out)
     with ExitStack() as stack:
         on_main(accelerator, lambda: stack.enter_context(folder.locked()))
         run = set_up(config, accelerator, folder)
         interrupt = stack.enter_context(Interrupt())
         stack.enter_context(run.progress)
+        introduce(run)
         return fit(run, interrupt)
 
 

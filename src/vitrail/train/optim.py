@@ -57,7 +57,7 @@ def layer_numbers(model: nn.Module) -> tuple[dict[str, int], int]:
     first_block = next((i for i, n in enumerate(names) if _block(n) is not None), 0)
     for name in names[:first_block]:
         layers[name] = 0
-    return layers, last
+    return {name: layers[name] for name in names}, last
 
 
 def _block(name: str) -> str | None:

@@ -202,6 +202,29 @@ def set_up(config: TrainConfig, accelerator: Accelerator, folder: RunFolder) -> 
     return run
 
 
+def introduce(run: Run) -> None:
+    """Tell what a person should know before she waits: what was decided for her, and where the run stands."""
+    for data in (run.train_data, run.val_data):
+        for note in data.notes:
+            run.progress.say(note)
+        for key, problem in data.broken:
+            run.progress.say(f"left out {key}: {problem}")
+    report = getattr(run.model, "weights_report", None)
+    if report is not None:
+        run.progress.say(str(report))
+    at, config = run.at, run.config
+    trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad) / 1e6
+    height, width = run.model.preprocessing.size
+    processes = f"{run.world} processes, " if run.world > 1 else ""
+    run.progress.say(
+        f"{config.model}: {trained:.2f} M parameters to train on {len(run.train_data)} pictures at "
+        f"{height} x {width}, {len(run.model.classes)} classes; {run.total_steps} updates; "
+        f"{processes}{run.accelerator.device}, {torch.get_num_threads()} threads, {run.workers} workers"
+    )
+    if at.step and not at.finished:
+        run.progress.say(f"going on at update {at.step}, epoch {at.epoch + 1}")
+
+
 def build_model(config: TrainConfig, classes: tuple[str, ...]) -> Any:
     """The model of a configuration, with its starting weights, for pictures of the configured size."""
     extra = model_fields(config)

@@ -1,0 +1,72 @@
+import pytest
+
+from vitrail.cli import main
+from vitrail.cli.train import effective_config, field_value
+from vitrail.recipes import RECIPES, recipe_config
+from vitrail.train.config import TrainConfig, differences, read_config
+from vitrail_runtime.errors import InputError
+
+
+def test_defaults_yield_to_the_recipe_it_to_the_file_and_that_to_flags(tmp_path, monkeypatch):
+    monkeypatch.setitem(RECIPES, "three", lambda: TrainConfig(epochs=3, lr=3.0, batch_size=3))
+    file = tmp_path / "run.yaml"
+    file.write_text("lr: 4e-1\nbatch_size: 4\naugmentation: {flip: 0.25}\n")
+    config = effective_config("three", str(file), ["--batch-size", "5", "--data", "d"], [])
+    assert (config.epochs, config.lr, config.batch_size) == (3, 0.4, 5)
+    assert config.augmentation.flip == 0.25
+    assert config.augmentation.scale == TrainConfig().augmentation.scale
+    assert config.min_lr == TrainConfig().min_lr
+
+
+def test_flags_reach_nested_settings_and_the_models_own(tmp_path):
+    config = effective_config(
+        None,
+        None,
+        ["--data", "d", "--augmentation.mixup", "0.2", "--sizes", "160", "192"],
+        ["drop_path_rate=0.1", "out_blocks=[1, 2]"],
+    )
+    assert config.augmentation.mixup == 0.2
+    assert config.sizes == (160, 192)
+    assert config.model_fields == {"drop_path_rate": 0.1, "out_blocks": [1, 2]}
+    with pytest.raises(InputError, match="FIELD=VALUE"):
+        field_value("drop_path_rate")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("epoch: 3", "unknown key.*'epoch'; did you mean 'epochs'"),
+        ("augmentation: {flop: 1}", "unknown key.*'flop'; did you mean 'flip'"),
+        ("epochs: many", "epochs is 'many', but must be int"),
+        ("optimizer: adam", "must be one of"),
+        ("- a list", "must hold keys and values"),
+        ("a: b: c", "cannot be read as YAML"),
+    ],
+)
+def test_a_file_that_does_not_fit_says_why(tmp_path, text, message):
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(InputError, match=message):
+        read_config(tmp_path / "run.yaml")
+
+
+def test_an_unknown_recipe_names_the_closest(monkeypatch):
+    monkeypatch.setitem(RECIPES, "finetune_small", TrainConfig)
+    with pytest.raises(InputError, match="did you mean 'finetune_small'"):
+        recipe_config("fine_tune_small")
+
+
+def test_an_unknown_flag_ends_with_code_two_and_the_closest_flag(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--data", "d", "--epoch", "3"])
+    assert stop.value.code == 2
+    assert "--epochs" in capsys.readouterr().err
+
+
+def test_training_without_data_asks_for_it(capsys):
+    assert main(["train"]) == 2
+    assert "--data" in capsys.readouterr().err
+
+
+def test_settings_that_do_not_change_the_result_are_no_difference():
+    ours = TrainConfig(workers=4, out="a", keep=7, lr=1.0)
+    assert differences(ours, TrainConfig(out="b")) == ["lr: 0.001 there, 1.0 now"]

@@ -1,0 +1,209 @@
+"""What a run does: learns, freezes, accumulates, stops early, says what went wrong."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import vitrail
+from tests.train.conftest import CLASSES, VIT, make_pictures, tiny_config
+from vitrail.data import open_data
+from vitrail.data.augmentation import Augmentation
+from vitrail.train.evaluate import evaluate, label_map
+from vitrail.train.folder import RunFolder
+from vitrail.train.loop import train
+from vitrail.train.replay import replay
+from vitrail_runtime.errors import InputError
+
+
+def logged(out: Path, kind: str, key: str) -> list:
+    return [row[key] for row in RunFolder(out).rows() if row["kind"] == kind]
+
+
+@pytest.fixture(scope="module")
+def learned(pictures, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("learned") / "run"
+    train(
+        tiny_config(
+            pictures,
+            out,
+            **VIT,
+            epochs=30,
+            lr=1e-2,
+            label_smoothing=0.0,
+            eval_every=5,
+            keep_every=10,
+        )
+    )
+    return out
+
+
+def test_a_tiny_model_learns_where_the_square_is(learned):
+    losses = logged(learned, "train", "loss")
+    assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
+    assert max(logged(learned, "eval", "top1")) > 0.6, "one in three is chance"
+
+
+def test_the_run_folder_holds_models_scores_and_predictions(learned, pictures):
+    model = vitrail.load(learned / "best")
+    assert model.classes == CLASSES
+    assert model.preprocessing.size == (32, 32)
+    scores = json.loads((learned / "best" / "metrics.json").read_text())
+    again = evaluate(model, open_data(pictures, "val", classes=model.classes))
+    assert again["top1"] == scores["top1"] == max(logged(learned, "eval", "top1"))
+    assert again["loss"] == pytest.approx(scores["loss"])
+    assert list(again["per_class"]) == list(CLASSES)
+    said = np.load(learned / "best" / "predictions.npz")
+    assert (said["labels"] == said["predicted"]).mean() == pytest.approx(scores["top1"])
+    np.testing.assert_allclose(said["probabilities"].sum(1), 1, atol=2e-3)
+    assert len(set(said["keys"])) == 12
+    assert (learned / "epoch-0010" / "model.safetensors").is_file()
+
+
+def test_evaluation_leaves_the_model_in_the_mode_it_was_in(learned, pictures):
+    model = vitrail.load(learned / "best").train()
+    evaluate(model, open_data(pictures, "val"))
+    assert model.training
+
+
+def test_head_only_moves_no_weight_and_no_statistic_of_the_backbone(pictures, tmp_path):
+    config = tiny_config(pictures, tmp_path / "full", epochs=1)
+    train(config)
+    start = load_file(tmp_path / "full" / "last" / "model.safetensors")
+    head = replace(
+        config, out=str(tmp_path / "head"), weights=f"{config.out}/last", train_only="head"
+    )
+    train(head)
+    end = load_file(tmp_path / "head" / "last" / "model.safetensors")
+    moved = {key for key in start if not torch.equal(start[key], end[key])}
+    assert moved
+    assert all(key.startswith("head.") for key in moved)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"accumulate": 2}, {"accumulate": 3}, {"grad_checkpointing": True}, {"workers": 2}],
+    ids=str,
+)
+def test_a_batch_in_parts_or_recomputed_or_read_by_workers_trains_the_same(
+    pictures, tmp_path, changes
+):
+    plain = tiny_config(pictures, tmp_path / "plain", **VIT, log_every=1, epochs=1)
+    train(plain)
+    train(replace(plain, out=str(tmp_path / "other"), **changes))
+    ours, theirs = (logged(tmp_path / n, "train", "loss") for n in ("other", "plain"))
+    assert len(ours) == 4
+    assert ours == pytest.approx(theirs, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"precision": "bf16"},
+        {"optimizer": "sgd", "lr": 0.05},
+        {"layer_decay": 0.7},
+        {"sampling": "balanced", "repeats": 2},
+        {"sizes": (24, 32, 40)},
+        {
+            "augmentation": Augmentation(
+                mixup=0.2, cutmix=1.0, randaugment_ops=2, random_erasing=0.2
+            )
+        },
+        {"schedule": "constant", "clip_grad": None, "ema": 0.9},
+    ],
+    ids=lambda c: next(iter(c)),
+)
+def test_every_way_to_train_gives_finite_losses_and_a_model(pictures, tmp_path, changes):
+    result = train(tiny_config(pictures, tmp_path / "run", **(VIT | changes)))
+    assert result.reason == "all epochs"
+    assert all(math.isfinite(x) for x in logged(tmp_path / "run", "train", "loss"))
+    assert vitrail.load(tmp_path / "run" / "best").classes == CLASSES
+
+
+def test_early_stopping_ends_after_evaluations_without_a_better_score(pictures, tmp_path):
+    config = tiny_config(
+        pictures, tmp_path / "run", **VIT, epochs=20, lr=0.0, warmup_lr=0.0, min_lr=0.0
+    )
+    result = train(replace(config, early_stopping=3))
+    assert result.reason == "no better score in 3 evaluations"
+    assert len(logged(tmp_path / "run", "eval", "top1")) == 4
+
+
+def test_a_run_ends_after_max_steps_in_the_middle_of_an_epoch(pictures, tmp_path):
+    result = train(tiny_config(pictures, tmp_path / "run", **VIT, epochs=9, max_steps=6))
+    assert (result.reason, result.steps) == ("all steps", 6)
+    assert len(logged(tmp_path / "run", "eval", "top1")) == 2
+
+
+def test_a_time_limit_ends_the_run_with_its_evaluation(pictures, tmp_path):
+    result = train(tiny_config(pictures, tmp_path / "run", **VIT, max_minutes=1e-6))
+    assert (result.reason, result.steps) == ("time limit", 1)
+    assert result.best is not None
+
+
+def test_a_loss_that_is_not_finite_stops_with_a_batch_that_can_be_run_again(pictures, tmp_path):
+    config = tiny_config(
+        pictures,
+        tmp_path / "run",
+        **VIT,
+        lr=1e30,
+        warmup_epochs=0.0,
+        clip_grad=None,
+        save_every=0.0,
+    )
+    with pytest.raises(InputError, match=r"(?s)not finite at step \d.*--replay.*--lr"):
+        train(config)
+    found = replay(tmp_path / "run")
+    assert not math.isfinite(found["loss"] + found["gradient_norm"])
+    assert found["weights"] == [], "what was kept is from before the weights broke"
+    assert 0 < found["step"] < 8
+
+
+def test_only_a_run_that_kept_a_batch_can_be_replayed(learned):
+    with pytest.raises(InputError, match="keeps no batch"):
+        replay(learned)
+
+
+def test_other_classes_start_from_the_backbone_alone(learned, tmp_path):
+    data = make_pictures(tmp_path / "data")
+    for split in ("train", "val"):
+        (data / split / "top").rename(data / split / "up")
+    out = tmp_path / "run"
+    train(
+        tiny_config(
+            data,
+            out,
+            **VIT,
+            weights=str(learned / "best"),
+            epochs=1,
+            lr=0.0,
+            warmup_lr=0.0,
+            min_lr=0.0,
+        )
+    )
+    ours, theirs = (load_file(p / "best" / "model.safetensors") for p in (out, learned))
+    same = {k for k in ours if torch.equal(ours[k], theirs[k])}
+    assert same == {k for k in ours if k.startswith("backbone.")}
+
+
+def test_classes_are_matched_by_name_and_strange_ones_shown_with_both_lists(learned, pictures):
+    assert label_map(("top", "left"), CLASSES) == [2, 0]
+    with pytest.raises(
+        InputError,
+        match=r"(?s)does not know: cat.*model's 3: left, right, top.*data's 2: cat, left",
+    ):
+        label_map(("cat", "left"), CLASSES)
+
+
+def test_a_broken_picture_is_named_and_can_be_left_out(tmp_path):
+    data = make_pictures(tmp_path / "data")
+    (data / "train" / "left" / "0.png").write_bytes(b"no picture")
+    config = tiny_config(data, tmp_path / "run", **VIT, epochs=1)
+    with pytest.raises(InputError, match=r"0\.png"):
+        train(config)
+    assert train(replace(config, skip_broken=True, batch_size=4)).best is not None
