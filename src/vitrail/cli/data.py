@@ -1,17 +1,58 @@
 """vitrail data make|check|show: make the embedded data set, look at one's own."""
 
+import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING
 
 from vitrail_runtime.errors import InputError
 
-HELP = """usage: vitrail data make digits DIR    write the embedded handwritten digits as class folders
+if TYPE_CHECKING:
+    from vitrail.data.checkup import Checkup, SplitSummary
 
-vitrail data make --help tells the options."""
+HELP = """usage: vitrail data make digits DIR      write the embedded handwritten digits as class folders
+       vitrail data check SOURCE         find broken files, duplicates, leaks and missing classes
+       vitrail data show SOURCE          draw a contact sheet
+
+A SOURCE is a folder of class folders or of tar shards, a .csv of file and label, or hf:owner/name@revision.
+vitrail data ACTION --help tells an action's options."""
+
+SHOWN = 10  # places named for each finding
+
+
+@dataclass(frozen=True, kw_only=True)
+class MakeFlags:
+    """Write the embedded handwritten digits as class folders with train, val and test."""
+
+    seed: int = 0
+    """Of the splits, and of colours, sizes and places."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckFlags:
+    """Decode every picture once; report broken files, duplicates, leaks, imbalance and missing classes.
+
+    Exit code 0: nothing that spoils a training; 1: something does.
+    """
+
+    json: bool = False
+    """The whole finding as JSON, on stdout."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShowFlags:
+    """Draw a contact sheet: class names, counts, sizes, and pictures of the first split."""
+
+    out: Path = Path("sheet.png")
+    """Where to write it."""
+    split: str | None = None
+    """The split whose pictures are shown; all of one without splits, else train."""
+    seed: int = 0
+    """Which pictures are chosen."""
 
 
 def run(argv: list[str]) -> int | None:
-    actions = {"make": make}
+    actions = {"make": make, "check": check, "show": show}
     if not argv or argv[0] in ("-h", "--help"):
         print(HELP)
         return 0
@@ -23,22 +64,97 @@ def run(argv: list[str]) -> int | None:
 def make(argv: list[str]) -> None:
     import tyro
 
+    names, rest = _positional(argv)
+    flags = tyro.cli(MakeFlags, args=rest, prog="vitrail data make digits DIR")
+    if len(names) != 2 or names[0] != "digits":
+        raise InputError("say what and where: vitrail data make digits DIR")
+
     from vitrail.data.digits import make_digits
 
-    Set = tyro.conf.Positional[Literal["digits"]]
-    Folder = tyro.conf.Positional[Path]
-
-    def flags(what: Set, folder: Folder, seed: int = 0) -> tuple[Path, int]:
-        """Write the embedded handwritten digits as class folders with train, val and test.
-
-        Args:
-            what: the set to make.
-            folder: where; a new folder.
-            seed: of the splits, and of colours, sizes and places.
-        """
-        return folder, seed
-
-    folder, seed = tyro.cli(flags, args=argv, prog="vitrail data make")
-    make_digits(folder, seed=seed)
+    folder = make_digits(names[1], seed=flags.seed)
     print(f"{folder}: 1,797 handwritten digits in train, val and test (UCI, CC BY 4.0)")
     print(f"next: vitrail train --data {folder} --model efficientvit_m0 --out runs/digits")
+
+
+def check(argv: list[str]) -> int:
+    import tyro
+
+    names, rest = _positional(argv)
+    flags = tyro.cli(CheckFlags, args=rest, prog="vitrail data check SOURCE")
+    source = _one_source(names, "check")
+
+    from vitrail.data.checkup import check as look_through
+
+    found = look_through(source)
+    if flags.json:
+        print(json.dumps(found.to_dict(), indent=2))
+    else:
+        print("\n".join(report(found)))
+    return 1 if found.errors else 0
+
+
+def show(argv: list[str]) -> None:
+    import tyro
+
+    names, rest = _positional(argv)
+    flags = tyro.cli(ShowFlags, args=rest, prog="vitrail data show SOURCE")
+    source = _one_source(names, "show")
+
+    from vitrail.data.images import open_data, open_source
+    from vitrail.data.sheet import contact_sheet
+
+    have = open_source(source).splits()
+    wanted = [flags.split] if flags.split else ["all"] if have == ("",) else []
+    wanted += [s for s in have if s and s not in wanted]
+    classes = open_source(source).classes()
+    splits = [open_data(source, s, classes=classes, skip_broken=True) for s in wanted]
+    sheet = contact_sheet(splits, Path(source).name or str(source), seed=flags.seed)
+    try:
+        flags.out.parent.mkdir(parents=True, exist_ok=True)
+        sheet.save(flags.out)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{flags.out} cannot be written: {error}") from error
+    for data in splits:
+        print(f"{data.split}: {len(data):,} pictures of {len(data.classes)} classes")
+        for where, what in data.broken[:SHOWN]:
+            print(f"  broken: {where}: {what}")
+    print(f"contact sheet: {flags.out} ({sheet.width} x {sheet.height})")
+
+
+def report(found: "Checkup") -> list[str]:
+    """The finding as lines for a terminal."""
+    lines = [f"{found.source}: {len(found.classes)} classes"]
+    for split in found.splits:
+        lines += _split_lines(split)
+    for mark, findings in (("ERROR", found.errors), ("warning", found.warnings)):
+        for what, places in findings.items():
+            lines.append(f"{mark}: {what}: {len(places):,}")
+            lines += [f"    {place}" for place in places[:SHOWN]]
+            if len(places) > SHOWN:
+                lines.append(f"    ... and {len(places) - SHOWN:,} more (all with --json)")
+    if not found.errors:
+        lines.append("ready to train" + (", with warnings" if found.warnings else ""))
+    return lines
+
+
+def _split_lines(split: "SplitSummary") -> list[str]:
+    counts = sorted(split.per_class.values())
+    sizes = " / ".join(f"{h} x {w}" for h, w in (split.smallest, split.median, split.largest))
+    return [
+        f"  {split.name}: {split.pictures:,} pictures, {counts[0]:,} to {counts[-1]:,} a class",
+        f"    height x width, smallest / median / largest: {sizes}; "
+        f"longest shape {split.most_elongated:.1f} : 1",
+    ]
+
+
+def _positional(argv: list[str]) -> tuple[list[str], list[str]]:
+    """Leading arguments without dashes, and the rest."""
+    count = next((i for i, a in enumerate(argv) if a.startswith("-")), len(argv))
+    return argv[:count], argv[count:]
+
+
+def _one_source(names: list[str], action: str) -> str:
+    if len(names) != 1:
+        given = f"got {', '.join(names)}" if names else "got none"
+        raise InputError(f"vitrail data {action} takes one SOURCE, but {given}")
+    return names[0]

@@ -1,0 +1,220 @@
+"""A look through a whole data set before it costs a training: what is broken, doubled, leaking or missing."""
+
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import scipy.sparse.csgraph
+import scipy.spatial
+from PIL import Image
+
+from vitrail.data.images import open_source
+from vitrail.data.index import Index, Place, Source, digest, read_index
+from vitrail_runtime.errors import InputError
+from vitrail_runtime.preprocess import decode
+
+IMBALANCE = 10.0  # largest class over smallest from which it is worth a word
+SMALL = 32  # pixels of the short side, likewise
+LOOK_SIDE = 8  # pictures are compared as thumbnails of this many pixels a side,
+LOOK_APART = 4.0  # and look the same up to this mean difference of 255
+
+
+@dataclass(frozen=True)
+class SplitSummary:
+    """Counts and sizes of one split. Sizes are (height, width) in pixels."""
+
+    name: str
+    pictures: int
+    per_class: dict[str, int]
+    smallest: tuple[int, int]  # by area
+    median: tuple[int, int]
+    largest: tuple[int, int]
+    most_elongated: float  # long side over short side
+
+
+@dataclass(frozen=True)
+class Checkup:
+    """What `check` found. Errors spoil a training or its scores; warnings are worth knowing."""
+
+    source: str
+    classes: tuple[str, ...]
+    splits: tuple[SplitSummary, ...]
+    errors: dict[str, list[str]]  # what -> where
+    warnings: dict[str, list[str]]
+
+    def to_dict(self) -> dict:
+        """Plain data for JSON."""
+        return asdict(self)
+
+
+@dataclass
+class _Seen:
+    """One picture, as far as comparing needs it."""
+
+    split: str
+    label: str
+    where: str
+    digest: str
+    look: bytes = b""  # thumbnail
+
+
+def check(source: str | Path) -> Checkup:
+    """Decode every picture of every split once and compare all of them.
+
+    Raises InputError where there is no data set to look at; flaws of single pictures are collected.
+    """
+    opened = open_source(source)
+    classes = opened.classes()
+    errors: dict[str, list[str]] = defaultdict(list)
+    warnings: dict[str, list[str]] = defaultdict(list)
+    summaries, seen = [], []
+    for split in opened.splits():
+        index = read_index(opened, split)
+        pictures = list(_look_through(opened, split, index, errors))
+        seen += pictures
+        summaries.append(_summary(split, index, classes))
+        _check_classes(summaries[-1], classes, errors, warnings)
+        small = np.flatnonzero((index.sizes.min(1) < SMALL) & (index.sizes.min(1) > 0))
+        if len(small):
+            warnings[f"pictures with a side under {SMALL} pixels"] += [
+                f"{opened.where(index.keys[i], _place(index, i))}: "
+                f"{index.sizes[i][0]} x {index.sizes[i][1]}"
+                for i in small.tolist()
+            ]
+    if len(classes) < 2:
+        errors["one class only; a classifier needs at least two"].append(", ".join(classes))
+    _compare(seen, errors, warnings)
+    return Checkup(str(source), classes, tuple(summaries), dict(errors), dict(warnings))
+
+
+def _look_through(
+    source: Source, split: str, index: Index, errors: dict[str, list[str]]
+) -> Iterator[_Seen]:
+    positions: Iterable[int] = range(len(index))
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import track
+
+        title = f"checking {split or 'pictures'}"
+        positions = track(positions, title, console=Console(stderr=True), transient=True)
+    for i in positions:
+        place = _place(index, i)
+        where = source.where(index.keys[i], place)
+        if i in index.problems:
+            errors["broken pictures"].append(f"{where}: {index.problems[i]}")
+            continue
+        try:
+            payload = source.read(index.keys[i], place)
+            if digest(payload) != index.digests[i]:
+                raise InputError(" changed while it was checked")
+            pixels = decode(payload)
+        except (InputError, OSError) as error:
+            # The index believes a picture whose last bytes look right; decoding knows.
+            errors["broken pictures"].append(f"{where}: {_without_name(error)}")
+            continue
+        look = Image.fromarray(pixels).resize((LOOK_SIDE, LOOK_SIDE), Image.Resampling.BOX)
+        yield _Seen(split, index.names[i], where, index.digests[i], look.tobytes())
+
+
+def _without_name(error: Exception) -> str:
+    text = str(error)
+    return text.partition("> ")[2] if text.startswith("<") else text.strip()
+
+
+def _summary(split: str, index: Index, classes: tuple[str, ...]) -> SplitSummary:
+    counts = dict.fromkeys(classes, 0)
+    for name in index.names:
+        counts[name] = counts.get(name, 0) + 1
+    sizes = index.sizes[index.sizes.min(1) > 0]
+    if not len(sizes):
+        return SplitSummary(split or "all", len(index), counts, (0, 0), (0, 0), (0, 0), 0.0)
+    by_area = sizes[np.argsort(sizes.prod(1), kind="stable")]
+
+    def size(position: int) -> tuple[int, int]:
+        height, width = by_area[position].tolist()
+        return height, width
+
+    return SplitSummary(
+        name=split or "all",
+        pictures=len(index),
+        per_class=counts,
+        smallest=size(0),
+        median=size(len(by_area) // 2),
+        largest=size(-1),
+        most_elongated=float((sizes.max(1) / sizes.min(1)).max()),
+    )
+
+
+def _check_classes(
+    summary: SplitSummary,
+    classes: tuple[str, ...],
+    errors: dict[str, list[str]],
+    warnings: dict[str, list[str]],
+) -> None:
+    for name, count in summary.per_class.items():
+        if name not in classes:
+            errors["classes that train does not have"].append(f"{summary.name}: {name} ({count})")
+        elif count == 0:
+            errors["classes without a picture"].append(f"{summary.name}: {name}")
+    counts = [c for c in summary.per_class.values() if c]
+    if counts and max(counts) >= IMBALANCE * min(counts):
+        largest = max(summary.per_class, key=summary.per_class.__getitem__)
+        smallest = min(
+            (n for n, c in summary.per_class.items() if c), key=summary.per_class.__getitem__
+        )
+        warnings["unbalanced classes"].append(
+            f"{summary.name}: {largest} has {max(counts) / min(counts):.0f} times as many pictures as "
+            f"{smallest} ({max(counts)} and {min(counts)})"
+        )
+
+
+def _compare(
+    seen: list[_Seen], errors: dict[str, list[str]], warnings: dict[str, list[str]]
+) -> None:
+    exact: dict[str, list[_Seen]] = defaultdict(list)
+    for picture in seen:
+        exact[picture.digest].append(picture)
+    for group in exact.values():
+        if len(group) > 1:
+            _file_group(group, "the same bytes", errors, warnings)
+    for group in _looking_the_same([group[0] for group in exact.values()]):
+        _file_group(group, "pictures that look the same", errors, warnings)
+
+
+def _file_group(
+    group: list[_Seen], what: str, errors: dict[str, list[str]], warnings: dict[str, list[str]]
+) -> None:
+    line = "  =  ".join(p.where for p in group)
+    if len({p.label for p in group}) > 1:
+        labels = ", ".join(sorted({p.label for p in group}))
+        errors[f"{what} under different labels"].append(f"{line} ({labels})")
+    if len({p.split for p in group}) > 1:
+        errors[f"leaks: {what} in different splits"].append(line)
+    elif len({p.label for p in group}) == 1:
+        warnings[f"duplicates: {what} more than once in a split"].append(line)
+
+
+def _looking_the_same(pictures: list[_Seen]) -> Iterator[list[_Seen]]:
+    """Groups of pictures whose thumbnails differ by little: copies saved anew, or at another size."""
+    looks = np.stack([np.frombuffer(p.look, np.uint8) for p in pictures]).astype(np.float32)
+    # A flat picture looks like every other flat picture.
+    vivid = np.flatnonzero(looks.std(1) > 4 * LOOK_APART)
+    coarse = looks[vivid].reshape(-1, 4, LOOK_SIDE // 4, 4, LOOK_SIDE // 4, 3).mean((2, 4, 5))
+    if len(vivid) < 2:
+        return
+    tree = scipy.spatial.KDTree(coarse.reshape(len(vivid), -1))
+    pairs = vivid[tree.query_pairs(2 * LOOK_APART, p=np.inf, output_type="ndarray")]
+    apart = np.abs(looks[pairs[:, 0]] - looks[pairs[:, 1]]).mean(1)
+    first, second = pairs[apart <= LOOK_APART].T
+    graph = scipy.sparse.coo_matrix((np.ones(len(first)), (first, second)), [len(pictures)] * 2)
+    count, group_of = scipy.sparse.csgraph.connected_components(graph, directed=False)
+    for group in np.flatnonzero(np.bincount(group_of, minlength=count) > 1):
+        yield [pictures[i] for i in np.flatnonzero(group_of == group)]
+
+
+def _place(index: Index, i: int) -> Place:
+    file, offset, size = index.places[i].tolist()
+    return file, offset, size

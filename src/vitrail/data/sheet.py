@@ -1,0 +1,189 @@
+"""A contact sheet: one picture that shows what a data set holds."""
+
+import hashlib
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from vitrail.data.images import ImageData
+
+WIDTH, MARGIN, GAP = 1600, 56, 6  # pixels
+ROW = 92  # height of a row of pictures
+LABELS = 190  # width of the column of class names
+MOST_ROWS = 24  # classes up to which each has a row of its own
+MOST_CELLS = 77  # else one picture a class, in a grid
+CELLS_ACROSS, CELL = 11, 128
+PAPER, INK, SOFT, RULE, ACCENT = "#fbfaf7", "#22252b", "#7d8390", "#e4e1d8", "#3f7f8c"
+
+
+def contact_sheet(splits: Sequence[ImageData], title: str, *, seed: int = 0) -> Image.Image:
+    """Class names, counts, sizes and pictures of a data set, drawn from its first split.
+
+    Up to 24 classes have a row each, filled with pictures in their own shapes; of more, up to 77 show one
+    picture each. `seed` chooses the pictures.
+    """
+    data = splits[0]
+    counts = np.bincount(data.labels, minlength=len(data.classes))
+    rows = len(data.classes) <= MOST_ROWS
+    body = _rows(data, counts, seed) if rows else _grid(data, seed)
+    header = _header(splits, title)
+    sheet = Image.new("RGB", (WIDTH, header.height + body.height + MARGIN), PAPER)
+    sheet.paste(header, (0, 0))
+    sheet.paste(body, (0, header.height))
+    return sheet
+
+
+def _header(splits: Sequence[ImageData], title: str) -> Image.Image:
+    data = splits[0]
+    height = 168
+    image = Image.new("RGB", (WIDTH, height), PAPER)
+    draw = ImageDraw.Draw(image)
+    sizes = np.concatenate([s.sizes for s in splits])
+    draw.text((MARGIN, 44), _fitted(title, 40, WIDTH - 2 * MARGIN - 300), INK, _font(40, bold=True))
+    parts = [f"{s.split} {len(s):,}" for s in splits]
+    if len(splits) == 1:
+        parts = [f"{len(data):,} pictures"]
+    facts = [" · ".join(parts), f"{len(data.classes)} classes", _size_range(sizes)]
+    draw.text((MARGIN, 104), "     ".join(facts), SOFT, _font(19))
+    _size_plot(draw, sizes, (WIDTH - MARGIN - 190, 34, WIDTH - MARGIN, 138))
+    draw.line((MARGIN, height - 10, WIDTH - MARGIN, height - 10), RULE, 2)
+    return image
+
+
+def _size_range(sizes: np.ndarray) -> str:
+    (low_h, low_w), (high_h, high_w) = sizes.min(0).tolist(), sizes.max(0).tolist()
+    if (low_h, low_w) == (high_h, high_w):
+        return f"all {low_h} high, {low_w} wide"
+    return f"{_span(low_h, high_h)} high, {_span(low_w, high_w)} wide"
+
+
+def _span(low: int, high: int) -> str:
+    return f"{low}" if low == high else f"{low} to {high}"
+
+
+def _size_plot(
+    draw: ImageDraw.ImageDraw, sizes: np.ndarray, box: tuple[int, int, int, int]
+) -> None:
+    """Width against height, one dot for each of up to 600 pictures, both from zero."""
+    left, top, right, bottom = box
+    draw.line((left, top, left, bottom), RULE, 2)
+    draw.line((left, bottom, right, bottom), RULE, 2)
+    scale = min((right - left) / sizes[:, 1].max(), (bottom - top) / sizes[:, 0].max()) * 0.94
+    for height, width in sizes[:: max(1, len(sizes) // 600)].tolist():
+        x, y = left + width * scale, bottom - height * scale
+        draw.ellipse((x - 1.5, y - 1.5, x + 1.5, y + 1.5), ACCENT)
+    draw.text((right, bottom + 4), "width", SOFT, _font(12), anchor="ra")
+    draw.text((left - 6, top), "height", SOFT, _font(12), anchor="ra")
+
+
+def _rows(data: ImageData, counts: np.ndarray, seed: int) -> Image.Image:
+    step = ROW + 14
+    image = Image.new("RGB", (WIDTH, len(data.classes) * step + 12), PAPER)
+    draw = ImageDraw.Draw(image)
+    for label, name in enumerate(data.classes):
+        top = 12 + label * step
+        count = int(counts[label])
+        draw.text((MARGIN, top + 18), _fitted(name, 24, LABELS - 16), INK, _font(24, bold=True))
+        draw.text((MARGIN, top + 48), f"{count:,}", SOFT, _font(17))
+        length = (LABELS - 24) * count / max(1, counts.max())
+        draw.rounded_rectangle((MARGIN, top + 76, MARGIN + LABELS - 24, top + 80), 2, RULE)
+        if count:
+            draw.rounded_rectangle((MARGIN, top + 76, MARGIN + max(4, length), top + 80), 2, ACCENT)
+        _fill_row(image, data, _chosen(data, label, seed), top)
+    return image
+
+
+def _fill_row(image: Image.Image, data: ImageData, indices: Sequence[int], top: int) -> None:
+    """Pictures at one height in their own shapes; the last one is cut at the margin."""
+    left, end = MARGIN + LABELS, WIDTH - MARGIN
+    for i in indices:
+        if left >= end:
+            return
+        height, width = data.sizes[i].tolist()
+        shown = min(max(ROW // 3, round(width * ROW / height)), 4 * ROW)
+        picture = _thumbnail(data, i, (ROW, shown))
+        picture = picture.crop((0, 0, min(shown, end - left), ROW))
+        _paste_rounded(image, picture, (left, top))
+        left += shown + GAP
+
+
+def _grid(data: ImageData, seed: int) -> Image.Image:
+    shown = min(len(data.classes), MOST_CELLS)
+    picked = np.linspace(0, len(data.classes) - 1, shown).round().astype(int).tolist()
+    step_y = CELL + 30
+    lines = -(-shown // CELLS_ACROSS)
+    rest = len(data.classes) - shown
+    image = Image.new("RGB", (WIDTH, lines * step_y + 20 + (36 if rest else 0)), PAPER)
+    draw = ImageDraw.Draw(image)
+    step_x = (WIDTH - 2 * MARGIN + GAP) / CELLS_ACROSS
+    for cell, label in enumerate(picked):
+        x = round(MARGIN + cell % CELLS_ACROSS * step_x)
+        y = 16 + cell // CELLS_ACROSS * step_y
+        for i in _chosen(data, label, seed)[:1]:
+            _paste_rounded(image, _square(data, i), (x, y))
+        name = _fitted(data.classes[label], 13, CELL)
+        draw.text((x + 1, y + CELL + 4), name, SOFT, _font(13))
+    if rest:
+        draw.text((MARGIN, 20 + lines * step_y), f"and {rest:,} more classes", SOFT, _font(17))
+    return image
+
+
+def _chosen(data: ImageData, label: int, seed: int) -> list[int]:
+    mine = np.flatnonzero(data.labels == label).tolist()
+
+    def rank(i: int) -> str:
+        return hashlib.blake2b(f"{seed}:{data.digests[i]}".encode(), digest_size=8).hexdigest()
+
+    return sorted(mine, key=rank)[:60]
+
+
+def _thumbnail(data: ImageData, i: int, size: tuple[int, int]) -> Image.Image:
+    height, width = size
+    picture = Image.fromarray(data.read(i, size))
+    return picture.resize((width, height), Image.Resampling.LANCZOS)
+
+
+def _square(data: ImageData, i: int) -> Image.Image:
+    height, width = data.sizes[i].tolist()
+    scale = CELL / min(height, width)
+    needed = (max(CELL, round(height * scale)), max(CELL, round(width * scale)))
+    picture = Image.fromarray(data.read(i, needed))
+    side = min(picture.size)
+    left, top = (picture.width - side) / 2, (picture.height - side) / 2
+    box = (left, top, left + side, top + side)
+    return picture.resize((CELL, CELL), Image.Resampling.LANCZOS, box=box)
+
+
+def _paste_rounded(sheet: Image.Image, picture: Image.Image, at: tuple[int, int]) -> None:
+    mask = Image.new("L", (picture.width * 4, picture.height * 4), 0)
+    ImageDraw.Draw(mask).rounded_rectangle((0, 0, mask.width - 1, mask.height - 1), 20, 255)
+    sheet.paste(picture, at, mask.resize(picture.size, Image.Resampling.BOX))
+
+
+def _fitted(text: str, size: int, width: float) -> str:
+    """`text`, shortened in the middle until it fits."""
+    text = "".join(c if c.isprintable() else "?" for c in text)
+    font = _font(size, bold=True)
+    if font.getlength(text) <= width:
+        return text
+    keep = len(text)
+    while keep > 2 and font.getlength(_shortened(text, keep)) > width:
+        keep -= 1
+    return _shortened(text, keep)
+
+
+def _shortened(text: str, keep: int) -> str:
+    head = (keep + 1) // 2
+    return text[:head] + "…" + text[len(text) - (keep - head) :]
+
+
+@lru_cache
+def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
+    # Matplotlib brings DejaVu, which has most alphabets.
+    import matplotlib
+
+    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
+    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name, size)
