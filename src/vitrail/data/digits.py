@@ -84,49 +84,39 @@ def split_digits(labels: np.ndarray, seed: int) -> list[str]:
 
 
 def draw_digit(ink: np.ndarray, rng: np.random.Generator) -> Image.Image:
-    """One picture of a digit: `ink` is (8, 8) of 0..16; height and width are 56 to 160 pixels."""
+    """One picture of a digit: `ink` is (8, 8) of 0..16; height and width are 56 to 144 pixels."""
     height = int(rng.integers(56, 129))
-    width = int(np.clip(round(height * np.exp(rng.uniform(-0.5, 0.5))), 56, 160))
-    canvas = _background(height, width, rng)
-    side = round(min(height, width) * rng.uniform(0.55, 1.0))
+    width = int(np.clip(round(height * np.exp(rng.uniform(-0.4, 0.4))), 56, 144))
+    light = rng.uniform(170, 245) + rng.uniform(-35, 35, 3)
+    dark = rng.uniform(10, 85) + rng.uniform(-35, 35, 3)
+    paper, pen = (light, dark) if rng.random() < 0.5 else (dark, light)
+    canvas = paper + _shading(height, width, rng)
+    side = round(min(height, width) * rng.uniform(0.6, 1.0))
     stretch = rng.uniform(0.8, 1.0)  # digits are a little narrower than their frame
     size = (max(1, round(side * stretch)), side)
     # In mode F: 8-bit steps of 0..16 would show as terraces after an eightfold upscale.
     # The frame of one pixel keeps the strokes whole when the digit is turned.
     glyph = Image.fromarray(np.pad(ink, 1).astype(np.float32) / 16)
     glyph = glyph.resize(size, Image.Resampling.BICUBIC)
-    glyph = glyph.rotate(rng.uniform(-12, 12), Image.Resampling.BICUBIC)
+    glyph = glyph.rotate(rng.uniform(-10, 10), Image.Resampling.BICUBIC)
     alpha = np.clip(1.6 * np.asarray(glyph) - 0.2, 0, 1)[..., None]
     top = int(rng.integers(0, height - size[1] + 1))
     left = int(rng.integers(0, width - size[0] + 1))
     place = canvas[top : top + size[1], left : left + size[0]]
-    colour = _contrasting(place.mean((0, 1)), rng)
-    place[:] = place * (1 - alpha) + colour * alpha
-    canvas += rng.normal(0, rng.uniform(2, 14), canvas.shape)
+    place[:] = place * (1 - alpha) + pen * alpha
+    canvas += rng.normal(0, rng.uniform(1, 10), canvas.shape)
     return Image.fromarray(np.clip(np.rint(canvas), 0, 255).astype(np.uint8))
 
 
-def _background(height: int, width: int, rng: np.random.Generator) -> np.ndarray:
-    """A gradient between two near colours with soft blotches, (height, width, 3) of 0..255."""
-    first = rng.uniform(20, 235, 3)
-    second = np.clip(first + rng.uniform(-60, 60, 3), 0, 255)
-    angle = rng.uniform(0, 2 * np.pi)
+def _shading(height: int, width: int, rng: np.random.Generator) -> np.ndarray:
+    """Light from one side and soft blotches: (height, width, 3) around zero."""
+    angle, strength = rng.uniform(0, 2 * np.pi), rng.uniform(0, 50)
     y, x = np.mgrid[0:height, 0:width]
-    along = x / width * np.cos(angle) + y / height * np.sin(angle)
-    along = (along - along.min()) / (along.max() - along.min())
-    canvas = first + along[..., None] * (second - first)
-    blotches = Image.fromarray(rng.normal(0, 18, (5, 5)).astype(np.float32))
+    along = (x / width - 0.5) * np.cos(angle) + (y / height - 0.5) * np.sin(angle)
+    blotches = Image.fromarray(rng.normal(0, 7, (5, 5)).astype(np.float32))
     blotches = blotches.resize((width, height), Image.Resampling.BICUBIC)
-    return canvas + np.asarray(blotches)[..., None]
-
-
-def _contrasting(background: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A colour whose luminance differs from the background's by at least 80 of 255."""
-    weights = np.array([0.299, 0.587, 0.114])
-    while True:
-        colour = rng.uniform(0, 255, 3)
-        if abs((colour - background) @ weights) >= 80:
-            return colour
+    shade = strength * along + np.asarray(blotches)
+    return shade[..., None] + np.zeros(3)
 
 
 def _source() -> tuple[np.ndarray, np.ndarray, str]:
