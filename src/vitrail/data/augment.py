@@ -17,6 +17,7 @@ __all__ = ["Augmentation", "augment", "crop_box", "generator", "mix", "needed_si
 
 Key = tuple[int, int, int]  # (seed, epoch, position); for `mix`, (seed, epoch, step)
 _SAMPLE, _MIX = 0, 1  # streams of random numbers
+CROP_TRIES = 10
 
 
 def generator(key: Key, stream: int = _SAMPLE) -> np.random.Generator:
@@ -31,16 +32,27 @@ def generator(key: Key, stream: int = _SAMPLE) -> np.random.Generator:
 
 
 def augment(
-    image: np.ndarray, size: tuple[int, int], augmentation: Augmentation, key: Key
+    image: np.ndarray,
+    size: tuple[int, int],
+    augmentation: Augmentation,
+    key: Key,
+    *,
+    original: tuple[int, int] | None = None,
 ) -> Tensor:
     """One training picture: uint8 (H, W, 3) RGB -> uint8 (3, height, width), as `augmentation` and `key` say.
 
-    The same key gives the same result. The crop is a share of the picture, so it is the same place however
-    far the file was reduced when it was decoded. Pixels stay 8-bit: normalise on the device.
+    The same key gives the same result. Pixels stay 8-bit: normalise on the device.
+
+    original: (height, width) of the picture where `image` is a reduced form of it, as `needed_size` allows;
+        parts are drawn on the original, so they do not depend on the reduction.
     """
     rng = generator(key)
     pixels = torch.from_numpy(image).permute(2, 0, 1)  # a view, channels last
-    top, left, height, width = crop_box(image.shape[0], image.shape[1], size, augmentation, rng)
+    full_h, full_w = original or image.shape[:2]
+    top, left, height, width = crop_box(full_h, full_w, augmentation, rng)
+    if (full_h, full_w) != image.shape[:2]:
+        top, height = _scaled(top, height, image.shape[0], full_h)
+        left, width = _scaled(left, width, image.shape[1], full_w)
     pixels = pixels[:, top : top + height, left : left + width]
     if augmentation.crop == "simple":
         pixels = _simple_crop(pixels, size, augmentation, rng)
@@ -60,7 +72,7 @@ def needed_size(
 ) -> tuple[int, int]:
     """The smallest (height, width) a picture may be decoded at so that its crop is not enlarged."""
     rng = generator(key)
-    _, _, crop_h, crop_w = crop_box(height, width, size, augmentation, rng)
+    _, _, crop_h, crop_w = crop_box(height, width, augmentation, rng)
     if augmentation.crop == "simple":
         scale = max(size[0] / height, size[1] / width)
     else:
@@ -69,37 +81,26 @@ def needed_size(
 
 
 def crop_box(
-    height: int,
-    width: int,
-    size: tuple[int, int],
-    augmentation: Augmentation,
-    rng: np.random.Generator,
+    height: int, width: int, augmentation: Augmentation, rng: np.random.Generator
 ) -> tuple[int, int, int, int]:
-    """(top, left, height, width) in pixels of the part that is taken.
-
-    Random resized crop takes four numbers from `rng` whatever the picture: where torchvision draws again
-    when a part does not fit, the part is drawn from the area and shapes that fit.
-    """
+    """(top, left, height, width) in pixels of the part that is taken, by torchvision's rule."""
     if augmentation.crop != "random_resized":
         return 0, 0, height, width
-    u_area, u_ratio, u_top, u_left = rng.random(4)
     low, high = augmentation.scale
-    area = (low + u_area * (high - low)) * height * width
-    # width = sqrt(area * ratio) <= W and height = sqrt(area / ratio) <= H bound the ratio.
-    least, most = area / height**2, width**2 / area
-    log_low = math.log(max(augmentation.ratio[0], least))
-    log_high = math.log(min(augmentation.ratio[1], most))
-    if (
-        log_low > log_high
-    ):  # no allowed shape of this area fits: the nearest shape, as large as fits
-        ratio = min(max(width / height, augmentation.ratio[0]), augmentation.ratio[1])
-        crop_w, crop_h = min(width, height * ratio), min(height, width / ratio)
-    else:
+    log_low, log_high = (math.log(r) for r in augmentation.ratio)
+    draws = rng.random((CROP_TRIES, 4)).tolist()
+    for u_area, u_ratio, u_top, u_left in draws:
+        area = (low + u_area * (high - low)) * height * width
         ratio = math.exp(log_low + u_ratio * (log_high - log_low))
-        crop_w, crop_h = math.sqrt(area * ratio), math.sqrt(area / ratio)
-    crop_h = min(height, max(1, round(crop_h)))
-    crop_w = min(width, max(1, round(crop_w)))
-    return round(u_top * (height - crop_h)), round(u_left * (width - crop_w)), crop_h, crop_w
+        crop_h, crop_w = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
+        if 0 < crop_h <= height and 0 < crop_w <= width:
+            top, left = int(u_top * (height - crop_h + 1)), int(u_left * (width - crop_w + 1))
+            return top, left, crop_h, crop_w
+    # No part fitted: the largest of an allowed shape, from the centre.
+    ratio = min(max(width / height, augmentation.ratio[0]), augmentation.ratio[1])
+    crop_h = min(height, max(1, round(width / ratio)))
+    crop_w = min(width, max(1, round(height * ratio)))
+    return (height - crop_h) // 2, (width - crop_w) // 2, crop_h, crop_w
 
 
 def mix(
@@ -139,6 +140,12 @@ def mix(
     else:
         mixed = torch.lerp(images[partner], images, share)
     return mixed, torch.lerp(targets[partner], targets, share)
+
+
+def _scaled(start: int, length: int, have: int, full: int) -> tuple[int, int]:
+    """A run of pixels of `full`, on a picture of which `have` are left."""
+    first, last = round(start * have / full), round((start + length) * have / full)
+    return min(first, have - 1), max(1, last - first)
 
 
 def _span(centre: float, length: float, limit: int) -> tuple[int, int]:

@@ -132,7 +132,9 @@ class _TrainJob(Dataset):
                 height, width = self.data.sizes[i].tolist()
                 least = needed_size(height, width, batch.size, self.augmentation, key)
                 pixels = self.data.read(i, least)
-                images[row] = augment(pixels, batch.size, self.augmentation, key)
+                images[row] = augment(
+                    pixels, batch.size, self.augmentation, key, original=(height, width)
+                )
         except (
             InputError
         ) as error:  # as a value: a worker's exception would come wrapped in a traceback
