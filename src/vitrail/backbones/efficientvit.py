@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from vitrail.features import Features, FeatureSpec, check_images, pyramid_specs
 from vitrail.layers.checkpoint import checkpointed
-from vitrail.layers.conv import ConvNormAct, SqueezeExcite
+from vitrail.layers.conv import ConvNormAct, SqueezeExcite, fast_layout
 from vitrail.layers.tables import cached_table
 from vitrail.registry import Layout, Published, register_backbone
 from vitrail_runtime.errors import InputError
@@ -141,6 +141,27 @@ def offset_index(window: int, device: torch.device) -> Tensor:
     return (dy * window + dx).flatten()
 
 
+def cut(x: Tensor) -> Tensor:
+    """(B, C, rows, r, columns, r) -> windows (B * rows * columns, C, r, r)."""
+    dim, r = x.shape[1], x.shape[3]
+    if torch.compiler.is_compiling():
+        # An explicit clone: `reshape` and `contiguous` ask whether there is more than one window, and
+        # an exported graph would keep the answer.
+        x = x.permute(0, 2, 4, 1, 3, 5).clone(memory_format=torch.contiguous_format)
+        return x.view(-1, dim, r, r)
+    return x.permute(0, 2, 4, 3, 5, 1).reshape(-1, r, r, dim).permute(0, 3, 1, 2)
+
+
+def join(x: Tensor) -> Tensor:
+    """Windows (B, rows, columns, C, r, r) -> (B, C, rows * r, columns * r)."""
+    batch, rows, cols, dim, r, _ = x.shape
+    if torch.compiler.is_compiling():
+        x = x.permute(0, 3, 1, 4, 2, 5).clone(memory_format=torch.contiguous_format)
+        return x.view(batch, dim, rows * r, cols * r)
+    x = x.permute(0, 1, 4, 2, 5, 3).reshape(batch, rows * r, cols * r, dim)
+    return x.permute(0, 3, 1, 2)
+
+
 class CascadedGroupAttention(nn.Module):
     """Attention in windows; head i sees its slice of the channels plus the output of head i - 1.
 
@@ -176,25 +197,20 @@ class CascadedGroupAttention(nn.Module):
         below, right = rows * r - height, cols * r - width
         if tracing or below or right:
             x = F.pad(x, (0, right, 0, below))
-        # An explicit clone: `reshape` and `contiguous` ask whether there is more than one window, and
-        # an exported graph would keep the answer.
-        x = x.reshape(batch, dim, rows, r, cols, r).permute(0, 2, 4, 1, 3, 5)
-        x = x.clone(memory_format=torch.contiguous_format).view(-1, dim, r, r)
+        x = cut(x.reshape(batch, dim, rows, r, cols, r))
         x = F.relu_(self.attend(x, record, name))
-        x = x.view(batch, rows, cols, dim, r, r).permute(0, 3, 1, 4, 2, 5)
-        x = x.clone(memory_format=torch.contiguous_format)
-        x = x.view(batch, dim, rows * r, cols * r)
+        x = join(x.view(batch, rows, cols, dim, r, r))
         if tracing or below or right:
             x = F.pad(x, (0, -right, 0, -below))
         return self.proj(x)
 
     def attend(self, x: Tensor, record: dict[str, Tensor] | None, name: str) -> Tensor:
         """Each window by itself, before the projection. (N, C, window, window) -> same."""
-        index = offset_index(self.window, x.device)
-        tokens = self.window**2
-        biases = self.attention_biases.index_select(1, index).view(-1, tokens, tokens)
+        r, key_dim = self.window, self.key_dim
+        index = offset_index(r, x.device)
+        biases = self.attention_biases.index_select(1, index).view(-1, r * r, r * r)
         slices = x.chunk(len(self.qkvs), dim=1)
-        key_dim, v_dim = self.key_dim, slices[0].shape[1]
+        v_dim = slices[0].shape[1]
         y, outputs, kept = slices[0], [], []
         for i, (qkv, dw) in enumerate(zip(self.qkvs, self.dws, strict=True)):
             if i > 0:
@@ -205,7 +221,11 @@ class CascadedGroupAttention(nn.Module):
             # One call for product, scale and bias: at 7 x 7 tokens calls cost more than arithmetic.
             scores = torch.baddbmm(biases[i], q.transpose(1, 2), k, alpha=self.scale)
             weights = scores.softmax(dim=-1)
-            y = torch.bmm(v, weights.transpose(1, 2)).view_as(slices[i])
+            if torch.compiler.is_compiling():
+                y = torch.bmm(v, weights.transpose(1, 2)).view(-1, v_dim, r, r)
+            else:  # the same, but channels last in memory, as `fast_layout`
+                y = torch.bmm(weights, v.transpose(1, 2))
+                y = y.view(-1, r, r, v_dim).permute(0, 3, 1, 2)
             outputs.append(y)
             kept.append(weights)
         if record is not None:
@@ -300,7 +320,7 @@ class EfficientViT(nn.Module):
 
     def forward(self, images: Tensor, record: dict[str, Tensor] | None = None) -> Features:
         check_images(images, self)
-        x = self.patch_embed(images)
+        x = self.patch_embed(fast_layout(images))
         checkpointing = self.grad_checkpointing and self.training
         maps = {}
         for i, (level, stage) in enumerate(zip(self.feature_specs, self.stages, strict=True)):

@@ -226,3 +226,11 @@ def init_conv_weights(model: nn.Module, linear_std: float = 0.01) -> None:
             nn.init.normal_(module.weight, std=linear_std)
         if isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
+
+
+def fast_layout(x: Tensor) -> Tensor:
+    """The same (B, C, H, W) in channels-last memory where that is faster, eagerly on a CPU: the convolutions
+    after it keep the layout. EfficientViT ran 1.1 to 1.6 times faster on one core, training most."""
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        return x.contiguous(memory_format=torch.channels_last)
+    return x
