@@ -23,9 +23,9 @@ from typing import Literal, NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from vitrail.features import Features, FeatureSpec, check_images, level_name, pad_to_multiple
+from vitrail.layers.checkpoint import checkpointed
 from vitrail.layers.mlp import Mlp
 from vitrail.layers.position import resample_positions, resize_patch_embedding
 from vitrail.layers.residual import DropPath, LayerScale, drop_path_schedule
@@ -198,13 +198,23 @@ class Attention(nn.Module):
             batch = x.shape[0]
             k = torch.cat([k, *(kv.keys.expand(batch, -1, -1, -1) for kv in given)], dim=2)
             v = torch.cat([v, *(kv.values.expand(batch, -1, -1, -1) for kv in given)], dim=2)
-        if record is None:
-            out = F.scaled_dot_product_attention(q, k, v)
-        else:
-            weights = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1)
-            record[f"{name}.weights"] = weights  # (B, heads, queries, keys)
-            out = weights @ v
+        out = self.attend(q, k, v, record, name)
         return self.proj(out.transpose(1, 2).flatten(2)), own
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        record: dict[str, Tensor] | None = None,
+        name: str = "",
+    ) -> Tensor:
+        """The core, for queries and keys of any number: (B, heads, N, D)."""
+        if record is None:
+            return F.scaled_dot_product_attention(q, k, v)
+        weights = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1)
+        record[f"{name}.weights"] = weights  # (B, heads, queries, keys)
+        return weights @ v
 
     def heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, N, 3C) -> queries, keys, values, each (B, heads, N, D)."""
@@ -224,8 +234,7 @@ class Attention(nn.Module):
         outs = []
         qkv = self.qkv(x)
         for part, (count, length) in zip(qkv.split([c * n for c, n in runs]), runs, strict=True):
-            q, k, v = self.heads(part.unflatten(0, (count, length)))
-            out = F.scaled_dot_product_attention(q, k, v)
+            out = self.attend(*self.heads(part.unflatten(0, (count, length))))
             outs.append(out.transpose(1, 2).flatten(2).flatten(0, 1))
         return self.proj(torch.cat(outs) if len(outs) > 1 else outs[0])
 
@@ -327,9 +336,15 @@ class ViT(nn.Module):
 
     patch_embed: another module from images to a map (B, embed_dim, ceil(H / stride), ceil(W / stride)), which
     has an attribute `stride`. config.patch_size is then that stride: the pixels that one token stands for.
+    blocks: a paper's own, in place of config.depth plain ones.
     """
 
-    def __init__(self, config: ViTConfig, patch_embed: nn.Module | None = None) -> None:
+    def __init__(
+        self,
+        config: ViTConfig,
+        patch_embed: nn.Module | None = None,
+        blocks: Iterable[Block] | None = None,
+    ) -> None:
         super().__init__()
         self.config = config
         dim = config.embed_dim
@@ -351,8 +366,11 @@ class ViT(nn.Module):
         self.prefix_rows = config.num_prefix_tokens if config.prefix_positions else 0
         rows = self.prefix_rows + math.prod(config.grid)
         self.pos_embed = nn.Parameter(torch.zeros(1, rows, dim))
-        rates = drop_path_schedule(config.drop_path_rate, config.depth)
-        blocks = [Block(config, rate, i % config.attn_every == 0) for i, rate in enumerate(rates)]
+        if blocks is None:
+            rates = drop_path_schedule(config.drop_path_rate, config.depth)
+            blocks = [
+                Block(config, rate, i % config.attn_every == 0) for i, rate in enumerate(rates)
+            ]
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(dim, config.norm_eps)
 
@@ -413,7 +431,7 @@ class ViT(nn.Module):
         for i, block in enumerate(cast(Iterable[Block], self.blocks)):
             extra = None if memory is None else memory[i]
             if saving:
-                x = checkpoint(block, x, extra, use_reentrant=False)
+                x = checkpointed(block, x, extra)
             else:
                 x = block(x, extra, keys_values, record, f"blocks.{i}")
             if record is not None:
@@ -489,7 +507,7 @@ class ViT(nn.Module):
         tapped: dict[str, Tensor] = {}
         for i, block in enumerate(cast(Iterable[Block], self.blocks)):
             if self.grad_checkpointing and self.training:
-                x = checkpoint(block.forward_packed, x, runs, use_reentrant=False)
+                x = checkpointed(block, x, runs, run=block.forward_packed)
             else:
                 x = block.forward_packed(x, runs)
             if i in self.map_names:

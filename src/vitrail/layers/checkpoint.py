@@ -1,6 +1,6 @@
 """Activation checkpointing that leaves running statistics alone."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -10,16 +10,17 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 
-def checkpointed(module: nn.Module, *args: Any) -> Any:
-    """`module(*args)`, whose intermediates are computed again in the backward pass instead of kept.
+def checkpointed(module: nn.Module, *args: Any, run: Callable[..., Any] | None = None) -> Any:
+    """`module(*args)`, or its method `run`, whose intermediates are not kept but computed again in the
+    backward pass.
 
     The second run must not move BatchNorm's running statistics again, or training with checkpointing would
     differ from training without.
     """
     if torch.compiler.is_compiling():  # the compiler takes only its own context managers here
-        return checkpoint(module, *args, use_reentrant=False)
+        return checkpoint(run or module, *args, use_reentrant=False)
     return checkpoint(
-        module,
+        run or module,
         *args,
         use_reentrant=False,
         context_fn=lambda: (nullcontext(), _statistics_held(module)),
