@@ -1,10 +1,15 @@
 """The catalogue's names are real: timm's own list of released weights has them."""
 
-import pytest
+from dataclasses import fields
 
-from vitrail.models import list_models
+import pytest
+import torch
+
+from vitrail.models import create_model, list_models
+from vitrail.registry import backbone_entry
 from vitrail.weights import hub
 from vitrail.weights.catalogue import RELEASED, weight_sources
+from vitrail.weights.layouts import best_fit
 
 
 @pytest.fixture(scope="module")
@@ -45,3 +50,28 @@ def test_every_source_is_a_hub_name_or_an_address():
 @pytest.mark.parametrize("name", list_models())
 def test_every_model_tells_its_sources(name):
     assert isinstance(weight_sources(name), list)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [n for n in RELEASED if n in list_models()])
+def test_every_timm_release_has_the_keys_and_shapes_that_the_model_takes(name, timm_configs):
+    """By shapes alone: timm's model and ours on `meta`, the keys carried over by the key map."""
+    import timm
+
+    entry = backbone_entry(name)
+    for source in RELEASED[name]:
+        if not source.startswith("hf:timm/"):
+            continue
+        released = source.removeprefix("hf:timm/")
+        size = timm_configs[f"timm/{released}"].input_size[1]
+        has_size = any(f.name == "image_size" for f in fields(entry.config))
+        with torch.device("meta"):
+            theirs = timm.create_model(released).state_dict()
+            options = {"image_size": size} if has_size else {}
+            ours = create_model(
+                name, num_classes=timm_configs[f"timm/{released}"].num_classes or 3, **options
+            )
+        fit = best_fit(theirs, ours.state_dict(), entry, ours.backbone.config)
+        assert fit is not None
+        assert (fit.missing, fit.extra, fit.shapes, fit.failure) == ([], [], [], ""), released
+        assert fit.resampled == [], released
