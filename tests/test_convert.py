@@ -9,8 +9,12 @@ import torch
 
 import vitrail
 from vitrail.cli import main
+from vitrail.cli.convert import recognise
 from vitrail.models import Preprocessing
+from vitrail.weights import layouts
 from vitrail.weights.described import described
+from vitrail.weights.files import Checkpoint
+from vitrail_runtime.errors import InputError
 
 timm = pytest.importorskip("timm")
 
@@ -120,6 +124,41 @@ def test_weights_of_no_known_model_say_so(tmp_path, capsys):
     torch.save({"a.weight": torch.ones(2)}, tmp_path / "w.pth")
     assert main(["convert", str(tmp_path / "w.pth"), str(tmp_path / "m")]) == 2
     assert "looks like no registered model; its keys are a.weight" in capsys.readouterr().err
+
+
+class Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_a_pickle_with_code_ends_with_one_message_and_nothing_executed(tmp_path, capsys):
+    torch.save({"model": Bomb(str(tmp_path / "executed"))}, tmp_path / "w.pth")
+    assert main(["convert", str(tmp_path / "w.pth"), str(tmp_path / "m")]) == 2
+    assert "nothing was executed" in capsys.readouterr().err
+    assert os.listdir(tmp_path) == ["w.pth"]
+
+
+@pytest.mark.parametrize(
+    ("source", "architecture", "expected"),
+    [
+        ("files/deit_tiny_patch16_224-a1311bcf.pth", "", "deit_tiny_patch16"),
+        ("files/deit_tiny_patch16.pth", "", "deit_tiny_patch16"),
+        ("hf:owner/name@0123", "vit_tiny_patch16_224", "vit_tiny_patch16"),
+        ("hf:timm/vit_tiny_patch16_224.augreg@0123", "", "vit_tiny_patch16"),
+    ],
+)
+def test_of_twins_in_shape_the_one_that_the_source_names_is_taken(
+    monkeypatch, source, architecture, expected
+):
+    names = ["deit_tiny_patch16", "vit_tiny_patch16"]
+    twins = [(name, "timm") for name in names]
+    monkeypatch.setattr(layouts, "look_alikes", lambda state: twins)
+    assert recognise(Checkpoint({}, source), architecture) == expected
+    with pytest.raises(InputError, match="fits 2 models: deit_tiny_patch16, vit_tiny_patch16; say"):
+        recognise(Checkpoint({}, "files/best.pth"), "")
 
 
 def test_a_target_that_is_there_is_not_written_over_without_asking(source, tmp_path, capsys):

@@ -361,7 +361,8 @@ def _does_not_fit(
         ("in the file, not in the model", fit.extra),
     ):
         if items:
-            lines.append(f"  {what} ({len(items)}): {listed(items)}")
+            separator = "; " if items is fit.shapes else ", "
+            lines.append(f"  {what} ({len(items)}): {listed(items, separator)}")
     return "\n".join(lines) + _looks_like(checkpoint.state, entry)
 
 
@@ -377,30 +378,36 @@ def look_alikes(state: Mapping[str, Tensor], family: str | None = None) -> list[
     resampled, only those that need the least of it. Shapes only, on `meta`.
     """
     shapes = {key: value.to("meta") for key, value in state.items()}
-    names = list_backbones()
-    rounds = [names]
-    if family is not None:
-        own = [n for n in names if backbone_entry(n).family == family]
-        rounds = [own, [n for n in names if n not in own]]
-    for some in rounds:
-        fits = [(name, fit) for name in some if (fit := _covers(shapes, name)) is not None]
+    families: dict[str, list[str]] = {}
+    for name in list_backbones():
+        families.setdefault(backbone_entry(name).family, []).append(name)
+    first = [families.pop(family)] if family in families else []
+    for group in (first, list(families.values())):
+        fits: list[tuple[str, Fit]] = []
+        for names in group:
+            found = _laid_beside(shapes, names[0])
+            # A family whose first variant knows no layout of these keys has no variant that does.
+            if found is not None:
+                fits += [(names[0], found)]
+                fits += [(n, f) for n in names[1:] if (f := _laid_beside(shapes, n)) is not None]
+        fits = [(name, fit) for name, fit in fits if not fit.problems]
         if fits:
             least = min(len(fit.resampled) for _, fit in fits)
             return [(name, fit.layout) for name, fit in fits if len(fit.resampled) == least]
     return []
 
 
-def _covers(shapes: Mapping[str, Tensor], name: str) -> Fit | None:
-    """The fit by which these shapes are exactly the backbone of a registered name, if there is one."""
+def _laid_beside(shapes: Mapping[str, Tensor], name: str) -> Fit | None:
+    """The best fit of these shapes to the backbone of a registered name."""
     entry = backbone_entry(name)
     with torch.device("meta"):
         own = entry.cls(entry.config).state_dict()
-    fit = best_fit(shapes, {f"backbone.{key}": v for key, v in own.items()}, entry, entry.config)
-    return fit if fit is not None and not fit.problems else None
+    wanted = {f"backbone.{key}": value for key, value in own.items()}
+    return best_fit(shapes, wanted, entry, entry.config)
 
 
-def listed(items: Iterable[str], limit: int = 10) -> str:
+def listed(items: Iterable[str], separator: str = ", ", limit: int = 10) -> str:
     """The first few of a list, and how many more there are."""
     items = list(items)
-    more = f", ... ({len(items) - limit} more)" if len(items) > limit else ""
-    return ", ".join(map(str, items[:limit])) + more
+    more = f"{separator}... ({len(items) - limit} more)" if len(items) > limit else ""
+    return separator.join(map(str, items[:limit])) + more
