@@ -187,19 +187,22 @@ class Attention(nn.Module):
         self,
         x: Tensor,
         *others: KeysValues | None,
+        keys_values: list[KeysValues | None] | None = None,
         record: dict[str, Tensor] | None = None,
         name: str = "",
-    ) -> tuple[Tensor, KeysValues]:
-        """The result, and the tokens' own keys and values; `others` are attended to as well."""
+    ) -> Tensor:
+        """`others` are attended to as well; the tokens' own keys and values are appended to the list."""
         q, k, v = self.heads(self.qkv(x))
-        own = KeysValues(k, v)
+        # Kept only when asked for: otherwise they are freed before the MLP takes its memory.
+        if keys_values is not None:
+            keys_values.append(KeysValues(k, v))
         given = [kv for kv in others if kv is not None]
         if given:
             batch = x.shape[0]
             k = torch.cat([k, *(kv.keys.expand(batch, -1, -1, -1) for kv in given)], dim=2)
             v = torch.cat([v, *(kv.values.expand(batch, -1, -1, -1) for kv in given)], dim=2)
         out = self.attend(q, k, v, record, name)
-        return self.proj(out.transpose(1, 2).flatten(2)), own
+        return self.proj(out.transpose(1, 2).flatten(2))
 
     def attend(
         self,
@@ -282,15 +285,15 @@ class Block(nn.Module):
         are not handed on (Sandler et al., CVPR 2022, https://arxiv.org/abs/2203.15243, eq. 2).
         keys_values: a list that the block's own are appended to (None where it does not attend).
         """
-        own = None
         if self.attn is not None:
             extra = None if memory is None else self.keys_values(memory)
-            y, own = self.attn(self.norm1(x), extra, record=record, name=f"{name}.attn")
+            y = self.norm1(x)
+            y = self.attn(y, extra, keys_values=keys_values, record=record, name=f"{name}.attn")
             x = x + self.drop_path(self.ls1(y))
         elif memory is not None:
             raise InputError(f"{name or 'this block'} does not attend: its memory must be None")
-        if keys_values is not None:
-            keys_values.append(own)
+        elif keys_values is not None:
+            keys_values.append(None)
         return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
 
     def cross(
@@ -302,7 +305,7 @@ class Block(nn.Module):
         not see them (the masked form of Sandler et al., section 3.3).
         """
         if self.attn is not None:
-            y, _ = self.attn(self.norm1(tokens), kv, memory_kv)
+            y = self.attn(self.norm1(tokens), kv, memory_kv)
             tokens = tokens + self.drop_path(self.ls1(y))
         return tokens + self.drop_path(self.ls2(self.mlp(self.norm2(tokens))))
 
