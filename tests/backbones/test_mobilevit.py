@@ -43,6 +43,7 @@ def test_logits_equal_timms_at_even_and_odd_maps(size):
     assert_equals_peer(timm.create_model("mobilevit_xxs"), "mobilevit_xxs", "timm", [size])
 
 
+@pytest.mark.slow
 def test_logits_equal_transformers():
     transformers = pytest.importorskip("transformers")
     config = transformers.MobileViTConfig(
