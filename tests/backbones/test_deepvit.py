@@ -33,7 +33,7 @@ def official_taps(name, images, blocks, attn, **fields):
     )
     backbone.norm.register_forward_hook(lambda _, __, y: taps.update({"norm": y}))
     backbone.blocks[attn].attn.register_forward_hook(
-        lambda _, __, y: taps.update({f"blocks.{attn}.attn#0": y[0]})
+        lambda _, __, y: taps.update({f"blocks.{attn}.attn#0": y})
     )
     with torch.no_grad():
         taps["output"] = model.head(backbone(images, record=record))
@@ -81,7 +81,7 @@ def test_branch_scale_equals_scaling_what_the_norm_reads_and_dividing_what_comes
         def norm(norm, y):
             return torch.nn.functional.layer_norm(y, (48,), norm.weight, norm.bias, 1e-2)
 
-        want = x + block.attn(norm(block.norm1, 0.5 * x))[0] / 0.5
+        want = x + block.attn(norm(block.norm1, 0.5 * x)) / 0.5
         want = want + block.mlp(norm(block.norm2, 0.5 * want)) / 0.5
     torch.testing.assert_close(got, want)
 
