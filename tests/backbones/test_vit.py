@@ -112,6 +112,13 @@ def test_it_equals_timm_at_the_tables_size_and_at_another_shape(name, grid):
     check_against_timm(name, peer, size, image_size=8 * patch_size, **SMALL)
 
 
+@pytest.mark.usefixtures("wide_interpolation")
+def test_an_odd_size_is_filled_up_as_timm_fills_it():
+    options = {"dynamic_img_size": True, "dynamic_img_pad": True}
+    peer = timm.create_model("vit_tiny_patch16_224", img_size=64, **options, **SMALL)
+    check_against_timm("vit_tiny_patch16", peer, (49, 81), image_size=64, **SMALL)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",

@@ -287,9 +287,8 @@ class Block(nn.Module):
         """
         if self.attn is not None:
             extra = None if memory is None else self.keys_values(memory)
-            y = self.norm1(x)
-            y = self.attn(y, extra, keys_values=keys_values, record=record, name=f"{name}.attn")
-            x = x + self.drop_path(self.ls1(y))
+            handed = {"keys_values": keys_values, "record": record, "name": f"{name}.attn"}
+            x = x + self.drop_path(self.ls1(self.attn(self.norm1(x), extra, **handed)))
         elif memory is not None:
             raise InputError(f"{name or 'this block'} does not attend: its memory must be None")
         elif keys_values is not None:
