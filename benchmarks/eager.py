@@ -1,0 +1,44 @@
+"""Eager inference against timm's same model with the same weights, batch 1 and 8, 224 x 224.
+
+python benchmarks/eager.py [--quick] [--models NAME ...] [--threads N] [--json FILE]
+"""
+
+import torch
+from peers import PAIRS, add_models, pair
+
+from vitrail.bench.harness import arguments, compare, report, threads
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    add_models(parser)
+    flags = parser.parse_args()
+    seconds = (24 if flags.quick else 160) / (2 * len(flags.models))
+    rows = []
+    with threads(flags.threads), torch.inference_mode():
+        for name in flags.models:
+            ours, peer = pair(name, flags.device)
+            for batch in (1, 8):
+                images = torch.randn(batch, 3, 224, 224, device=flags.device)
+
+                def run(model, images=images):
+                    model(images)
+                    if images.is_cuda:
+                        torch.cuda.synchronize()
+
+                row = compare(
+                    f"{name}, batch {batch}",
+                    lambda: run(ours),  # noqa: B023  (called within the iteration)
+                    lambda: run(peer),  # noqa: B023
+                    seconds=seconds,
+                    clock=flags.clock,
+                )
+                print(f"{row.name}: {row.ratio:.3f}x", flush=True)
+                rows.append(row)
+        facts = {"what": "eager inference, 224 x 224, fp32", "clock": flags.clock}
+        facts["peers"] = {name: f"timm {PAIRS[name]}" for name in flags.models}
+        report(rows, json_file=flags.json, **facts)
+
+
+if __name__ == "__main__":
+    main()
