@@ -65,7 +65,10 @@ class ImageData:
 
     def read(self, i: int, at_least: tuple[int, int] | None = None) -> np.ndarray:
         """Upright RGB, uint8 (H, W, 3). A JPEG may come reduced, never below `at_least` (height, width)."""
-        payload = self.read_bytes(i)
+        return self.decode(i, self.read_bytes(i), at_least)
+
+    def decode(self, i: int, payload: bytes, at_least: tuple[int, int] | None) -> np.ndarray:
+        """Decode `payload`, which `read_bytes(i)` gave; an InputError names picture i."""
         try:
             return decode(payload, at_least=at_least)
         except InputError as error:

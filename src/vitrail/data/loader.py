@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from vitrail.data.augment import Augmentation, augment, needed_size
+from vitrail.data.decoding import read_pixels
 from vitrail.data.images import ImageData
 from vitrail.data.plan import Batch, BatchPlan
 from vitrail_runtime.errors import InputError
@@ -131,7 +132,7 @@ class _TrainJob(Dataset):
                 key = (self.seed, epoch, position)
                 height, width = self.data.sizes[i].tolist()
                 least = needed_size(height, width, batch.size, self.augmentation, key)
-                pixels = self.data.read(i, least)
+                pixels = read_pixels(self.data, i, least)
                 images[row] = augment(
                     pixels, batch.size, self.augmentation, key, original=(height, width)
                 )

@@ -1,0 +1,75 @@
+"""Training decodes faster than evaluation, to the same pixels."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.data.conftest import picture
+from vitrail.data import open_data
+from vitrail.data.decoding import read_pixels
+from vitrail_runtime.errors import InputError
+
+
+def saved(image: Image.Image, kind: str = "JPEG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def turned(orientation: int) -> bytes:
+    image = picture(3, (37, 53))
+    exif = image.getexif()
+    exif[0x0112] = orientation
+    return saved(image, exif=exif)
+
+
+KINDS = {
+    "baseline.jpg": lambda: saved(picture(1, (67, 101))),
+    "progressive.jpg": lambda: saved(picture(1, (67, 101)), progressive=True),
+    "fine.jpg": lambda: saved(picture(1, (67, 101)), subsampling=0, quality=97),
+    "odd.jpg": lambda: saved(picture(1, (1, 3))),
+    "grey.jpg": lambda: saved(picture(1, (67, 101)).convert("L")),
+    "cmyk.jpg": lambda: saved(picture(1, (67, 101)).convert("CMYK")),
+    "large.jpg": lambda: saved(picture(1, (300, 400))),
+    "alpha.png": lambda: saved(picture(1, (67, 101)).convert("RGBA"), "PNG"),
+    "png.jpg": lambda: saved(picture(1, (67, 101)), "PNG"),
+    **{f"turned{o}.jpg": lambda o=o: turned(o) for o in range(1, 9)},
+}
+
+
+@pytest.fixture
+def data(tmp_path):
+    for name, make in KINDS.items():
+        folder = tmp_path / "set" / name.partition(".")[0]
+        folder.mkdir(parents=True)
+        (folder / name).write_bytes(make())
+    return open_data(tmp_path / "set", "all")
+
+
+def test_training_and_evaluation_decode_to_the_same_pixels(data):
+    for i in range(len(data)):
+        for least in ((64, 64), (1000, 1000), (30, 40), (1, 1)):
+            expected = data.read(i, least)
+            got = read_pixels(data, i, least)
+            assert got.dtype == np.uint8
+            np.testing.assert_array_equal(got, expected, err_msg=f"{data.where(i)} {least}")
+
+
+def test_a_large_jpeg_comes_reduced_but_never_too_small(data):
+    i = next(i for i, key in enumerate(data.keys) if "large" in key)
+    assert read_pixels(data, i, (60, 70)).shape == (75, 100, 3)
+    assert read_pixels(data, i, (151, 70)).shape == (300, 400, 3)
+
+
+def test_a_jpeg_that_breaks_inside_is_named(tmp_path, class_folders):
+    root = class_folders({"": {"cat": 2, "dog": 2}})
+    path = root / "cat" / "000.jpg"
+    payload = bytearray(path.read_bytes())
+    table = payload.index(b"\xff\xc4") + 5  # code lengths of a Huffman table, which only decoding reads
+    payload[table : table + 16] = b"\xff" * 16
+    path.write_bytes(payload)
+    data = open_data(root, "all")
+    with pytest.raises(InputError, match=r"cat/000\.jpg"):
+        read_pixels(data, 0, (64, 64))
