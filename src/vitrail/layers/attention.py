@@ -18,6 +18,9 @@ def attend(
     # In graphs too the product is explicit: the memory order that the fused function returns depends on
     # whether the bias asks for a gradient, and a graph may be traced again under another setting.
     if record is None and not torch.compiler.is_compiling():
+        if bias is not None and not torch.is_grad_enabled():
+            # A view of a parameter still asks for a gradient, which the CPU's fast kernel does not give.
+            bias = bias.detach()
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
     scores = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)
     weights = (scores if bias is None else scores + bias).softmax(-1)
