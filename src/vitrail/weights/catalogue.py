@@ -7,6 +7,7 @@ files are to be downloaded first. Weights keep their authors' licences, which th
 from vitrail.registry import backbone_entry
 
 _EFFICIENTVIT = "https://github.com/xinyuliu-jeffrey/EfficientViT_Model_Zoo/releases/download/v1.0"
+_CMT = "https://github.com/ggjy/CMT.pytorch/releases/download/release-v1"
 _DINOV2 = "https://dl.fbaipublicfiles.com/dinov2"
 
 RELEASED: dict[str, tuple[str, ...]] = {  # name -> sources, the default first
@@ -120,6 +121,10 @@ RELEASED: dict[str, tuple[str, ...]] = {  # name -> sources, the default first
         )
         for size in ("base", "large")
     },
+    "cmt_ti": (f"{_CMT}/cmt_tiny.pth",),
+    "cmt_xs": (f"{_CMT}/cmt_xs.pth",),
+    "cmt_s": (f"{_CMT}/cmt_small.pth",),
+    "cmt_b": (f"{_CMT}/cmt_base.pth",),
 }
 
 
