@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from vitrail.data.augment import Augmentation, augment, needed_size
-from vitrail.data.decoding import read_pixels
 from vitrail.data.images import ImageData
 from vitrail.data.plan import Batch, BatchPlan
 from vitrail_runtime.errors import InputError
@@ -122,7 +121,11 @@ class _TrainJob(Dataset):
     """(epoch, batch) -> TrainBatch, or the InputError that it met."""
 
     def __init__(self, data: ImageData, augmentation: Augmentation, seed: int) -> None:
+        # Importing torchvision costs seconds, which evaluation need not pay and workers inherit.
+        from vitrail.data.decoding import read_pixels
+
         self.data, self.augmentation, self.seed = data, augmentation, seed
+        self.read = read_pixels
 
     def __getitem__(self, job: tuple[int, Batch]) -> TrainBatch | InputError:
         epoch, batch = job
@@ -132,7 +135,7 @@ class _TrainJob(Dataset):
                 key = (self.seed, epoch, position)
                 height, width = self.data.sizes[i].tolist()
                 least = needed_size(height, width, batch.size, self.augmentation, key)
-                pixels = read_pixels(self.data, i, least)
+                pixels = self.read(self.data, i, least)
                 images[row] = augment(
                     pixels, batch.size, self.augmentation, key, original=(height, width)
                 )
