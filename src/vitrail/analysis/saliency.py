@@ -1,0 +1,61 @@
+"""Where a classifier looks: attention rollout for token models, smoothed gradients for the rest."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def where_it_looks(model: torch.nn.Module, image: Tensor, label: int) -> tuple[str, Tensor]:
+    """(the method's name, a map (h, w) >= 0) for one preprocessed image (3, H, W).
+
+    Attention rollout where the backbone records square attention over class token and patches;
+    otherwise the smoothed gradient of the score of `label`.
+    """
+    record: dict[str, Tensor] = {}
+    with torch.no_grad():
+        features = model.backbone(image[None], record=record)
+    layers = [v for k, v in record.items() if k.endswith("attn.weights")]
+    if features.prefix is not None and layers:
+        tokens = {v.shape[-2:] for v in layers}
+        if len(tokens) == 1 and (shape := tokens.pop())[0] == shape[1]:
+            last = list(features.maps.values())[-1]
+            rolled = attention_rollout(layers)[0]
+            prefix = features.prefix.shape[1]
+            return "attention rollout", rolled[0, prefix:].reshape(last.shape[-2:])
+    return "smoothed gradient", smooth_gradient(model, image, label)
+
+
+def attention_rollout(layers: list[Tensor]) -> Tensor:
+    """How much each output token draws on each input token (Abnar & Zuidema, ACL 2020, arXiv
+    2005.00928): the product of head-averaged attention, half of it replaced by the residual's identity.
+
+    layers: attention weights (B, heads, N, N) of each block, first block first. Returns (B, N, N).
+    """
+    eye = torch.eye(layers[0].shape[-1], dtype=layers[0].dtype, device=layers[0].device)
+    rolled = eye.expand(layers[0].shape[0], -1, -1)
+    for weights in layers:
+        rolled = (0.5 * weights.mean(1) + 0.5 * eye) @ rolled
+    return rolled
+
+
+def smooth_gradient(
+    model: torch.nn.Module, image: Tensor, label: int, *, draws: int = 8, noise: float = 0.1
+) -> Tensor:
+    """Mean |d score / d pixel| over noisy copies (Smilkov et al., 2017, arXiv 1706.03825), smoothed.
+
+    image: (3, H, W), preprocessed; noise: standard deviation as a share of the image's range.
+    Returns (H, W) >= 0.
+    """
+    generator = torch.Generator().manual_seed(0)
+    spread = noise * float(image.max() - image.min())
+    copies = image + spread * torch.randn(draws, *image.shape, generator=generator).to(image)
+    copies.requires_grad_(True)
+    with torch.enable_grad():
+        score = model(copies)[:, label].sum()
+        (gradient,) = torch.autograd.grad(score, copies)
+    values = gradient.abs().mean(0).sum(0)
+    size = max(3, min(image.shape[-2:]) // 12 | 1)  # an odd window, about a twelfth of the picture
+    smooth = F.avg_pool2d(
+        values[None, None], size, stride=1, padding=size // 2, count_include_pad=False
+    )
+    return smooth[0, 0]
