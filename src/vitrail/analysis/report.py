@@ -2,7 +2,7 @@
 
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from scipy.stats import binomtest
 
 from vitrail.analysis import page
 from vitrail.analysis.saliency import where_it_looks
-from vitrail.data.index import ImageData
+from vitrail.data.images import ImageData
 from vitrail_runtime.preprocess import prepare
 
 MANY_CLASSES = 30  # above this a confusion matrix is unreadable and only its worst cells are shown
@@ -50,17 +50,19 @@ def write_report(
     path: str | Path,
     model: Any,
     data: ImageData,
-    logits: np.ndarray,
+    predictions: Mapping[str, np.ndarray],
     *,
     run: str | Path | None = None,
     split: str = "val",
 ) -> Path:
     """Write the report of `model` on `data` to the HTML file `path`.
 
-    logits: (N, K) in the order of `data`. run: a run folder, for curves and configuration.
+    predictions: probabilities (N, K) and labels (N,) in the data's order, as
+        `vitrail.train.evaluate.evaluate(model, data, predictions=True)["predictions"]` gives them.
+    run: a run folder, for curves and configuration.
     """
-    shifted = np.exp(logits.astype(np.float64) - logits.max(1, keepdims=True))
-    scored = Scored(shifted / shifted.sum(1, keepdims=True), np.asarray(data.labels), model.classes)
+    probabilities = np.asarray(predictions["probabilities"], np.float64)
+    scored = Scored(probabilities, np.asarray(predictions["labels"]), model.classes)
     history = read_history(Path(run)) if run is not None else []
     accuracy, n = float(scored.right.mean()), len(scored.labels)
     low, high = interval(int(scored.right.sum()), n)

@@ -23,41 +23,48 @@ def run(argv: list[str]) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", str(min(4, len(os.sched_getaffinity(0)))))
 
     import numpy as np
-    import torch
 
     from vitrail.analysis.report import write_report
     from vitrail.data import open_data
     from vitrail.data.digits import make_digits
     from vitrail.models import load
     from vitrail.predictor import Predictor
-    from vitrail.recipes import digits
     from vitrail.train import train
-    from vitrail.train.evaluate import collect_logits
+    from vitrail.train.config import TrainConfig
+    from vitrail.train.evaluate import evaluate
 
     pictures, out = flags.out / "digits", flags.out / "run"
     print(f"1/4  handwritten digits on canvases of mixed sizes -> {pictures}", flush=True)
     make_digits(pictures)
 
     print(f"2/4  train efficientvit_m0 from nothing, {flags.epochs} epochs -> {out}", flush=True)
-    train(digits(data=str(pictures), out=str(out), epochs=flags.epochs))
+    train(
+        TrainConfig(
+            data=str(pictures),
+            model="efficientvit_m0",
+            image_size=64,
+            epochs=flags.epochs,
+            batch_size=64,
+            out=str(out),
+        )
+    )
 
     print("3/4  evaluate on digits that it has not seen", flush=True)
     model = load(out / "best")
     test = open_data(pictures, "test", classes=model.classes)
-    logits = collect_logits(model, test).numpy()
-    accuracy = float((logits.argmax(1) == test.labels).mean())
-    report = write_report(flags.out / "report.html", model, test, logits, run=out, split="test")
+    scores = evaluate(model, test, predictions=True)
+    seen = scores["predictions"]
+    report = write_report(flags.out / "report.html", model, test, seen, run=out, split="test")
 
     print("4/4  predict three pictures", flush=True)
     # One wrong answer among the three, where there is one: a demo should show those too.
-    right = logits.argmax(1) == test.labels
+    right = seen["predicted"] == seen["labels"]
     order = np.concatenate([np.flatnonzero(~right)[:1], np.flatnonzero(right)[::37]])[:3]
     chosen = [pictures / "test" / test.keys[i] for i in order]
     shown = []
-    with torch.inference_mode():
-        for path, p in zip(chosen, Predictor(model)(chosen), strict=True):
-            print(f"     {path}: {p.names[0]} ({p.scores[0]:.2f})")
-            shown.append(p.draw())
+    for path, p in zip(chosen, Predictor(model)(chosen), strict=True):
+        print(f"     {path}: {p.names[0]} ({p.scores[0]:.2f})")
+        shown.append(p.draw())
     sheet = side_by_side(shown)
     sheet.save(flags.out / "predictions.png")
 
@@ -71,7 +78,7 @@ next, on your own pictures (a folder with one folder per class):
   vitrail eval runs/mine --data YOUR/FOLDER
   vitrail predict runs/mine SOME/PICTURE.jpg
 
-test accuracy {accuracy:.2f}""")
+test accuracy {scores["top1"]:.2f}""")
     return 0
 
 
