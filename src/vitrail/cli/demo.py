@@ -29,9 +29,9 @@ def run(argv: list[str]) -> int:
     from vitrail.data.digits import make_digits
     from vitrail.models import load
     from vitrail.predictor import Predictor
-    from vitrail.train import train
     from vitrail.train.config import TrainConfig
     from vitrail.train.evaluate import evaluate
+    from vitrail.train.loop import train
 
     pictures, out = flags.out / "digits", flags.out / "run"
     print(f"1/4  handwritten digits on canvases of mixed sizes -> {pictures}", flush=True)
