@@ -1,6 +1,7 @@
 """The `vitrail` command: one small file per verb; what is heavy is imported inside the verb."""
 
 import importlib
+import os
 import sys
 
 from vitrail_runtime.errors import InputError
@@ -27,6 +28,9 @@ vitrail VERB --help tells a verb's options."""
 def main(argv: list[str] | None = None) -> int:
     """Run one verb. 0: done; 2: something the caller can put right, said in one message."""
     argv = sys.argv[1:] if argv is None else argv
+    # Threads that spin at a barrier starve whoever they wait for once the cores are shared with another
+    # program: a training step on two busy cores took 45 s spinning and 0.4 s sleeping.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(HELP.format(verbs="\n".join(f"  {v:<8} {text}" for v, (_, text) in VERBS.items())))
         return 0

@@ -1,7 +1,6 @@
 """`vitrail demo`: the whole path on the embedded digits, on a CPU, in about three minutes."""
 
-import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 
@@ -11,7 +10,7 @@ class DemoFlags:
 
     out: Path = Path("vitrail-demo")
     """Where everything is written. A demo that was interrupted there goes on."""
-    epochs: int = 12
+    epochs: int = 30
     """Passes over the digits."""
 
 
@@ -19,9 +18,6 @@ def run(argv: list[str]) -> int:
     import tyro
 
     flags = tyro.cli(DemoFlags, args=argv, prog="vitrail demo")
-    # Small matrices: threads beyond the machine's share of cores only wait for each other.
-    os.environ.setdefault("OMP_NUM_THREADS", str(min(4, len(os.sched_getaffinity(0)))))
-
     import numpy as np
 
     from vitrail.analysis.report import write_report
@@ -29,7 +25,7 @@ def run(argv: list[str]) -> int:
     from vitrail.data.digits import make_digits
     from vitrail.models import load
     from vitrail.predictor import Predictor
-    from vitrail.train.config import TrainConfig
+    from vitrail.recipes import recipe_config
     from vitrail.train.evaluate import evaluate
     from vitrail.train.loop import train
 
@@ -38,16 +34,12 @@ def run(argv: list[str]) -> int:
     make_digits(pictures)
 
     print(f"2/4  train efficientvit_m0 from nothing, {flags.epochs} epochs -> {out}", flush=True)
-    train(
-        TrainConfig(
-            data=str(pictures),
-            model="efficientvit_m0",
-            image_size=64,
-            epochs=flags.epochs,
-            batch_size=64,
-            out=str(out),
-        )
+    result = train(
+        replace(recipe_config("digits"), data=str(pictures), out=str(out), epochs=flags.epochs)
     )
+    if result.signal:
+        print(f"stopped; vitrail demo --out {flags.out} goes on from here", flush=True)
+        return 128 + result.signal
 
     print("3/4  evaluate on digits that it has not seen", flush=True)
     model = load(out / "best")
@@ -60,7 +52,7 @@ def run(argv: list[str]) -> int:
     # One wrong answer among the three, where there is one: a demo should show those too.
     right = seen["predicted"] == seen["labels"]
     order = np.concatenate([np.flatnonzero(~right)[:1], np.flatnonzero(right)[::37]])[:3]
-    chosen = [pictures / "test" / test.keys[i] for i in order]
+    chosen = [pictures / test.keys[i] for i in order]
     shown = []
     for path, p in zip(chosen, Predictor(model)(chosen), strict=True):
         print(f"     {path}: {p.names[0]} ({p.scores[0]:.2f})")

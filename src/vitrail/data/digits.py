@@ -1,9 +1,8 @@
 """The embedded data set: 1,797 real handwritten digits, drawn at random scale and place.
 
 The source is the 8 x 8 "Optical Recognition of Handwritten Digits" (Alpaydin and Kaynak, 1998, UCI, CC BY
-4.0). Each digit is drawn once, upscaled, in a colour of its own, dark on light or light on dark, on a noisy
-canvas of one of many sizes and shapes: enough variety that colour, place and size say nothing, small enough
-to learn on a CPU in minutes.
+4.0). Each digit is drawn once, upscaled, in dark ink on tinted, unevenly lit paper of one of many sizes and
+shapes: enough variety that colour, place and size say nothing, small enough to learn on a CPU in minutes.
 """
 
 import importlib.resources
@@ -17,7 +16,7 @@ from PIL import Image
 
 from vitrail_runtime.errors import InputError
 
-SHARES = {"train": 0.7, "val": 0.15, "test": 0.15}  # of each class
+SHARES = {"train": 0.8, "val": 0.1, "test": 0.1}  # of each class
 MARKER = "ABOUT.txt"
 ABOUT = """\
 Handwritten digits on coloured canvases, drawn by `vitrail data make digits`.
@@ -86,12 +85,11 @@ def split_digits(labels: np.ndarray, seed: int) -> list[str]:
 def draw_digit(ink: np.ndarray, rng: np.random.Generator) -> Image.Image:
     """One picture of a digit: `ink` is (8, 8) of 0..16; height and width are 56 to 144 pixels."""
     height = int(rng.integers(56, 129))
-    width = int(np.clip(round(height * np.exp(rng.uniform(-0.4, 0.4))), 56, 144))
-    light = rng.uniform(170, 245) + rng.uniform(-35, 35, 3)
-    dark = rng.uniform(10, 85) + rng.uniform(-35, 35, 3)
-    paper, pen = (light, dark) if rng.random() < 0.5 else (dark, light)
+    width = int(np.clip(round(height * np.exp(rng.uniform(-0.35, 0.35))), 56, 144))
+    paper = rng.uniform(170, 245) + rng.uniform(-25, 25, 3)
+    pen = rng.uniform(10, 85) + rng.uniform(-35, 35, 3)
     canvas = paper + _shading(height, width, rng)
-    side = round(min(height, width) * rng.uniform(0.6, 1.0))
+    side = round(min(height, width) * rng.uniform(0.7, 1.0))
     stretch = rng.uniform(0.8, 1.0)  # digits are a little narrower than their frame
     size = (max(1, round(side * stretch)), side)
     # In mode F: 8-bit steps of 0..16 would show as terraces after an eightfold upscale.

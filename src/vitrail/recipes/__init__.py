@@ -5,10 +5,11 @@ A docstring tells the command, the cost and the expected score with its source.
 
 from collections.abc import Callable
 
+from vitrail.recipes.digits import digits
 from vitrail.registry import unknown
 from vitrail.train.config import TrainConfig
 
-RECIPES: dict[str, Callable[[], TrainConfig]] = {}
+RECIPES: dict[str, Callable[[], TrainConfig]] = {"digits": digits}
 
 
 def recipe_config(name: str) -> TrainConfig:

@@ -37,6 +37,8 @@ class TrainConfig:
     """Height and width in pixels of training and evaluation; none: the model's own."""
     crop_pct: float | None = None
     """Evaluation: the share of the resized picture that the centre crop keeps; none: the model's own."""
+    resize: Literal["crop", "squash"] | None = None
+    """Evaluation: "crop" cuts the centre, "squash" keeps all of the picture; none: the model's own."""
     skip_broken: bool = False
     """Train without the pictures that cannot be read, instead of stopping."""
 

@@ -235,6 +235,8 @@ def build_model(config: TrainConfig, classes: tuple[str, ...]) -> Any:
         changes["size"] = (config.image_size, config.image_size)
     if config.crop_pct is not None:
         changes["crop_pct"] = config.crop_pct
+    if config.resize is not None:
+        changes["mode"] = config.resize
     models.describe(
         model, replace(model.info, preprocessing=replace(model.preprocessing, **changes))
     )
