@@ -18,8 +18,8 @@ from torchmetrics.classification import (
 class ClassificationMetrics:
     """Accumulates batches; `compute` sums up, over all processes where there are several.
 
-    top5 counts the five best classes, or all of them where there are fewer; precision of a class that is never
-    predicted and recall of one without pictures are 0.
+    top5 counts the five best classes, or all of them where there are fewer; precision of a class that is
+    never predicted and recall of one without pictures are 0.
     """
 
     def __init__(self, num_classes: int, device: torch.device | str = "cpu") -> None:
