@@ -67,7 +67,9 @@ def test_a_jpeg_that_breaks_inside_is_named(tmp_path, class_folders):
     root = class_folders({"": {"cat": 2, "dog": 2}})
     path = root / "cat" / "000.jpg"
     payload = bytearray(path.read_bytes())
-    table = payload.index(b"\xff\xc4") + 5  # code lengths of a Huffman table, which only decoding reads
+    table = (
+        payload.index(b"\xff\xc4") + 5
+    )  # code lengths of a Huffman table, which only decoding reads
     payload[table : table + 16] = b"\xff" * 16
     path.write_bytes(payload)
     data = open_data(root, "all")
