@@ -138,7 +138,8 @@ class InvertedResidual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.project(self.se(self.depthwise(self.expand(x))))
-        return x + self.drop_path(y) if self.shortcut else y
+        # In place: a branch ends in a BatchNorm, which does not need its result again.
+        return self.drop_path(y).add_(x) if self.shortcut else y
 
 
 class ConvPoolHead(nn.Module):
