@@ -1,16 +1,21 @@
 """Runs in processes of their own, which a test may kill. Forked, so that they start in milliseconds."""
 
+import faulthandler
 import multiprocessing
 import os
 import signal
+import socket
+import sys
 import time
 from pathlib import Path
 
 import torch
+from accelerate.state import AcceleratorState
 
 import vitrail.metrics  # noqa: F401  (imported once, before the forks)
 from vitrail.train.config import TrainConfig
 from vitrail.train.loop import train
+from vitrail_runtime.errors import InputError
 
 CONTEXT = multiprocessing.get_context("fork")
 
@@ -29,6 +34,21 @@ def run(config: TrainConfig, *, kill_after: float | None = None, dies_at: str = 
     return child.exitcode
 
 
+def run_many(config: TrainConfig, world: int) -> list[int]:
+    """Train in `world` processes, as a launcher would start them; their exit codes."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    children = [
+        CONTEXT.Process(target=_rank, args=(config, rank, world, port)) for rank in range(world)
+    ]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join()
+    return [child.exitcode for child in children]
+
+
 def ask_to_stop(config: TrainConfig, number: int) -> int:
     """Train in a child, send it a signal as soon as it has logged something; the exit code."""
     child = CONTEXT.Process(target=_child, args=(config, ""))
@@ -41,7 +61,17 @@ def ask_to_stop(config: TrainConfig, number: int) -> int:
     return child.exitcode
 
 
+def _rank(config: TrainConfig, rank: int, world: int, port: int) -> None:
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+    os.environ |= {name: str(value) for name, value in names.items()}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    AcceleratorState._reset_state(reset_partial_state=True)  # the parent was alone
+    _child(config, "")
+
+
 def _child(config: TrainConfig, dies_at: str) -> None:
+    # Processes that wait for each other would wait for ever: say where, and end.
+    faulthandler.dump_traceback_later(120, exit=True)
     torch.set_num_threads(1)  # the parent's math threads do not exist in a fork
     if dies_at:
         count = int(dies_at.partition(":")[2])
@@ -55,5 +85,9 @@ def _child(config: TrainConfig, dies_at: str) -> None:
             real(*args, **kwargs)
 
         os.replace = replace
-    result = train(config)
+    try:
+        result = train(config)
+    except InputError as error:
+        print(error, file=sys.stderr, flush=True)
+        os._exit(2)
     os._exit(128 + result.signal if result.signal else 0)

@@ -1,6 +1,7 @@
 """`vitrail train`: train or fine-tune on your data; the same command goes on with a run that stopped."""
 
 import argparse
+import os
 import sys
 from dataclasses import replace
 from typing import Any
@@ -28,6 +29,8 @@ def run(argv: list[str]) -> int:
     from vitrail.train.loop import train
 
     result = train(config)
+    if os.environ.get("RANK", "0") != "0":  # one of many processes; the first one tells
+        return 128 + result.signal if result.signal else 0
     if result.signal:
         command = f"vitrail train --config {result.folder / 'config.yaml'}"
         say(f"{result.reason}: stopped at update {result.steps}, all saved; go on with: {command}")

@@ -23,6 +23,8 @@ class TrainConfig:
 
     data: str = ""
     """Where the pictures are: class folders, tar shards or a CSV file."""
+    val_fraction: float = 0.2
+    """Share of the training pictures held out for validation, where the data has no val split."""
     model: str = "efficientvit_m0"
     """A name from `vitrail models`."""
     out: str = ""

@@ -21,8 +21,8 @@ from vitrail.train.parallel import (
     clip_gradients,
     mean_over_processes,
     on_main,
+    processes,
     share_buffers,
-    start_processes,
 )
 from vitrail.train.replay import keep_batch
 from vitrail.train.schedule import learning_rate
@@ -47,10 +47,10 @@ def train(config: TrainConfig) -> RunResult:
     On a CPU with as many threads the weights are the same bit for bit, stopped or not. Raises InputError for
     whatever a person can put right; what was saved before is then still there.
     """
-    accelerator = start_processes(config)
     config = replace(config, out=config.out or f"runs/{config.model}")
     folder = RunFolder(config.out)
     with ExitStack() as stack:
+        accelerator = stack.enter_context(processes(config))
         on_main(accelerator, lambda: stack.enter_context(folder.locked()))
         run = set_up(config, accelerator, folder)
         interrupt = stack.enter_context(Interrupt())

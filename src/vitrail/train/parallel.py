@@ -7,7 +7,8 @@ by its own share, and rank 0's running statistics are kept, because torch has no
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -25,8 +26,9 @@ from vitrail_runtime.errors import InputError
 T = TypeVar("T")
 
 
-def start_processes(config: TrainConfig) -> Accelerator:
-    """Join the other processes, where a launcher started some, and settle device and threads."""
+@contextmanager
+def processes(config: TrainConfig) -> Iterator[Accelerator]:
+    """Join the other processes, where a launcher started some, settle device and threads; part at the end."""
     if config.device == "cuda" and not torch.cuda.is_available():
         raise InputError("device is 'cuda', but torch sees no GPU here; use --device cpu, or auto")
     on_cpu = config.device == "cpu" or not torch.cuda.is_available()
@@ -39,7 +41,11 @@ def start_processes(config: TrainConfig) -> Accelerator:
         local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         share = cores() // local_world - choose_workers(config, accelerator)
         torch.set_num_threads(max(1, share))
-    return accelerator
+    try:
+        yield accelerator
+    finally:
+        if dist.is_initialized():  # else the interpreter waits for ever for the group's threads
+            dist.destroy_process_group()
 
 
 def cores() -> int:
@@ -96,22 +102,25 @@ def share_buffers(model: nn.Module) -> None:
             dist.broadcast(buffer, src=0)
 
 
-def on_main(accelerator: Accelerator, action: Callable[[], T]) -> T | None:
-    """Do something on rank 0 alone. An InputError there ends every process: rank 0 tells, others leave."""
-    error: list[str | None] = [None]
-    result = None
+def on_main(accelerator: Accelerator, action: Callable[[], T]) -> T:
+    """What rank 0 gets from doing something that only it may do, on every rank.
+
+    An InputError there ends every process: rank 0 tells, the others leave quietly.
+    """
+    answer: list[Any] = [None, None]  # result, message
     if accelerator.is_main_process:
         try:
-            result = action()
+            answer[0] = action()
         except InputError as problem:
-            error = [str(problem)]
+            answer[1] = str(problem)
     if accelerator.num_processes > 1:
-        dist.broadcast_object_list(error, src=0)
-    if error[0] is not None:
-        if accelerator.is_main_process:
-            raise InputError(error[0])
-        raise SystemExit(2)
-    return result
+        dist.broadcast_object_list(answer, src=0)
+    result, message = answer
+    if message is None:
+        return result
+    if accelerator.is_main_process:
+        raise InputError(message)
+    raise SystemExit(2)
 
 
 def mean_over_processes(accelerator: Accelerator, *values: float | Tensor) -> list[float]:

@@ -144,10 +144,9 @@ class Run:
 def set_up(config: TrainConfig, accelerator: Accelerator, folder: RunFolder) -> Run:
     """Build everything and bring it to where the run in `folder` stopped, if one did."""
     check_world(config, accelerator.num_processes)
-    train_data = open_data(config.data, "train", skip_broken=config.skip_broken)
-    val_data = open_data(
-        config.data, "val", classes=train_data.classes, skip_broken=config.skip_broken
-    )
+    how: dict[str, Any] = {"skip_broken": config.skip_broken, "val_fraction": config.val_fraction}
+    train_data = open_data(config.data, "train", **how)
+    val_data = open_data(config.data, "val", classes=train_data.classes, **how)
     saved = on_main(accelerator, lambda: find_state(config, folder, train_data))
 
     torch.manual_seed(config.seed)

@@ -1,0 +1,100 @@
+"""One process or many, the same run."""
+
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+
+import vitrail
+from tests.train.children import run, run_many
+from tests.train.conftest import VIT, tiny_config
+from vitrail.train.folder import RunFolder
+from vitrail.train.loop import train
+from vitrail.train.parallel import check_world, choose_workers
+from vitrail.train.state import read_state, states
+from vitrail_runtime.errors import InputError
+
+
+def config_for(data: Path, out: Path, **changes):
+    """20 updates of a ViT without drop rates."""
+    settings = VIT | {"epochs": 10, "batch_size": 12, "log_every": 1, "eval_every": 5}
+    return tiny_config(data, out, **(settings | changes))
+
+
+def losses(out: Path) -> list[float]:
+    return [row["loss"] for row in RunFolder(out).rows()]  # of training and evaluations
+
+
+@pytest.fixture(scope="module")
+def alone(pictures, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("alone") / "run"
+    train(config_for(pictures, out))
+    return out
+
+
+@pytest.mark.parametrize(
+    ("world", "changes"),
+    [
+        (2, {}),
+        (2, {"accumulate": 2, "workers": 1}),
+        pytest.param(4, {}, marks=pytest.mark.slow),
+        pytest.param(2, {"parallel": "fsdp"}, marks=pytest.mark.slow),
+    ],
+)
+def test_losses_do_not_depend_on_the_number_of_processes(pictures, tmp_path, alone, world, changes):
+    out = tmp_path / "run"
+    assert run_many(config_for(pictures, out, **changes), world) == [0] * world
+    assert len(losses(out)) == 22
+    assert losses(out) == pytest.approx(losses(alone), abs=1e-5)
+    ours, theirs = (load_file(p / "last" / "model.safetensors") for p in (out, alone))
+    for key in theirs:
+        torch.testing.assert_close(ours[key], theirs[key], rtol=0, atol=1e-4)
+    assert vitrail.load(out / "best").classes == vitrail.load(alone / "best").classes
+
+
+@pytest.mark.parametrize("parallel", ["data", pytest.param("fsdp", marks=pytest.mark.slow)])
+def test_a_run_of_two_goes_on_as_a_run_of_one_and_back(pictures, tmp_path, alone, parallel):
+    config = config_for(pictures, tmp_path / "run", save_every=0.0, parallel=parallel, ema=0.9)
+    whole = config_for(pictures, tmp_path / "whole", ema=0.9, parallel=parallel)
+    train(whole)
+    assert run(config, dies_at="rename:7") == -signal.SIGKILL
+    assert 0 < read_state(states(tmp_path / "run" / "state")[0])[1].step < 20
+    assert run_many(config, 2) == [0, 0]
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "whole"), abs=1e-5)
+
+
+def test_running_statistics_and_averages_stay_finite_with_a_share_each(pictures, tmp_path):
+    out = tmp_path / "run"
+    config = tiny_config(pictures, out, ema=0.9, epochs=1)
+    assert run_many(config, 2) == [0, 0]
+    state = load_file(out / "last" / "model.safetensors")
+    assert any("running_var" in key for key in state)
+    assert all(value.isfinite().all() for value in state.values())
+
+
+def test_processes_that_cannot_share_a_batch_are_told_one_that_they_can(pictures, tmp_path, capfd):
+    config = config_for(pictures, tmp_path / "run")
+    with pytest.raises(
+        InputError, match=r"5 processes cannot share a batch of 12.*--batch-size 10"
+    ):
+        check_world(config, 5)
+    with pytest.raises(InputError, match="2 processes in 4 parts each"):
+        check_world(replace(config, accumulate=4), 2)
+    check_world(replace(config, accumulate=3), 4)
+
+
+def test_an_error_of_the_first_process_ends_all_and_is_told_once(pictures, tmp_path, capfd):
+    config = config_for(pictures, tmp_path / "run", epochs=1)
+    assert run_many(config, 2) == [0, 0]
+    assert run_many(replace(config, lr=0.5), 2) == [2, 2]
+    assert capfd.readouterr().err.count("holds another run") == 1
+
+
+def test_a_cpu_run_reads_in_its_own_process_unless_told_otherwise(pictures, tmp_path):
+    config = config_for(pictures, tmp_path)
+    assert choose_workers(config, Accelerator(cpu=True)) == 0
+    assert choose_workers(replace(config, workers=3), Accelerator(cpu=True)) == 3
