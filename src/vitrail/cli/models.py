@@ -1,5 +1,6 @@
 """`vitrail models`: what there is, how large, how good, and where its weights come from."""
 
+import importlib.resources
 import json
 import sys
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ class ModelsFlags:
     json: bool = False
     """One JSON object per line, on stdout."""
     markdown: Path | None = None
-    """Write the table as Markdown to this file (docs/models.md is made so)."""
+    """Count everything anew and write the table as Markdown to this file (docs/models.md is made so)."""
     check: bool = False
     """With --markdown: write nothing, fail when the file is not what would be written."""
 
@@ -37,9 +38,10 @@ def run(argv: list[str]) -> int:
         raise unknown("model", pattern, list_models())
     if flags.check and flags.markdown is None:
         raise InputError("--check compares a file with the table; name it with --markdown FILE")
-    rows = [row(name) for name in names]
     if flags.markdown is not None:
-        return write_markdown(rows, flags.markdown, check=flags.check)
+        return write_markdown(names, flags.markdown, check=flags.check)
+    counts = stored_counts()
+    rows = [row(name, counts.get(name) or count(name)) for name in names]
     if flags.json:
         for r in rows:
             print(json.dumps(r))
@@ -48,28 +50,52 @@ def run(argv: list[str]) -> int:
     return 0
 
 
-def row(name: str) -> dict[str, Any]:
-    """What is known of one model, counted on `meta`: no weights, no picture."""
+def count(name: str) -> list[int]:
+    """[parameters, multiply-adds at the paper's size] of a model, on `meta`: no weights, no picture."""
     import torch
 
     from vitrail.bench.macs import count_macs, count_params
     from vitrail.models import create_model
+
+    with torch.device("meta"):
+        model = create_model(name)
+    size = paper_size(name)
+    return [count_params(model), count_macs(model, size, size)]
+
+
+def paper_size(name: str) -> int:
+    from vitrail.registry import backbone_entry
+
+    entry = backbone_entry(name)
+    return entry.published.image_size if entry.published else entry.preprocessing.size[0]
+
+
+def stored_counts() -> dict[str, list[int]]:
+    """What `count` gave for every model when the table was last made: counting takes half a minute."""
+    path = importlib.resources.files("vitrail.cli") / "counts.json"
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def row(name: str, counts: list[int]) -> dict[str, Any]:
+    """What is known of one model."""
+    import torch
+
+    from vitrail.models import create_backbone
     from vitrail.registry import backbone_entry
     from vitrail.weights.catalogue import weight_sources
 
     entry = backbone_entry(name)
     with torch.device("meta"):
-        model = create_model(name)
+        specs = create_backbone(name).feature_specs
     published = entry.published
-    size = published.image_size if published else entry.preprocessing.size[0]
     return {
         "name": name,
         "family": entry.family,
-        "task": model.task,
-        "params_m": round(count_params(model) / 1e6, 2),
-        "macs_g": round(count_macs(model, size, size) / 1e9, 3),
-        "image_size": size,
-        "strides": [spec.stride for spec in model.backbone.feature_specs.values()],
+        "task": "classify",
+        "params_m": round(counts[0] / 1e6, 2),
+        "macs_g": round(counts[1] / 1e9, 3),
+        "image_size": paper_size(name),
+        "strides": [spec.stride for spec in specs.values()],
         "paper_params_m": published.params if published else None,
         "paper_macs_g": published.macs if published else None,
         "paper_top1": published.top1 if published else None,
@@ -96,16 +122,21 @@ def print_table(rows: list[dict[str, Any]]) -> None:
     print(f"{len(rows)} models; every one classifies; vitrail train --model NAME trains it")
 
 
-def write_markdown(rows: list[dict[str, Any]], path: Path, *, check: bool) -> int:
-    text = markdown(rows)
+def write_markdown(names: list[str], path: Path, *, check: bool) -> int:
+    counts = {name: count(name) for name in names}
+    text = markdown([row(name, counts[name]) for name in names])
+    stored = stored_counts()
     if not check:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
-        print(f"wrote {path}: {len(rows)} models")
+        home = Path(str(importlib.resources.files("vitrail.cli") / "counts.json"))
+        lines = [f'"{name}": {json.dumps(c)}' for name, c in sorted((stored | counts).items())]
+        home.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+        print(f"wrote {path}: {len(names)} models")
         return 0
-    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+    if not path.is_file() or path.read_text(encoding="utf-8") != text or stored != counts:
         raise InputError(f"{path} is stale; run: vitrail models --markdown {path}")
-    print(f"{path} is up to date: {len(rows)} models")
+    print(f"{path} is up to date: {len(names)} models")
     return 0
 
 
@@ -116,7 +147,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     lines = [
         "# Models",
         "",
-        "Made by `vitrail models --markdown docs/models.md`; `make test` fails when it is stale.",
+        "Made by `vitrail models --markdown docs/models.md`; CI fails when it is stale.",
         "Parameters and multiply-adds are counted from the model itself, with a head of 1000 classes,",
         "at the size named; the paper's figures stand beside them. An empty cell: the paper gives none.",
         "",
