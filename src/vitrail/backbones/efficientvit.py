@@ -13,7 +13,7 @@ Unlike the official classification code: any map is cut into windows, padded wit
 bottom, as the official detection code does. The window of a stage is min(7, its map at `image_size`); the
 detection code keeps 7 everywhere, which is `image_size=448` or more here. The table of attention biases of
 another window is resampled bicubically with antialias, as timm does (the detection code without). The
-distilled variant's second head is left; no released file has one.
+distilled variant's second head is not built, and a file that has one is refused.
 """
 
 import functools
