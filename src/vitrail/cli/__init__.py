@@ -13,6 +13,7 @@ VERBS = {  # verb -> (module, what it does), in the order a newcomer needs them
     "train": ("train", "train or fine-tune on your data; resumes"),
     "eval": ("eval", "measure a trained model on a data set"),
     "predict": ("predict", "labels for pictures, as pictures or JSON lines"),
+    "inspect": ("inspect", "what the attention of a model does, and which channels matter"),
     "convert": ("convert", "a foreign checkpoint to safetensors"),
 }
 

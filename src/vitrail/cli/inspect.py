@@ -1,0 +1,189 @@
+"""`vitrail inspect`: what the attention of a model does, and which of its channels matter."""
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from vitrail_runtime.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+HELP = """usage: vitrail inspect ACTION [options]
+
+  vitrail inspect collapse MODEL... --images DIR    do attention maps repeat from block to block?
+  vitrail inspect heads MODEL... --images DIR       are heads of a layer alike, and how far do they reach?
+
+A MODEL is a run folder, a model folder or a name of `vitrail models` (with --weights, or random weights).
+vitrail inspect ACTION --help tells an action's options."""
+
+
+def run(argv: list[str]) -> int | None:
+    actions = {"collapse": collapse, "heads": heads}
+    if not argv or argv[0] in ("-h", "--help"):
+        print(HELP)
+        return 0
+    if argv[0] not in actions:
+        raise InputError(f"unknown action {argv[0]!r}; vitrail inspect takes {', '.join(actions)}")
+    return actions[argv[0]](argv[1:])
+
+
+def collapse(argv: list[str]) -> None:
+    import tyro
+    from tyro.conf import FlagCreatePairsOff, Positional, arg
+
+    @dataclass(frozen=True, kw_only=True)
+    class CollapseFlags:
+        """Compare the attention maps of a model's blocks, on pictures, and write a page.
+
+        A block whose maps are those of the block before adds little: as depth grows, plain ViTs have more and
+        more of them (DeepViT, 2021). Several models are drawn side by side.
+        """
+
+        models: Annotated[Positional[tuple[str, ...]], arg(metavar="MODEL...")]
+        """Run folders, model folders or names."""
+        images: Path
+        """A picture, or a folder of them."""
+        out: Path = Path("collapse.html")
+        """The page."""
+        threshold: float = 0.9
+        """From which similarity on a block counts as similar."""
+        within: int = 1
+        """How many blocks before it a block is compared with for the count."""
+        count: int = 8
+        """How many pictures are taken, evenly from all."""
+        weights: str | None = None
+        """Weights for a model given by name: a file, a folder or hf:owner/name@revision."""
+        device: str = "cpu"
+        """Where the model runs, such as cuda."""
+        json: bool = False
+        """The numbers as JSON on stdout."""
+
+    flags = tyro.cli(FlagCreatePairsOff[CollapseFlags], args=argv, prog="vitrail inspect collapse")
+    if not -1 <= flags.threshold <= 1:
+        raise InputError(
+            f"--threshold is a cosine similarity, from -1 to 1, but is {flags.threshold}"
+        )
+    if flags.within < 1:
+        raise InputError(f"--within must be at least 1 block, but is {flags.within}")
+    from vitrail.analysis.attention_page import collapse_page, collapse_words
+
+    studies, shown, fresh = _study(flags)
+    how = {"threshold": flags.threshold, "within": flags.within}
+    page = _written(lambda: collapse_page(flags.out, studies, shown, random=fresh, **how))
+    words = [collapse_words(study, flags.threshold, flags.within) for study in studies]
+    _tell(flags.json, studies, words, fresh, page)
+
+
+def heads(argv: list[str]) -> None:
+    import tyro
+    from tyro.conf import FlagCreatePairsOff, Positional, arg
+
+    @dataclass(frozen=True, kw_only=True)
+    class HeadsFlags:
+        """Compare the heads of each attention layer, measure how far they reach, and write a page."""
+
+        models: Annotated[Positional[tuple[str, ...]], arg(metavar="MODEL...")]
+        """Run folders, model folders or names."""
+        images: Path
+        """A picture, or a folder of them."""
+        out: Path = Path("heads.html")
+        """The page."""
+        count: int = 8
+        """How many pictures are taken, evenly from all."""
+        weights: str | None = None
+        """Weights for a model given by name: a file, a folder or hf:owner/name@revision."""
+        device: str = "cpu"
+        """Where the model runs, such as cuda."""
+        json: bool = False
+        """The numbers as JSON on stdout."""
+
+    flags = tyro.cli(FlagCreatePairsOff[HeadsFlags], args=argv, prog="vitrail inspect heads")
+    from vitrail.analysis.attention_page import heads_page, heads_words
+
+    studies, shown, fresh = _study(flags)
+    page = _written(lambda: heads_page(flags.out, studies, shown, random=fresh))
+    _tell(flags.json, studies, [heads_words(study) for study in studies], fresh, page)
+
+
+def _study(flags: Any) -> tuple[list[Any], dict[str, str], list[str]]:
+    """(studies, HTML of attention maps by model, names of models with random weights)."""
+    if not flags.models:
+        raise InputError("say which model: vitrail inspect ACTION MODEL --images DIR")
+    if flags.count < 1:
+        raise InputError(f"--count must be at least 1 picture, but is {flags.count}")
+
+    from vitrail_runtime.pictures import find_pictures
+
+    paths = find_pictures(flags.images)
+    step = len(paths) / min(flags.count, len(paths))
+    chosen = [paths[int(i * step)] for i in range(min(flags.count, len(paths)))]
+
+    from vitrail.analysis.attention import study_attention
+    from vitrail.analysis.attention_page import attention_pictures
+    from vitrail.predictor import check_device
+
+    device = check_device(flags.device)
+    studies, shown, fresh = [], {}, []
+    for given in flags.models:
+        name, model, random = open_model(given, flags.weights)
+        if name in shown:
+            raise InputError(f"{name} stands twice among the models; give each once")
+        backbone, pre = model.backbone.to(device), model.preprocessing
+        if random:
+            fresh.append(name)
+        pictures = (image.to(device) for image in prepared(chosen, pre))
+        studies.append(study_attention(backbone, pictures, name=name))
+        first = next(prepared(chosen[:1], pre))
+        shown[name] = attention_pictures(backbone, first, pre, name=name)
+    return studies, shown, fresh
+
+
+def open_model(given: str, weights: str | None) -> tuple[str, Any, bool]:
+    """(its name for a reader, the model in eval mode, whether its weights are random)."""
+    import torch
+
+    from vitrail.models import create_model, load, model_folder
+
+    folder = Path(given)
+    if folder.is_dir():
+        if weights is not None:
+            raise InputError(f"{given} is a folder with weights of its own; drop --weights")
+        return given, load(model_folder(folder)), False
+    if "/" in given:
+        raise InputError(f"{given} is neither a run folder nor a model's name")
+    torch.manual_seed(0)  # random weights, but the same at every call
+    return given, create_model(given, weights=weights).eval(), weights is None
+
+
+def prepared(paths: list[Path], preprocessing: Any) -> Iterator["Tensor"]:
+    """The pictures as a model takes them, one after another."""
+    import torch
+
+    from vitrail_runtime.preprocess import decode, decode_size, prepare
+
+    for path in paths:
+        pixels, _ = prepare(decode(path, at_least=decode_size(preprocessing)), preprocessing)
+        yield torch.from_numpy(pixels)
+
+
+def _written(write: Any) -> Path:
+    try:
+        return write()
+    except OSError as error:
+        raise InputError(f"the page cannot be written: {error}") from error
+
+
+def _tell(
+    as_json: bool, studies: list[Any], words: list[str], fresh: list[str], page: Path
+) -> None:
+    if as_json:
+        print(json.dumps([study.to_dict() for study in studies]))
+    out = sys.stderr if as_json else sys.stdout
+    print("\n".join(words), file=out)
+    if fresh:
+        print(f"random weights: {', '.join(fresh)}", file=out)
+    print(f"page: {page}", file=out)
