@@ -20,6 +20,8 @@ from vitrail.train.loop import train
 from vitrail.train.replay import replay
 from vitrail_runtime.errors import InputError
 
+WHOLE = Augmentation(crop="whole", flip=0.0)
+
 
 def logged(out: Path, kind: str, key: str) -> list:
     return [row[key] for row in RunFolder(out).rows() if row["kind"] == kind]
@@ -28,25 +30,15 @@ def logged(out: Path, kind: str, key: str) -> list:
 @pytest.fixture(scope="module")
 def learned(pictures, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("learned") / "run"
-    train(
-        tiny_config(
-            pictures,
-            out,
-            **VIT,
-            epochs=30,
-            lr=1e-2,
-            label_smoothing=0.0,
-            eval_every=5,
-            keep_every=10,
-        )
-    )
+    settings = VIT | {"lr": 5e-3, "label_smoothing": 0.0, "augmentation": WHOLE}
+    train(tiny_config(pictures, out, **settings, epochs=30, eval_every=5, keep_every=10))
     return out
 
 
 def test_a_tiny_model_learns_where_the_square_is(learned):
     losses = logged(learned, "train", "loss")
-    assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
-    assert max(logged(learned, "eval", "top1")) > 0.6, "one in three is chance"
+    assert sum(losses[-10:]) < 0.5 * sum(losses[:10])
+    assert max(logged(learned, "eval", "top1")) > 0.4, "one in three is chance"
 
 
 def test_the_run_folder_holds_models_scores_and_predictions(learned, pictures):

@@ -25,8 +25,8 @@ class TrainConfig:
     """Where the pictures are: class folders, tar shards or a CSV file."""
     val_fraction: float = 0.2
     """Share of the training pictures held out for validation, where the data has no val split."""
-    model: str = "efficientvit_m0"
-    """A name from `vitrail models`."""
+    model: str = ""
+    """A name from `vitrail models`; empty: the model of --weights, else efficientvit_m0."""
     out: str = ""
     """The run folder; empty: runs/MODEL. A run that stands there is continued."""
     weights: str | None = None
@@ -39,8 +39,10 @@ class TrainConfig:
     """Height and width in pixels of training and evaluation; none: the model's own."""
     crop_pct: float | None = None
     """Evaluation: the share of the resized picture that the centre crop keeps; none: the model's own."""
-    resize: Literal["crop", "squash"] | None = None
-    """Evaluation: "crop" cuts the centre, "squash" keeps all of the picture; none: the model's own."""
+    resize: Literal["crop", "squash", "fit", "native"] | None = None
+    """Evaluation: "crop" cuts the centre, "squash" and "fit" keep all of the picture; none: the model's
+    own.
+    """
     skip_broken: bool = False
     """Train without the pictures that cannot be read, instead of stopping."""
 

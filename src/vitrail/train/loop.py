@@ -4,7 +4,7 @@ import math
 import signal
 import time
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vitrail.data.augment import mix
 from vitrail.data.loader import TrainBatch
+from vitrail.train.build import settled
 from vitrail.train.config import TrainConfig
 from vitrail.train.evaluate import evaluate
 from vitrail.train.folder import RunFolder
@@ -47,7 +48,7 @@ def train(config: TrainConfig) -> RunResult:
     On a CPU with as many threads the weights are the same bit for bit, stopped or not. Raises InputError for
     whatever a person can put right; what was saved before is then still there.
     """
-    config = replace(config, out=config.out or f"runs/{config.model}")
+    config = settled(config)
     folder = RunFolder(config.out)
     with ExitStack() as stack:
         accelerator = stack.enter_context(processes(config))

@@ -62,7 +62,8 @@ def replay(path: str | Path) -> dict[str, Any]:
     `weights` that are not finite, and `pictures` whose own loss is not. Raises InputError when the folder
     keeps no batch.
     """
-    from vitrail.train.setup import build_model, seed_update
+    from vitrail.train.build import build_model
+    from vitrail.train.setup import seed_update
 
     folder = RunFolder(path)
     file = folder.path / NAME

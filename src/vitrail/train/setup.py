@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from vitrail.configuration import from_dict, to_dict
 from vitrail.data.images import ImageData, open_data
 from vitrail.data.loader import TrainBatch, TrainLoader
 from vitrail.data.plan import BatchPlan, balanced_weights
-from vitrail.registry import backbone_entry
+from vitrail.train.build import build_model
 from vitrail.train.config import TrainConfig, differences
 from vitrail.train.ema import Ema
 from vitrail.train.folder import RunFolder, explained
@@ -30,7 +30,10 @@ from vitrail.train.parallel import (
 )
 from vitrail.train.progress import Progress
 from vitrail.train.state import Position, gather, read_state, restore, states, whole, write_state
+from vitrail.weights.catalogue import weight_sources
 from vitrail_runtime.errors import InputError
+
+SMALL = 10_000  # training pictures under which a start from random weights deserves a word
 
 
 @dataclass
@@ -150,7 +153,9 @@ def set_up(config: TrainConfig, accelerator: Accelerator, folder: RunFolder) -> 
     saved = on_main(accelerator, lambda: find_state(config, folder, train_data))
 
     torch.manual_seed(config.seed)
-    model = build_model(config, train_data.classes).to(accelerator.device)
+    # A run that goes on has its own weights: where it started from need not be there any more.
+    start = config if saved is None else replace(config, weights=None)
+    model = build_model(start, train_data.classes).to(accelerator.device)
     if config.train_only == "head":
         model.backbone.requires_grad_(False)
     model = synchronised_batchnorm(model, accelerator)
@@ -208,10 +213,17 @@ def introduce(run: Run) -> None:
             run.progress.say(note)
         for key, problem in data.broken:
             run.progress.say(f"left out {key}: {problem}")
+    at, config = run.at, run.config
     report = getattr(run.model, "weights_report", None)
     if report is not None:
         run.progress.say(str(report))
-    at, config = run.at, run.config
+    elif config.weights is None and len(run.train_data) < SMALL:
+        known = weight_sources(config.model)
+        known = f", such as --weights {known[0]}" if known else ""
+        run.progress.say(
+            f"starting from random weights; on {len(run.train_data)} pictures, weights trained on many "
+            f"do far better{known}"
+        )
     trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad) / 1e6
     height, width = run.model.preprocessing.size
     processes = f"{run.world} processes, " if run.world > 1 else ""
@@ -222,54 +234,6 @@ def introduce(run: Run) -> None:
     )
     if at.step and not at.finished:
         run.progress.say(f"going on at update {at.step}, epoch {at.epoch + 1}")
-
-
-def build_model(config: TrainConfig, classes: tuple[str, ...]) -> Any:
-    """The model of a configuration, with its starting weights, for pictures of the configured size."""
-    extra = model_fields(config)
-    weights = config.weights and starting_weights(config.weights, classes)
-    model: Any = models.create_model(config.model, classes=classes, weights=weights, **extra)
-    changes: dict[str, Any] = {}
-    if config.image_size is not None:
-        changes["size"] = (config.image_size, config.image_size)
-    if config.crop_pct is not None:
-        changes["crop_pct"] = config.crop_pct
-    if config.resize is not None:
-        changes["mode"] = config.resize
-    models.describe(
-        model, replace(model.info, preprocessing=replace(model.preprocessing, **changes))
-    )
-    if config.grad_checkpointing:
-        if not hasattr(model.backbone, "grad_checkpointing"):
-            raise InputError(
-                f"{config.model} has no blocks to recompute; drop --grad-checkpointing"
-            )
-        model.backbone.grad_checkpointing = True
-    return model
-
-
-def model_fields(config: TrainConfig) -> dict[str, Any]:
-    """Fields of the paper's config that the run sets, as that config's types: YAML knows lists only."""
-    default = backbone_entry(config.model).config
-    given = dict(config.model_fields)
-    if config.image_size is not None and any(f.name == "image_size" for f in fields(default)):
-        given["image_size"] = config.image_size
-    where = f"model_fields of {config.model}"
-    full = from_dict(type(default), to_dict(default) | given, where=where)
-    return {name: getattr(full, name) for name in given}
-
-
-def starting_weights(source: str, classes: tuple[str, ...]) -> Any:
-    """What `create_model` gets: of a model of ours for other classes, the backbone alone.
-
-    A head of as many classes with other names would load, and start out calling everything by a wrong name.
-    """
-    folder = Path(source)
-    if (folder / "config.json").is_file():
-        there = models.read_config(folder).get("classes")
-        if there is not None and tuple(there) != tuple(classes):
-            return {"backbone": source}
-    return source
 
 
 def build_plan(config: TrainConfig, data: ImageData, size: tuple[int, int]) -> BatchPlan:

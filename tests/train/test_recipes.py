@@ -1,0 +1,70 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.train.conftest import VIT, tiny_config
+from vitrail.models import load
+from vitrail.recipes import RECIPES, recipe_config
+from vitrail.train.build import build_model, settled
+from vitrail.train.config import TrainConfig
+from vitrail.train.loop import train
+from vitrail_runtime.errors import InputError
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_builds_its_model_and_tells_what_to_expect(name):
+    text = RECIPES[name].__doc__ or ""
+    assert "Expected" in text
+    config = settled(recipe_config(name))
+    with torch.device("meta"):
+        model = build_model(config, ("a", "b"))
+    if config.image_size is not None:
+        assert model.preprocessing.size == (config.image_size, config.image_size)
+
+
+@pytest.fixture(scope="module")
+def trained(pictures, tmp_path_factory):
+    out = tmp_path_factory.mktemp("trained") / "run"
+    train(tiny_config(pictures, out, **VIT, epochs=1))
+    return out / "best"
+
+
+def test_finetune_small_needs_no_setting_but_data_and_weights(pictures, trained, tmp_path):
+    config = replace(
+        recipe_config("finetune_small"),
+        data=str(pictures),
+        weights=str(trained),
+        out=str(tmp_path / "run"),
+        batch_size=12,
+        epochs=2,
+    )
+    assert train(config).best is not None
+    start, end = load(trained), load(tmp_path / "run" / "best")
+    assert end.info == start.info, "the model of the weights, seen as it was trained"
+
+
+def test_a_setting_of_the_run_goes_before_that_of_the_weights(trained):
+    config = settled(
+        TrainConfig(weights=str(trained), image_size=48, model_fields={"drop_path_rate": 0.2})
+    )
+    assert config.model == "vit_tiny_patch16"
+    assert config.image_size == 48
+    assert config.model_fields == VIT["model_fields"] | {"drop_path_rate": 0.2}
+    model = build_model(config, ("a", "b"))
+    assert model.preprocessing.size == (48, 48)
+    assert model.preprocessing.crop_pct == 1.0
+
+
+def test_without_model_and_weights_it_is_the_fast_default():
+    assert settled(TrainConfig()).model == "efficientvit_m0"
+    assert settled(TrainConfig(model="vit_tiny_patch16")).out == "runs/vit_tiny_patch16"
+
+
+def test_a_field_that_the_model_does_not_have_names_the_closest(trained):
+    config = TrainConfig(model="vit_tiny_patch16", model_fields={"drop_path": 0.1})
+    with pytest.raises(InputError, match="'drop_path'; did you mean 'drop_path_rate'"):
+        build_model(config, ("a", "b"))
+    config = TrainConfig(model="vit_tiny_patch16", model_fields={"depth": "three"})
+    with pytest.raises(InputError, match="depth is 'three'"):
+        build_model(config, ("a", "b"))
