@@ -1,4 +1,6 @@
-"""`vitrail eval`: how good a trained model is on labelled pictures, or a backbone before any training."""
+"""`vitrail eval`: how good a trained model is on labelled pictures, or a frozen backbone before any
+training.
+"""
 
 import json
 import sys
@@ -15,15 +17,22 @@ from vitrail_runtime.errors import InputError
 class EvalFlags:
     """Measure a trained model: top-1, top-5, loss, and precision, recall and confusion of every class.
 
-    The scores are also written to RUN/eval.json.
+    The scores are also written to RUN/eval.json. With --probe, measure how good the frozen backbone is on the
+    data before any training; then a model's name does too, with --weights.
     """
 
-    run: Annotated[Path, tyro.conf.Positional]
-    """A run folder (its best model) or a model folder."""
+    run: Annotated[str, tyro.conf.Positional]
+    """A run folder (its best model) or a model folder; with --probe also a name from `vitrail models`."""
     data: str
     """Where the pictures are: class folders, tar shards or a CSV file."""
     split: Literal["val", "test", "train", "all"] = "val"
     """Which of them."""
+    probe: Literal["knn", "linear"] | None = None
+    """Classify by the frozen features of the training pictures: their neighbours, or a linear layer."""
+    weights: str | None = None
+    """With --probe and a model's name: a file, or hf:owner/name@revision."""
+    image_size: int | None = None
+    """With --probe: height and width in pixels, instead of the model's own."""
     batch_size: int = 64
     """Pictures at a time."""
     workers: int = 0
@@ -37,24 +46,73 @@ class EvalFlags:
 
 def run(argv: list[str]) -> None:
     flags = tyro.cli(EvalFlags, args=argv, prog="vitrail eval")
-    from vitrail.data import open_data
-    from vitrail.models import load
-    from vitrail.train.evaluate import evaluate, model_folder
+    if flags.probe is None and (flags.weights or flags.image_size):
+        raise InputError("--weights and --image-size go with --probe; a trained model has its own")
+    from vitrail.train.evaluate import model_folder
     from vitrail.weights import write_text
 
-    folder = model_folder(flags.run)
-    model = load(folder).to(choose_device(flags.device))
-    data = open_data(flags.data, flags.split, classes=model.classes, skip_broken=flags.skip_broken)
-    for note in data.notes:
-        print(f"vitrail: {note}", file=sys.stderr)
-    scores = evaluate(model, data, batch_size=flags.batch_size, workers=flags.workers)
-    scores = {"model": str(folder), "data": flags.data, "split": flags.split, **scores}
-    text = json.dumps(scores, indent=2, ensure_ascii=False)
-    write_text(flags.run / "eval.json", text + "\n")
+    folder = model_folder(Path(flags.run))
+    scores = probe(flags, folder) if flags.probe else measure(flags, folder)
+    about = {"model": flags.run, "data": flags.data, "split": flags.split, "probe": flags.probe}
+    text = json.dumps(about | scores, indent=2, ensure_ascii=False)
+    if Path(flags.run).is_dir():
+        name = f"eval-{flags.probe}.json" if flags.probe else "eval.json"
+        write_text(Path(flags.run) / name, text + "\n")
     if flags.json:
         print(text)
     else:
         show(scores)
+
+
+def measure(flags: EvalFlags, folder: Path) -> dict[str, Any]:
+    """Scores of a trained model."""
+    from vitrail.data.images import open_source
+    from vitrail.models import load
+    from vitrail.train.evaluate import evaluate, label_map
+
+    model = load(folder).to(choose_device(flags.device))
+    label_map(open_source(flags.data).classes(), model.classes)  # shows both lists where they differ
+    data = open_pictures(flags, flags.split, model.classes)
+    return evaluate(model, data, batch_size=flags.batch_size, workers=flags.workers)
+
+
+def probe(flags: EvalFlags, folder: Path) -> dict[str, Any]:
+    """Scores of a frozen backbone's features."""
+    from dataclasses import replace
+
+    from vitrail.models import create_model, load
+    from vitrail.train.probe import extract_features, probe_scores
+
+    train = open_pictures(flags, "train", None)
+    test = open_pictures(flags, flags.split, train.classes)
+    if (folder / "config.json").is_file():
+        model = load(folder)
+    else:
+        if flags.weights is None:
+            print(
+                "vitrail: without --weights the features are those of random weights",
+                file=sys.stderr,
+            )
+        source = None if flags.weights is None else {"backbone": flags.weights}
+        model = create_model(flags.run, weights=source)
+    preprocessing = model.preprocessing
+    if flags.image_size is not None:
+        preprocessing = replace(preprocessing, size=(flags.image_size, flags.image_size))
+    backbone = model.backbone.to(choose_device(flags.device))
+    how: dict[str, Any] = {"batch_size": flags.batch_size, "workers": flags.workers}
+    features = [extract_features(backbone, data, preprocessing, **how) for data in (train, test)]
+    assert flags.probe is not None
+    return probe_scores(flags.probe, features[0], features[1], train.classes)
+
+
+def open_pictures(flags: EvalFlags, split: str, classes: Any) -> Any:
+    """The split of the data, with what was decided on the way said."""
+    from vitrail.data import open_data
+
+    data = open_data(flags.data, split, classes=classes, skip_broken=flags.skip_broken)
+    for note in data.notes:
+        print(f"vitrail: {note}", file=sys.stderr)
+    return data
 
 
 def show(scores: dict[str, Any]) -> None:

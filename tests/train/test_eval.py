@@ -1,0 +1,59 @@
+import json
+
+import pytest
+
+from tests.train.conftest import CLASSES, VIT, make_pictures, tiny_config
+from vitrail.cli import main
+from vitrail.train.loop import train
+
+
+@pytest.fixture(scope="module")
+def run(pictures, tmp_path_factory):
+    out = tmp_path_factory.mktemp("run") / "run"
+    train(tiny_config(pictures, out, **VIT, epochs=1))
+    return out
+
+
+def test_eval_prints_a_table_and_writes_the_scores(run, pictures, capsys):
+    assert main(["eval", str(run), "--data", str(pictures)]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in CLASSES)
+    assert "12 pictures" in out
+    scores = json.loads((run / "eval.json").read_text())
+    assert scores["split"] == "val"
+    assert sum(map(sum, scores["confusion"])) == scores["num_images"] == 12
+
+
+def test_eval_prints_json_alone_on_stdout(run, pictures, capsys):
+    assert (
+        main(["eval", str(run / "last"), "--data", str(pictures), "--json", "--split", "train"])
+        == 0
+    )
+    assert json.loads(capsys.readouterr().out)["num_images"] == 24
+
+
+def test_as_many_classes_with_other_names_are_refused_with_both_lists(run, tmp_path, capsys):
+    data = make_pictures(tmp_path / "data")
+    for split in ("train", "val"):
+        (data / split / "top").rename(data / split / "up")
+    assert main(["eval", str(run), "--data", str(data)]) == 2
+    message = capsys.readouterr().err
+    assert "Traceback" not in message
+    assert "left, right, top" in message
+    assert "left, right, up" in message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["nowhere", "--data", "x"], ["nowhere", "not a saved model"]),
+        (["RUN", "--data", "nowhere"], ["nowhere"]),
+        (["RUN", "--data", "DATA", "--split", "test"], ["test"]),
+        (["RUN", "--data", "DATA", "--device", "cuda"], ["GPU"]),
+    ],
+)
+def test_what_is_not_there_is_said(run, pictures, capsys, arguments, words):
+    places = {"RUN": str(run), "DATA": str(pictures)}
+    assert main(["eval", *(places.get(a, a) for a in arguments)]) == 2
+    message = capsys.readouterr().err
+    assert all(word in message for word in words)
