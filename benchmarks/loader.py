@@ -40,14 +40,16 @@ AUGMENTATION = Augmentation(interpolation="bilinear")  # RandomResizedCrop's def
 FIRST_BATCH = """
 import sys, time
 begin = time.perf_counter()
+import vitrail.data.decoding
 from vitrail.data import open_data
 from vitrail.data.augment import Augmentation
 from vitrail.data.loader import train_batches
 from vitrail.data.plan import BatchPlan
+imported = time.perf_counter()
 data = open_data(sys.argv[1], "all")
 plan = BatchPlan(length=len(data), batch_size=128, size=(64, 64))
 next(train_batches(data, plan, Augmentation(), epoch=0))
-print(len(data), time.perf_counter() - begin)
+print(len(data), time.perf_counter() - begin, imported - begin)
 """
 
 
@@ -107,7 +109,7 @@ def our_epochs(data, repeats: int, workers: int, normalise: bool = False) -> Cal
         for epoch in range(repeats):
             for batch in loader.epoch(epoch):
                 if normalise:
-                    (batch.images - mean) / std
+                    batch.images.float().sub_(mean).div_(std)
                 seen += len(batch.labels)
         return seen / (time.perf_counter() - begin)
 
@@ -162,22 +164,24 @@ def starting(data: Path, scratch: Path, quick: bool) -> Iterator[dict]:
     count = 1 if quick else 3
     for name, path in (("shards", source), ("folders", unpack(source, scratch / "cifar10"))):
         os.environ["VITRAIL_CACHE"] = str(scratch / f"cache-{name}")
-        pictures, first = first_batch(path)
-        again = [first_batch(path)[1] for _ in range(count)]
-        for what, seconds in (("first", first), ("second", statistics.median(again))):
+        pictures, *first = first_batch(path)
+        again = [first_batch(path)[1:] for _ in range(count)]
+        second = [statistics.median(column) for column in zip(*again, strict=True)]
+        for what, (seconds, imports) in (("first", first), ("second", second)):
             yield {
                 "name": f"{what} start, {pictures:,} pictures in {name}",
-                "unit": "s to the first batch",
+                "unit": f"s to the first batch, {imports:.1f} of them importing torch and torchvision",
                 "ours": seconds,
+                "imports": imports,
                 "peer": None,
                 "ratio": None,
             }
 
 
-def first_batch(path: Path) -> tuple[int, float]:
+def first_batch(path: Path) -> tuple[int, float, float]:
     command = [sys.executable, "-c", FIRST_BATCH, str(path)]
     out = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
-    return int(out[0]), float(out[1])
+    return int(out[0]), float(out[1]), float(out[2])
 
 
 def class_folders(pack: Path, root: Path) -> Path:
