@@ -1,3 +1,6 @@
+import json
+from dataclasses import replace
+
 import pytest
 import timm
 import torch
@@ -5,7 +8,13 @@ import torch
 from tests.golden import compare
 from tests.golden.fill import image
 from tests.parity import assert_close_to_peer, fill_by_key_map, randomise
-from vitrail.backbones.efficientvit import PUBLISHED, EfficientViTConfig, offset_index
+from vitrail.backbones.efficientvit import (
+    PUBLISHED,
+    EfficientViT,
+    EfficientViTConfig,
+    offset_index,
+)
+from vitrail.configuration import from_dict, to_dict
 from vitrail.features import Features
 from vitrail.models import create_backbone, create_model
 from vitrail.registry import backbone_entry, tiny_entries
@@ -173,6 +182,22 @@ def test_widths_that_the_heads_cannot_share_are_refused():
         EfficientViTConfig(dims=(64, 100), depths=(1, 1), num_heads=(4, 3), kernels=(5, 5, 5, 5))
     with pytest.raises(InputError, match="kernels"):
         EfficientViTConfig(dims=(64,), depths=(1,), num_heads=(4,), kernels=(5,))
+
+
+def test_widths_inside_the_blocks_can_differ_from_stage_to_stage():
+    config = tiny_entries()["efficientvit"].config
+    slim = replace(config, key_dim=(4, 8, 12), ffn_ratio=(1.0, 0.5, 2.0))
+    assert from_dict(EfficientViTConfig, json.loads(json.dumps(to_dict(slim)))) == slim
+    backbone = EfficientViT(slim).eval()
+    shapes = {k: tuple(v.shape[:2]) for k, v in backbone.state_dict().items() if "conv.weight" in k}
+    assert shapes["stages.1.blocks.0.attn.qkvs.0.conv.weight"] == (2 * 8 + 16, 16)
+    assert shapes["stages.1.downsample.ffn0.pw1.conv.weight"] == (32, 32)
+    assert shapes["stages.1.downsample.ffn1.pw1.conv.weight"] == (24, 48)
+    assert shapes["stages.2.blocks.0.ffn1.pw2.conv.weight"] == (64, 128)
+    assert backbone(image(1, 64, 96)).maps["c6"].isfinite().all()
+    for wrong in ({"key_dim": (4, 8)}, {"key_dim": 0}, {"ffn_ratio": (1.0, 0.0, 1.0)}):
+        with pytest.raises(InputError, match="one for each of the 3 stages"):
+            replace(config, **wrong)
 
 
 def test_checkpointing_leaves_running_statistics_as_without():

@@ -395,6 +395,26 @@ def test_a_share_of_the_blocks_attends_and_the_others_keep_their_mlp():
     assert record["blocks.0.attn.weights"].shape == (1, 2, 7, 7)
 
 
+def test_narrow_queries_and_keys_leave_the_values_their_width():
+    backbone = tiny(qk_dim=6)
+    randomise(backbone)
+    attn = backbone.blocks[0].attn
+    assert attn.qkv.weight.shape == (2 * 6 + 2 * 6 + 32, 32)
+    x = picture(2, 5, 32)
+    q, k, v = F.linear(x, attn.qkv.weight, attn.qkv.bias).split([12, 12, 32], dim=-1)
+    q, k, v = (part.unflatten(-1, (2, -1)).transpose(1, 2) for part in (q, k, v))
+    weights = (q @ k.transpose(2, 3) / 6**0.5).softmax(-1)
+    want = attn.proj((weights @ v).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(attn(x), want)
+    torch.testing.assert_close(attn.forward_packed(x.flatten(0, 1), [(2, 5)]), want.flatten(0, 1))
+    given = attn.keys_values(x)
+    torch.testing.assert_close(given.keys, k)
+    torch.testing.assert_close(given.values, v)
+    record: dict[str, Tensor] = {}
+    attn(x, record=record, name="attn")
+    torch.testing.assert_close(record["attn.weights"], weights)
+
+
 def test_the_conv_stem_pads_as_convolutions_with_padding_one():
     embed = tiny(stem="conv").patch_embed
     x = picture(2, 3, 16, 24)
@@ -574,6 +594,7 @@ def test_the_masked_memory_of_vit_pytorch_is_the_second_stream():
         ({"attn_every": 0}, "at least 1"),
         ({"stem": "conv", "patch_size": 7}, "odd"),
         ({"image_size": 0}, "image_size"),
+        ({"qk_dim": 0}, "at least 1 channel"),
     ],
 )
 def test_a_config_that_cannot_be_built_says_what_fits(fields, message):

@@ -179,7 +179,8 @@ def study_attention(
             layer, alike, distance = values
             alike = (alike / count).numpy()
             distance = None if distance is None else (distance / count).numpy()
-            study.layers.append(LayerStudy(*layer, alike, distance))
+            name_, stage, block, heads, tokens = layer
+            study.layers.append(LayerStudy(name_, stage, block, heads, tokens, alike, distance))
         else:
             names, similarity = values
             study.stages.append(

@@ -103,8 +103,15 @@ class ConvStem(nn.Module):
 class ReAttention(Attention):
     """Attention whose maps are mixed across heads and normed before they meet the values (equation 3)."""
 
-    def __init__(self, dim: int, num_heads: int, qkv_bias: bool, scale_maps: bool) -> None:
-        super().__init__(dim, num_heads, qkv_bias)
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        qkv_bias: bool,
+        scale_maps: bool,
+        qk_dim: int | None = None,
+    ) -> None:
+        super().__init__(dim, num_heads, qkv_bias, qk_dim)
         self.reatten_matrix = nn.Conv2d(num_heads, num_heads, 1)
         self.var_norm = nn.BatchNorm2d(num_heads)
         self.map_scale = (dim // num_heads) ** -0.5 if scale_maps else 1.0
@@ -147,7 +154,11 @@ class DeepViTBlock(Block):
         super().__init__(replace(config, norm_eps=config.norm_eps / s**2), drop_path, attends)
         if attends and mixes:
             self.attn = ReAttention(
-                config.embed_dim, config.num_heads, config.qkv_bias, config.scale_maps
+                config.embed_dim,
+                config.num_heads,
+                config.qkv_bias,
+                config.scale_maps,
+                config.qk_dim,
             )
         if s != 1.0:
             self.ls2 = nn.Sequential(self.ls2, Scale(1 / s))

@@ -41,7 +41,11 @@ class EfficientViTConfig:
     depths: tuple[int, ...]  # L of Table 2: blocks per stage
     num_heads: tuple[int, ...]
     kernels: tuple[int, ...]  # of the token interaction on the queries, head by head
-    key_dim: int = 16  # width of a head's queries and keys; its values have dim / num_heads
+    # Of these two, one for all stages or one for each:
+    key_dim: int | tuple[int, ...] = (
+        16  # a head's queries and keys; its values have dim / num_heads
+    )
+    ffn_ratio: float | tuple[float, ...] = 2.0  # width of the hidden layers of FFNs / dim
     window_size: int = 7
     image_size: int | tuple[int, int] = 224  # its short side sets the windows: min(7, map)
 
@@ -54,6 +58,24 @@ class EfficientViTConfig:
                 )
             if heads > len(self.kernels):
                 raise InputError(f"{heads} heads need as many kernels, but got {self.kernels}")
+        for name in ("key_dim", "ffn_ratio"):
+            given = getattr(self, name)
+            each = given if isinstance(given, tuple) else (given,) * len(self.dims)
+            if len(each) != len(self.dims) or min(each) <= 0:
+                raise InputError(
+                    f"{name} is {given}, but must be above 0, one number or one for each of the "
+                    f"{len(self.dims)} stages"
+                )
+
+    def key_dims(self) -> tuple[int, ...]:
+        """The width of a head's queries and keys in each stage."""
+        return self.key_dim if isinstance(self.key_dim, tuple) else (self.key_dim,) * len(self.dims)
+
+    def ffn_dims(self) -> tuple[int, ...]:
+        """The hidden width of the feed-forward layers on each stage's channels."""
+        ratio = self.ffn_ratio
+        ratios = ratio if isinstance(ratio, tuple) else (ratio,) * len(self.dims)
+        return tuple(round(r * dim) for r, dim in zip(ratios, self.dims, strict=True))
 
     def windows(self) -> list[int]:
         """The window of each stage, in tokens: the map at `image_size`, at most `window_size`."""
@@ -106,12 +128,12 @@ def conv_norm(
 
 
 class FFN(nn.Module):
-    """Two pointwise convolutions with expansion 2. (B, C, H, W) -> same."""
+    """Two pointwise convolutions, in the paper with expansion 2. (B, C, H, W) -> same."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__()
-        self.pw1 = ConvNormAct(dim, 2 * dim, 1, act=_relu)
-        self.pw2 = conv_norm(2 * dim, dim)
+        self.pw1 = ConvNormAct(dim, hidden_dim, 1, act=_relu)
+        self.pw2 = conv_norm(hidden_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.pw2(self.pw1(x))
@@ -237,15 +259,15 @@ class EfficientViTBlock(nn.Module):
     """Sandwich: token interaction and FFN, attention, token interaction and FFN; each is added back.
     (B, C, H, W) -> same. A fresh block is the identity."""
 
-    def __init__(
-        self, dim: int, num_heads: int, key_dim: int, window: int, kernels: tuple[int, ...]
-    ) -> None:
+    def __init__(self, config: EfficientViTConfig, stage: int) -> None:
         super().__init__()
+        dim, heads, ffn_dim = config.dims[stage], config.num_heads[stage], config.ffn_dims()[stage]
+        key_dim, window = config.key_dims()[stage], config.windows()[stage]
         self.dw0 = conv_norm(dim, dim, 3, depthwise=True)
-        self.ffn0 = FFN(dim)
-        self.attn = CascadedGroupAttention(dim, num_heads, key_dim, window, kernels)
+        self.ffn0 = FFN(dim, ffn_dim)
+        self.attn = CascadedGroupAttention(dim, heads, key_dim, window, config.kernels)
         self.dw1 = conv_norm(dim, dim, 3, depthwise=True)
-        self.ffn1 = FFN(dim)
+        self.ffn1 = FFN(dim, ffn_dim)
         for last in (self.dw0, self.ffn0.pw2, self.attn.proj, self.dw1, self.ffn1.pw2):
             nn.init.zeros_(last.bn.weight)
 
@@ -261,13 +283,14 @@ class SubsampleBlock(nn.Module):
     """The same sandwich with an inverted residual block in the middle, which halves the map.
     (B, dim, H, W) -> (B, out_dim, ceil(H / 2), ceil(W / 2))."""
 
-    def __init__(self, dim: int, out_dim: int) -> None:
+    def __init__(self, config: EfficientViTConfig, stage: int) -> None:
         super().__init__()
+        (dim, out_dim), ffn_dims = config.dims[stage - 1 : stage + 1], config.ffn_dims()
         self.dw0 = conv_norm(dim, dim, 3, depthwise=True)
-        self.ffn0 = FFN(dim)
+        self.ffn0 = FFN(dim, ffn_dims[stage - 1])
         self.merge = PatchMerging(dim, out_dim)
         self.dw1 = conv_norm(out_dim, out_dim, 3, depthwise=True)
-        self.ffn1 = FFN(out_dim)
+        self.ffn1 = FFN(out_dim, ffn_dims[stage])
         for last in (self.ffn0.pw2, self.ffn1.pw2):
             nn.init.zeros_(last.bn.weight)
 
@@ -284,11 +307,9 @@ class Stage(nn.Module):
 
     def __init__(self, config: EfficientViTConfig, index: int) -> None:
         super().__init__()
-        dim, window = config.dims[index], config.windows()[index]
-        self.downsample = SubsampleBlock(config.dims[index - 1], dim) if index else nn.Identity()
+        self.downsample = SubsampleBlock(config, index) if index else nn.Identity()
         self.blocks = nn.ModuleList(
-            EfficientViTBlock(dim, config.num_heads[index], config.key_dim, window, config.kernels)
-            for _ in range(config.depths[index])
+            EfficientViTBlock(config, index) for _ in range(config.depths[index])
         )
 
     def forward(

@@ -47,6 +47,7 @@ class ViTConfig:
     mlp_ratio: float = 4.0  # width of the hidden layer (of each half of it in SwiGLU) / embed_dim
     mlp: Literal["gelu", "swiglu"] = "gelu"
     qkv_bias: bool = True
+    qk_dim: int | None = None  # width of a head's queries and keys; None: as its values'
     norm_eps: float = 1e-6
     layer_scale_init: float | None = None  # None: no LayerScale
     drop_path_rate: float = 0.0  # rate of the last block; earlier blocks grow linearly from zero
@@ -67,6 +68,10 @@ class ViTConfig:
         if self.embed_dim % self.num_heads:
             raise InputError(
                 f"embed_dim {self.embed_dim} must be divisible by num_heads {self.num_heads}"
+            )
+        if self.qk_dim is not None and self.qk_dim < 1:
+            raise InputError(
+                f"qk_dim is {self.qk_dim}, but a head's queries need at least 1 channel"
             )
         if self.pool != "avg" and not self.class_token:
             raise InputError(
@@ -175,12 +180,20 @@ class ConvStemEmbed(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention (appendix A). (B, N, C) -> (B, N, C)."""
+    """Multi-head self-attention (appendix A). (B, N, C) -> (B, N, C).
 
-    def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True) -> None:
+    qk_dim: width of a head's queries and keys; None: as its values', C / num_heads.
+    """
+
+    def __init__(
+        self, dim: int, num_heads: int, qkv_bias: bool = True, qk_dim: int | None = None
+    ) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        # Channels of queries, keys and values, in this order: rows of the one projection.
+        qk = dim if qk_dim is None else num_heads * qk_dim
+        self.widths = (qk, qk, dim)
+        self.qkv = nn.Linear(dim, sum(self.widths), bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
 
     def forward(
@@ -221,16 +234,20 @@ class Attention(nn.Module):
 
     def heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, N, 3C) -> queries, keys, values, each (B, heads, N, D)."""
-        q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        if self.widths[0] == self.widths[2]:
+            q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        else:
+            parts = qkv.split(self.widths, dim=-1)
+            q, k, v = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in parts)
         return q, k, v
 
     def keys_values(self, x: Tensor) -> KeysValues:
         """Keys and values alone: (B, N, C), or (N, C) for every image alike."""
-        dim = x.shape[-1]
-        bias = None if self.qkv.bias is None else self.qkv.bias[dim:]
-        kv = F.linear(x if x.ndim == 3 else x[None], self.qkv.weight[dim:], bias)
-        k, v = kv.unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        return KeysValues(k, v)
+        skip = self.widths[0]
+        bias = None if self.qkv.bias is None else self.qkv.bias[skip:]
+        kv = F.linear(x if x.ndim == 3 else x[None], self.qkv.weight[skip:], bias)
+        parts = kv.split(self.widths[1:], dim=-1)
+        return KeysValues(*(p.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for p in parts))
 
     def forward_packed(self, x: Tensor, runs: Sequence[Run]) -> Tensor:
         """(T, C) -> (T, C): projections over all tokens at once, attention image by image."""
@@ -265,7 +282,7 @@ class Block(nn.Module):
         self.attn: Attention | None = None
         if attends:
             self.norm1 = nn.LayerNorm(dim, config.norm_eps)
-            self.attn = Attention(dim, config.num_heads, config.qkv_bias)
+            self.attn = Attention(dim, config.num_heads, config.qkv_bias, config.qk_dim)
             self.ls1 = nn.Identity() if init is None else LayerScale(dim, init)
         self.norm2 = nn.LayerNorm(dim, config.norm_eps)
         mlp = SwiGLU if config.mlp == "swiglu" else Mlp
