@@ -306,14 +306,14 @@ def departures(names: Collection[str]) -> list[tuple[str, str]]:
     """(paper, what its file says of official code and paper) for the files behind `names`.
 
     A backbone file's docstring opens with the paper and ends with the paragraphs that begin
-    "Unlike" or "Paper and code": those are what a reader of the table must know.
+    "Unlike", "Where" or "Paper and code": those are what a reader of the table must know.
     """
     found = {}
     for name in names:
         module = inspect.getmodule(backbone_entry(name).cls)
         doc = inspect.cleandoc(module.__doc__ or "") if module else ""
         paragraphs = doc.split("\n\n")
-        marks = ("Unlike", "Paper and code")
+        marks = ("Unlike", "Where", "Paper and code")
         said = [p for p in paragraphs[1:] if p.startswith(marks)]
         if module and said:
             title = " ".join(paragraphs[0].split()).removesuffix(".")

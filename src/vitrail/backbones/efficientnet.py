@@ -5,7 +5,7 @@ A searched network of inverted residuals with squeeze-and-excitation (B0, Table 
 resolution together: alpha^phi, beta^phi, gamma^phi with alpha * beta^2 * gamma^2 close to 2, so that the cost
 doubles with each step of phi (eq. 3). `compound_scale` makes the config of any phi.
 
-Two families of weights exist, with equal keys:
+Where weights come from matters. Two families exist, with equal keys:
 - "tf_efficientnet_*" (padding="tf"): converted from the official TensorFlow code, which pads strided
   convolutions at the right and bottom where the size is even, with a BatchNorm epsilon of 1e-3.
 - "efficientnet_*" (padding="native"): trained in PyTorch, padded evenly, epsilon 1e-5. torchvision's B5 to B7
