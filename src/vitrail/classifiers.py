@@ -26,6 +26,7 @@ class Classifier(nn.Module):
     """images (B, 3, H, W) -> logits (B, num_classes). `labels` are indices into `classes`."""
 
     task = "classify"
+    backbone: Any  # has feature_specs and, for token models, forward_packed
     # Attached by models.create_model and load:
     info: Any  # models.ModelInfo
     weights_report: Any  # weights.Report, where weights were given

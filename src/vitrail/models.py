@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import vitrail.backbones  # noqa: F401  (registers every backbone)
 from vitrail import weights as weights_room
@@ -40,7 +40,7 @@ def list_models(pattern: str = "*", *, task: str | None = None) -> list[str]:
     return list_backbones(pattern)
 
 
-def create_backbone(name: str, *, weights: Weights = None, **config_fields: Any) -> nn.Module:
+def create_backbone(name: str, *, weights: Weights = None, **config_fields: Any) -> Any:
     """A backbone by name: images (B, 3, H, W) -> Features.
 
     weights: a file, a folder, "hf:owner/name@revision", or a state dict; a classifier's head in it is left.

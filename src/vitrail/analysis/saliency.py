@@ -1,11 +1,13 @@
 """Where a classifier looks: attention rollout for token models, smoothed gradients for the rest."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-def where_it_looks(model: torch.nn.Module, image: Tensor, label: int) -> tuple[str, Tensor]:
+def where_it_looks(model: Any, image: Tensor, label: int) -> tuple[str, Tensor]:
     """(the method's name, a map (h, w) >= 0) for one preprocessed image (3, H, W).
 
     Attention rollout where the backbone records square attention over class token and patches;
