@@ -1,4 +1,5 @@
-"""Runs in processes of their own, which a test may kill. Forked, so that they start in milliseconds."""
+"""Runs in processes of their own, which a test may kill. Forked, so that they start in milliseconds, from
+a server that has imported everything and run nothing: autograd refuses forks of a process that used it."""
 
 import faulthandler
 import multiprocessing
@@ -12,16 +13,18 @@ from pathlib import Path
 import torch
 from accelerate.state import AcceleratorState
 
-import vitrail.metrics  # noqa: F401  (imported once, before the forks)
+import vitrail.metrics  # noqa: F401  (imported once, by the server)
 from vitrail.train.config import TrainConfig
 from vitrail.train.loop import train
 from vitrail_runtime.errors import InputError
 
-CONTEXT = multiprocessing.get_context("fork")
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["tests.train.children"])
 
 
 def run(config: TrainConfig, *, kill_after: float | None = None, dies_at: str = "") -> int:
-    """Train in a child; the exit code. It is killed after some seconds, or kills itself inside a function.
+    """Train in a child, which writes stderr to OUT.stderr; the exit code. It is killed after some seconds,
+    or kills itself inside a function.
 
     dies_at: "rename:N" at the N-th rename of a file (0 based), before it happens.
     """
@@ -71,8 +74,10 @@ def _rank(config: TrainConfig, rank: int, world: int, port: int) -> None:
 
 def _child(config: TrainConfig, dies_at: str) -> None:
     # Processes that wait for each other would wait for ever: say where, and end.
-    faulthandler.dump_traceback_later(120, exit=True)
-    torch.set_num_threads(1)  # the parent's math threads do not exist in a fork
+    said = open(f"{config.out}.stderr", "a")  # noqa: SIM115  (the server's own is nobody's capture)
+    os.dup2(said.fileno(), 2)
+    faulthandler.dump_traceback_later(300, exit=True)
+    torch.set_num_threads(1)  # the server's math threads do not exist in a fork
     if dies_at:
         count = int(dies_at.partition(":")[2])
         real = os.replace

@@ -87,11 +87,11 @@ def test_processes_that_cannot_share_a_batch_are_told_one_that_they_can(pictures
     check_world(replace(config, accumulate=3), 4)
 
 
-def test_an_error_of_the_first_process_ends_all_and_is_told_once(pictures, tmp_path, capfd):
+def test_an_error_of_the_first_process_ends_all_and_is_told_once(pictures, tmp_path):
     config = config_for(pictures, tmp_path / "run", epochs=1)
     assert run_many(config, 2) == [0, 0]
     assert run_many(replace(config, lr=0.5), 2) == [2, 2]
-    assert capfd.readouterr().err.count("holds another run") == 1
+    assert Path(f"{config.out}.stderr").read_text().count("holds another run") == 1
 
 
 def test_a_cpu_run_reads_in_its_own_process_unless_told_otherwise(pictures, tmp_path):

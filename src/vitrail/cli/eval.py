@@ -71,7 +71,9 @@ def measure(flags: EvalFlags, folder: Path) -> dict[str, Any]:
     from vitrail.train.evaluate import evaluate, label_map
 
     model = load(folder).to(choose_device(flags.device))
-    label_map(open_source(flags.data).classes(), model.classes)  # shows both lists where they differ
+    label_map(
+        open_source(flags.data).classes(), model.classes
+    )  # shows both lists where they differ
     data = open_pictures(flags, flags.split, model.classes)
     return evaluate(model, data, batch_size=flags.batch_size, workers=flags.workers)
 
