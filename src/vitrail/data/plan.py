@@ -14,6 +14,7 @@ import numpy as np
 from vitrail_runtime.errors import InputError
 
 PIXEL_TOLERANCE = 0.15  # how far the pixels of a multi-scale step may be from constant
+REPEATED_RUN = 8  # samples; copies are this far apart
 _ORDER, _SCALES, _OFFSET, _AGAIN = 0, 1, 2, 3  # streams of random numbers within one epoch
 
 
@@ -55,7 +56,7 @@ class BatchPlan:
     strata: (length,) integers, such as labels: under `weights`, the samples of each stratum together come
         floor or ceil of their expected times as well.
     repeats: repeated augmentation (Hoffer et al. 2020, arXiv 1901.09335): the epoch keeps its length, but
-        holds length / repeats different samples, each `repeats` times in a row under different
+        holds length / repeats different samples, each `repeats` times near each other under different
         augmentations.
     drop_last: leave out the samples at the end of an epoch that fill no batch; else they make a smaller one.
     shuffle: False gives the order of the data.
@@ -134,7 +135,10 @@ class BatchPlan:
         if self.weights is not None:
             shuffled = self._weighted(shuffled, epoch)
         if self.repeats > 1:
-            shuffled = shuffled[: -(-self.length // self.repeats)].repeat(self.repeats)
+            # Runs of samples, then the same run again: neighbours differ, because they are what MixUp mixes.
+            distinct = shuffled[: -(-self.length // self.repeats)]
+            runs = np.split(distinct, range(REPEATED_RUN, len(distinct), REPEATED_RUN))
+            shuffled = np.concatenate([np.tile(run, self.repeats) for run in runs])
         return shuffled[: self.length]
 
     def _weighted(self, shuffled: np.ndarray, epoch: int) -> np.ndarray:
