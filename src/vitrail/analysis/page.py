@@ -162,7 +162,9 @@ def svg(fig: Any) -> str:
     buffer = io.StringIO()
     # A fixed salt and no date: the same numbers give the same file.
     with plt.rc_context({"svg.hashsalt": "vitrail", "svg.fonttype": "none"}):
-        fig.savefig(buffer, format="svg", metadata={"Date": None})
+        fig.savefig(
+            buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        )
     plt.close(fig)
     text = buffer.getvalue()
     return text[text.index("<svg") :]

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from vitrail.train.config import TrainConfig, read_config
 from vitrail_runtime.errors import InputError
 
 
@@ -27,6 +28,10 @@ class EvalFlags:
     """Where the pictures are: class folders, tar shards or a CSV file."""
     split: Literal["val", "test", "train", "all"] = "val"
     """Which of them."""
+    val_fraction: float | None = None
+    """The share of "train" that is "val" where the data has no such split; none: as in training, or 0.2."""
+    report: Path | None = None
+    """Also write a page with pictures to this HTML file: mistakes, calibration, where the model looks."""
     probe: Literal["knn", "linear"] | None = None
     """Classify by the frozen features of the training pictures: their neighbours, or a linear layer."""
     weights: str | None = None
@@ -48,6 +53,8 @@ def run(argv: list[str]) -> None:
     flags = tyro.cli(EvalFlags, args=argv, prog="vitrail eval")
     if flags.probe is None and (flags.weights or flags.image_size):
         raise InputError("--weights and --image-size go with --probe; a trained model has its own")
+    if flags.report is not None and flags.probe is not None:
+        raise InputError("--report shows a trained model's answers; it does not go with --probe")
     from vitrail.train.evaluate import model_folder
     from vitrail.weights import write_text
 
@@ -75,7 +82,16 @@ def measure(flags: EvalFlags, folder: Path) -> dict[str, Any]:
         open_source(flags.data).classes(), model.classes
     )  # shows both lists where they differ
     data = open_pictures(flags, flags.split, model.classes)
-    return evaluate(model, data, batch_size=flags.batch_size, workers=flags.workers)
+    show_report = flags.report is not None
+    how: dict[str, Any] = {"batch_size": flags.batch_size, "workers": flags.workers}
+    scores = evaluate(model, data, predictions=show_report, **how)
+    if flags.report is not None:
+        from vitrail.analysis.report import write_report
+
+        seen = scores.pop("predictions")
+        write_report(flags.report, model, data, seen, run=flags.run, split=flags.split)
+        print(f"vitrail: wrote {flags.report}", file=sys.stderr)
+    return scores
 
 
 def probe(flags: EvalFlags, folder: Path) -> dict[str, Any]:
@@ -111,10 +127,20 @@ def open_pictures(flags: EvalFlags, split: str, classes: Any) -> Any:
     """The split of the data, with what was decided on the way said."""
     from vitrail.data import open_data
 
-    data = open_data(flags.data, split, classes=classes, skip_broken=flags.skip_broken)
+    share = held_out(Path(flags.run)) if flags.val_fraction is None else flags.val_fraction
+    how: dict[str, Any] = {"skip_broken": flags.skip_broken, "val_fraction": share}
+    data = open_data(flags.data, split, classes=classes, **how)
     for note in data.notes:
         print(f"vitrail: {note}", file=sys.stderr)
     return data
+
+
+def held_out(run: Path) -> float:
+    """The share of "train" that a run kept for validation: another would measure what it learnt from."""
+    for folder in (run, run.parent):  # a run folder, or its best/
+        if (folder / "config.yaml").is_file():
+            return read_config(folder / "config.yaml").val_fraction
+    return TrainConfig().val_fraction
 
 
 def show(scores: dict[str, Any]) -> None:

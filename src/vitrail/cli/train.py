@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -36,8 +37,24 @@ def run(argv: list[str]) -> int:
         say(f"{result.reason}: stopped at update {result.steps}, all saved; go on with: {command}")
         return 128 + result.signal
     say(f"{result.reason}: {result.steps} updates in {result.seconds / 60:.1f} minutes")
+    say(f"report: {report_run(config, result.folder)}")
     print(f"best top-1 {result.best:.4f} on the validation pictures: {result.folder / 'best'}")
     return 0
+
+
+def report_run(config: Any, folder: Path) -> Path:
+    """The page about a run's best model, from what it said of the validation pictures."""
+    import numpy as np
+
+    from vitrail.analysis.report import write_report
+    from vitrail.data import open_data
+    from vitrail.models import load
+
+    model = load(folder / "best")
+    how: dict[str, Any] = {"skip_broken": config.skip_broken, "val_fraction": config.val_fraction}
+    data = open_data(config.data, "val", classes=model.classes, **how)
+    with np.load(folder / "best" / "predictions.npz") as predictions:
+        return write_report(folder / "report.html", model, data, predictions, run=folder)
 
 
 def effective_config(

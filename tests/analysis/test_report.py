@@ -1,0 +1,130 @@
+"""The report page: its statistics, its advice, and that it is written whole."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import confusion_matrix
+
+from tests.train.conftest import CLASSES, VIT, make_pictures, tiny_config
+from vitrail.analysis.report import (
+    Scored,
+    advice,
+    calibration_bins,
+    expected_calibration_error,
+    interval,
+)
+from vitrail.analysis.saliency import attention_rollout, smooth_gradient
+from vitrail.cli import main
+from vitrail.data import open_data
+from vitrail.train.loop import train
+
+
+def scored(seed: int = 0, n: int = 200) -> Scored:
+    rng = np.random.default_rng(seed)
+    probabilities = rng.dirichlet((0.5, 0.5, 0.5), n)
+    return Scored(probabilities, rng.integers(0, 3, n), CLASSES)
+
+
+def test_the_interval_is_wilsons():
+    # Wilson (1927) for 8 of 10: 0.4902 to 0.9433.
+    assert interval(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
+    assert interval(0, 0) == (0.0, 1.0)
+
+
+def test_the_confusion_matrix_has_the_truth_in_rows():
+    s = scored()
+    assert np.array_equal(s.confusion(), confusion_matrix(s.labels, s.predicted))
+
+
+def test_calibration_error_is_zero_when_confidence_equals_accuracy():
+    probabilities = np.array([[0.75, 0.25, 0.0]] * 4)
+    perfect = Scored(probabilities, np.array([0, 0, 0, 1]), CLASSES)
+    assert expected_calibration_error(perfect) == pytest.approx(0)
+    sure = Scored(np.array([[1.0, 0, 0]] * 4), np.array([0, 0, 1, 1]), CLASSES)
+    assert expected_calibration_error(sure) == pytest.approx(0.5)
+    assert sum(n for *_, n in calibration_bins(scored())) == 200
+
+
+def test_the_advice_names_the_confusion_and_what_was_not_measured():
+    probabilities = np.array([[0.02, 0.98, 0.0]] * 5 + [[0.9, 0.1, 0.0]] * 5)
+    said = " ".join(advice(Scored(probabilities, np.zeros(10, int), CLASSES), 0.4, []))
+    assert "'left' taken for 'right', 5 of 10" in said
+    assert "no picture of 'right', 'top'" in said
+    assert "over 90 % confidence" in said
+
+
+def test_rollout_rows_are_shares_that_sum_to_one():
+    layers = [torch.rand(2, 3, 5, 5).softmax(-1) for _ in range(4)]
+    rolled = attention_rollout(layers)
+    torch.testing.assert_close(rolled.sum(-1), torch.ones(2, 5))
+    identity = torch.eye(5).expand(1, 2, 5, 5)
+    torch.testing.assert_close(attention_rollout([identity])[0], torch.eye(5))
+
+
+def test_the_gradient_map_is_bright_where_the_score_comes_from():
+    class Corner(torch.nn.Module):
+        def forward(self, images):
+            return images[:, :, 2:6, 20:24].square().sum((1, 2, 3))[:, None]
+
+    values = smooth_gradient(Corner(), torch.randn(3, 24, 32), 0)
+    assert values.shape == (24, 32)
+    row, column = divmod(int(values.argmax()), 32)
+    assert 1 <= row <= 6
+    assert 19 <= column <= 24
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    root = tmp_path_factory.mktemp("report")
+    data = make_pictures(root / "data", train=8, val=4)
+    config = tiny_config(data, root / "run", **VIT, epochs=1)
+    train(config)
+    return root / "run", data
+
+
+def test_eval_writes_the_page_with_every_section(run, tmp_path, capsys):
+    folder, data = run
+    page = tmp_path / "page.html"
+    assert main(["eval", str(folder), "--data", str(data), "--report", str(page)]) == 0
+    text = page.read_text()
+    for title in (
+        "What to look at first",
+        "Training",
+        "Confusion matrix",
+        "Per class",
+        "Calibration",
+    ):
+        assert f"<h2>{title}</h2>" in text
+    for title in ("Where the model looks", "Data", "Configuration and machine"):
+        assert f"<h2>{title}</h2>" in text
+    assert "attention rollout" in text
+    assert all(name in text for name in CLASSES)
+    assert not re.search(r"(src|href)=\"?https?:", text)  # nothing is fetched
+
+
+def test_a_report_does_not_go_with_a_probe(run, tmp_path, capsys):
+    folder, data = run
+    flags = ["--probe", "knn", "--report", str(tmp_path / "r.html")]
+    assert main(["eval", str(folder), "--data", str(data), *flags]) == 2
+    assert "--report" in capsys.readouterr().err
+
+
+def test_eval_holds_out_what_the_run_held_out(tmp_path, capsys):
+    """Data without a val split: a run that kept 25 % is measured on those, not on 20 % of its own making."""
+    data = make_pictures(tmp_path / "data", train=12, val=4)
+    for split in ("val", "train"):
+        for picture in (data / split).rglob("*.png"):
+            target = data / picture.parent.name / f"{split}-{picture.name}"
+            target.parent.mkdir(exist_ok=True)
+            picture.rename(target)
+    for split in ("val", "train"):
+        for folder in [*(data / split).iterdir(), data / split]:
+            folder.rmdir()
+    config = tiny_config(data, tmp_path / "run", **VIT, epochs=1, val_fraction=0.5)
+    train(config)
+    assert main(["eval", str(tmp_path / "run"), "--data", str(data), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["num_images"] == 24
+    assert len(open_data(data, "val")) < 24
