@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 
 from vitrail.cli import main
-from vitrail.models import create_model, save
+from vitrail.models import create_model, load, save
+from vitrail.train.config import TrainConfig
 
 
 @pytest.fixture(scope="module")
@@ -105,3 +106,53 @@ def test_a_broken_picture_is_named(tmp_path, trained, capsys):
     (tmp_path / "broken.jpg").write_bytes(b"not a picture")
     assert main(["inspect", "heads", str(trained), "--images", str(tmp_path)]) == 2
     assert "broken.jpg" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory):
+    """Class folders with the names of the trained model's classes."""
+    folder = tmp_path_factory.mktemp("labelled")
+    rng = np.random.default_rng(1)
+    for split in ("train", "val"):
+        for name in "012":
+            (folder / split / name).mkdir(parents=True)
+            for i in range(3):
+                pixels = rng.integers(0, 255, (36, 48, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / split / name / f"{i}.png")
+    return folder
+
+
+def test_importance_writes_a_page_and_a_slim_model_that_training_takes(
+    trained, labelled, tmp_path, capsys
+):
+    out = tmp_path / "slim"
+    argv = ["inspect", "importance", str(trained), "--data", str(labelled), "--out", str(out)]
+    assert main([*argv, "--slim", "0.5", "--count", "6"]) == 0
+    said = capsys.readouterr().out
+    assert "qk_dim: None -> 4" in said
+    assert "mlp_ratio: 4.0 -> 2.0" in said
+    assert "parameters: 0.0" in said
+    assert "Q and K, a head" in (out / "importance.html").read_text(encoding="utf-8")
+    slim = load(out)
+    assert (slim.info.config.qk_dim, slim.info.config.mlp_ratio) == (4, 2.0)
+    # What `vitrail train --weights OUT` starts from is the slim model, width for width.
+    from vitrail.train.build import build_model, settled
+
+    config = settled(TrainConfig(data=str(labelled), weights=str(out)))
+    again = build_model(config, slim.classes)
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in slim.state_dict().items())
+
+
+def test_importance_alone_writes_no_model(trained, labelled, tmp_path, capsys):
+    argv = ["inspect", "importance", str(trained), "--data", str(labelled), "--count", "3"]
+    assert main([*argv, "--out", str(tmp_path / "page")]) == 0
+    assert "importance is gathered in the fewest channels in" in capsys.readouterr().out
+    assert [p.name for p in (tmp_path / "page").iterdir()] == ["importance.html"]
+
+
+def test_a_slim_model_does_not_overwrite_the_one_it_came_from(trained, labelled, capsys):
+    argv = ["inspect", "importance", str(trained), "--data", str(labelled), "--slim", "0.5"]
+    assert main([*argv, "--out", str(trained)]) == 2
+    assert "holds the model itself" in capsys.readouterr().err
+    assert main([*argv[:-1], "1.5", "--out", str(trained)]) == 2
+    assert "above 0 and up to 1" in capsys.readouterr().err

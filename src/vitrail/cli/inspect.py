@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from vitrail_runtime.errors import InputError
 
@@ -16,13 +16,14 @@ HELP = """usage: vitrail inspect ACTION [options]
 
   vitrail inspect collapse MODEL... --images DIR    do attention maps repeat from block to block?
   vitrail inspect heads MODEL... --images DIR       are heads of a layer alike, and how far do they reach?
+  vitrail inspect importance RUN --data DIR         which channels matter? --slim 0.5 makes a slimmer model
 
 A MODEL is a run folder, a model folder or a name of `vitrail models` (with --weights, or random weights).
 vitrail inspect ACTION --help tells an action's options."""
 
 
 def run(argv: list[str]) -> int | None:
-    actions = {"collapse": collapse, "heads": heads}
+    actions = {"collapse": collapse, "heads": heads, "importance": importance}
     if not argv or argv[0] in ("-h", "--help"):
         print(HELP)
         return 0
@@ -107,6 +108,109 @@ def heads(argv: list[str]) -> None:
     studies, shown, fresh = _study(flags)
     page = _written(lambda: heads_page(flags.out, studies, shown, random=fresh))
     _tell(flags.json, studies, [heads_words(study) for study in studies], fresh, page)
+
+
+def importance(argv: list[str]) -> None:
+    import tyro
+    from tyro.conf import FlagCreatePairsOff, Positional, arg
+
+    @dataclass(frozen=True, kw_only=True)
+    class ImportanceFlags:
+        """Weigh the channels of a trained model by stage and by Q, K, V and FFN, and write a page.
+
+        With --slim a model with fewer of them is written as well, ready to be fine-tuned: vitrail train
+        --weights OUT. Queries, keys and FFNs shrink; values keep their width (EfficientViT, 2023).
+        """
+
+        model: Annotated[Positional[Path], arg(metavar="RUN")]
+        """A run folder (its best model) or a model folder."""
+        data: str
+        """Labelled pictures: class folders, tar shards or a CSV file."""
+        split: Literal["train", "val", "test", "all"] = "train"
+        """Which of them."""
+        count: int = 256
+        """How many pictures are taken, evenly from all."""
+        batch_size: int = 16
+        """Pictures at a time."""
+        slim: float | None = None
+        """Share of the query, key and FFN channels that the slimmer model keeps, such as 0.5."""
+        out: Path = Path("importance")
+        """The folder for importance.html and, with --slim, the slimmer model."""
+        device: str = "cpu"
+        """Where the model runs, such as cuda."""
+        skip_broken: bool = False
+        """Leave out pictures that cannot be read, instead of stopping."""
+
+    prog = "vitrail inspect importance"
+    flags = tyro.cli(FlagCreatePairsOff[ImportanceFlags], args=argv, prog=prog)
+    if flags.slim is not None and not 0 < flags.slim <= 1:
+        raise InputError(f"--slim is the share to keep, above 0 and up to 1, but is {flags.slim}")
+    if flags.count < 1:
+        raise InputError(f"--count must be at least 1 picture, but is {flags.count}")
+
+    import numpy as np
+
+    from vitrail.analysis.importance import importance as weigh
+    from vitrail.analysis.importance_page import changes, importance_page, importance_words
+    from vitrail.analysis.prune import propose, prune
+    from vitrail.data import open_data
+    from vitrail.data.loader import eval_batches
+    from vitrail.models import load, model_folder, save
+    from vitrail.predictor import check_device
+
+    device = check_device(flags.device)
+    model = load(model_folder(flags.model)).to(device)
+    if flags.slim is not None and flags.out.resolve() in (
+        flags.model.resolve(),
+        model_folder(flags.model).resolve(),
+    ):
+        raise InputError(f"--out {flags.out} holds the model itself; name another folder")
+    data = open_data(flags.data, flags.split, classes=model.classes, skip_broken=flags.skip_broken)
+    for note in data.notes:
+        print(f"vitrail: {note}", file=sys.stderr)
+    taken = np.linspace(0, len(data) - 1, min(flags.count, len(data))).round().astype(int)
+    batches = (
+        (batch.images.to(device), batch.labels.to(device))
+        for batch in eval_batches(data.subset(taken), model.preprocessing, flags.batch_size)
+    )
+    found = weigh(model, batches)
+    name = str(flags.model)
+    print(importance_words(name, found))
+    if flags.slim is None:
+        page = _written(lambda: importance_page(flags.out / "importance.html", name, found))
+        print(f"page: {page}")
+        return
+    plan = propose(model, found, flags.slim)
+    slim = prune(model, plan)
+    costs = [(what, _cost(model, what), _cost(slim, what)) for what in ("parameters", "MACs")]
+    for field, before, after in changes(model.info.config, plan.config):
+        print(f"{field}: {before} -> {after}")
+    for what, before, after in costs:
+        print(f"{what}: {before} -> {after}")
+    _written(lambda: save(slim, flags.out))
+    page = _written(
+        lambda: importance_page(
+            flags.out / "importance.html",
+            name,
+            found,
+            plan=plan,
+            costs=costs,
+            config=model.info.config,
+        )
+    )
+    print(f"page: {page}")
+    print(
+        f"fine-tune it: vitrail train --weights {flags.out} --data {flags.data} --out {flags.out}-tuned"
+    )
+
+
+def _cost(model: Any, what: str) -> str:
+    from vitrail.bench.macs import count_macs, count_params
+
+    if what == "parameters":
+        return f"{count_params(model) / 1e6:.3f} M"
+    height, width = model.preprocessing.size
+    return f"{count_macs(model, height, width) / 1e9:.3f} G at {height} x {width}"
 
 
 def _study(flags: Any) -> tuple[list[Any], dict[str, str], list[str]]:
