@@ -1,6 +1,8 @@
 """One process or many, the same run."""
 
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -98,3 +100,16 @@ def test_a_cpu_run_reads_in_its_own_process_unless_told_otherwise(pictures, tmp_
     config = config_for(pictures, tmp_path)
     assert choose_workers(config, Accelerator(cpu=True)) == 0
     assert choose_workers(replace(config, workers=3), Accelerator(cpu=True)) == 3
+
+
+@pytest.mark.slow
+def test_the_same_command_runs_under_torchrun(pictures, tmp_path):
+    config = config_for(pictures, tmp_path / "alone", epochs=2)
+    train(config)
+    launch = "-m torch.distributed.run --standalone --nproc-per-node 2 -m vitrail train --config"
+    flags = ["--out", str(tmp_path / "both")]
+    command = [sys.executable, *launch.split(), str(tmp_path / "alone" / "config.yaml"), *flags]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("best top-1") == 1, "only the first process tells"
+    assert losses(tmp_path / "both") == pytest.approx(losses(tmp_path / "alone"), abs=1e-5)

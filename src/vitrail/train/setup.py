@@ -79,6 +79,10 @@ class Run:
         limit = self.config.max_minutes
         return by_steps if limit is None else max(by_steps, self.at.seconds / (60 * limit))
 
+    @property
+    def epochs_done(self) -> float:
+        return self.at.epoch + self.at.batch / self.plan.steps(self.at.epoch)
+
     def batches(self) -> Iterator[TrainBatch]:
         """What is left of the epoch that the run stands in: this process's share of each batch."""
         return self.loader.epoch(self.at.epoch, self.at.batch)
@@ -108,7 +112,7 @@ class Run:
         self._add_row(kind="eval", **figures, best=self.at.best)
         mark = " (best)" if self.at.best_step == self.at.step else ""
         self.progress.say(
-            f"epoch {self.at.step / self.total_steps * self.config.epochs:.1f}  step {self.at.step}  "
+            f"epoch {self.epochs_done:.1f}  step {self.at.step}  "
             f"val loss {scores['loss']:.4f}  top-1 {scores['top1']:.4f}{mark}"
         )
 
@@ -208,16 +212,16 @@ def set_up(config: TrainConfig, accelerator: Accelerator, folder: RunFolder) -> 
 
 def introduce(run: Run) -> None:
     """Tell what a person should know before she waits: what was decided for her, and where the run stands."""
+    for note in dict.fromkeys(run.train_data.notes + run.val_data.notes):
+        run.progress.say(note)
     for data in (run.train_data, run.val_data):
-        for note in data.notes:
-            run.progress.say(note)
         for key, problem in data.broken:
             run.progress.say(f"left out {key}: {problem}")
     at, config = run.at, run.config
     report = getattr(run.model, "weights_report", None)
     if report is not None:
         run.progress.say(str(report))
-    elif config.weights is None and len(run.train_data) < SMALL:
+    elif config.weights is None and not at.step and len(run.train_data) < SMALL:
         known = weight_sources(config.model)
         known = f", such as --weights {known[0]}" if known else ""
         run.progress.say(
