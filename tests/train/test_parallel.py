@@ -17,7 +17,7 @@ from tests.train.conftest import VIT, tiny_config
 from vitrail.train.folder import RunFolder
 from vitrail.train.loop import train
 from vitrail.train.parallel import check_world, choose_workers
-from vitrail.train.state import read_state, states
+from vitrail.train.state import read_header, states
 from vitrail_runtime.errors import InputError
 
 
@@ -64,7 +64,7 @@ def test_a_run_of_two_goes_on_as_a_run_of_one_and_back(pictures, tmp_path, alone
     whole = config_for(pictures, tmp_path / "whole", ema=0.9, parallel=parallel)
     train(whole)
     assert run(config, dies_at="rename:7") == -signal.SIGKILL
-    assert 0 < read_state(states(tmp_path / "run" / "state")[0])[1].step < 20
+    assert 0 < read_header(states(tmp_path / "run" / "state")[0])[0].step < 20
     assert run_many(config, 2) == [0, 0]
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "whole"), abs=1e-5)
 

@@ -30,7 +30,7 @@ MIXING = {"augmentation": Augmentation(mixup=0.2, cutmix=1.0)}
 def same(ours: Path, theirs: Path) -> bool:
     """Models, averages and optimiser's memory equal in every bit, and the same rows logged but for clocks."""
     pairs = [
-        (load_file(o / "last" / "model.safetensors"), read_state(states(o / "state")[0])[0])
+        (load_file(o / "last" / "model.safetensors"), read_state(states(o / "state")[0]))
         for o in (ours, theirs)
     ]
     (model, state), (other_model, other_state) = pairs

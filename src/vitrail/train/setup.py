@@ -29,7 +29,16 @@ from vitrail.train.parallel import (
     synchronised_batchnorm,
 )
 from vitrail.train.progress import Progress
-from vitrail.train.state import Position, gather, read_state, restore, states, whole, write_state
+from vitrail.train.state import (
+    Position,
+    gather,
+    read_header,
+    read_state,
+    restore,
+    states,
+    whole,
+    write_state,
+)
 from vitrail.weights.catalogue import weight_sources
 from vitrail_runtime.errors import InputError
 
@@ -168,8 +177,8 @@ def set_up(config: TrainConfig, accelerator: Accelerator, folder: RunFolder) -> 
     ema = Ema(model, config.ema) if config.ema else None
     position = Position()
     if saved is not None:
-        tensors, position, _ = read_state(saved)
-        restore(tensors, model, optimizer, ema)
+        position, _ = read_header(saved)
+        restore(read_state(saved), model, optimizer, ema)
 
     plan = build_plan(config, train_data, model.preprocessing.size)
     per_epoch = [plan.steps(epoch) for epoch in range(config.epochs)]
@@ -267,7 +276,7 @@ def find_state(config: TrainConfig, folder: RunFolder, data: ImageData) -> Path 
     problems = []
     for path in states(folder.state):
         try:
-            _, position, about = read_state(path)
+            position, about = read_header(path)
         except InputError as error:
             if "newer vitrail" in str(error):
                 raise

@@ -9,7 +9,8 @@ There are no random states to keep: every random number of a run is drawn from a
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -127,24 +128,35 @@ def write_state(
     return path
 
 
-def read_state(path: Path) -> tuple[dict[str, Tensor], Position, dict[str, Any]]:
-    """Tensors, position and the rest of the header of a state file.
+def read_state(path: Path) -> dict[str, Tensor]:
+    """The tensors of a state file, as `gather` collected them. Raises InputError when it is damaged."""
+    with _opened(path) as file:
+        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
 
-    Raises InputError when it is none, is damaged, or was written by a newer version.
+
+def read_header(path: Path) -> tuple[Position, dict[str, Any]]:
+    """Where the run of a state file stood, and what must agree to go on; no tensor is read.
+
+    Raises InputError when the file is none, is cut off, or was written by a newer version.
     """
+    with _opened(path) as file:
+        header = json.loads((file.metadata() or {})["vitrail"])
+    version = header.pop("schema_version")
+    if version > SCHEMA_VERSION:
+        raise InputError(
+            f"{path} was written by a newer vitrail (state schema {version}, this one reads "
+            f"{SCHEMA_VERSION}); update vitrail to go on with this run"
+        )
+    return from_dict(Position, header.pop("position"), where=str(path)), header
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {})["vitrail"])
-            version = header.pop("schema_version")
-            if version > SCHEMA_VERSION:
-                raise InputError(
-                    f"{path} was written by a newer vitrail (state schema {version}, this one reads "
-                    f"{SCHEMA_VERSION}); update vitrail to go on with this run"
-                )
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            yield file
     except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
         raise InputError(f"{path} is not a complete run state ({error})") from error
-    return tensors, from_dict(Position, header.pop("position"), where=str(path)), header
 
 
 def states(folder: Path) -> list[Path]:
