@@ -94,7 +94,7 @@ def fit(run: Run, interrupt: Interrupt) -> RunResult:
 def update(run: Run, batch: TrainBatch, interrupt: Interrupt) -> int:
     """One optimiser step on one global batch. Returns the signal that any process received, or 0.
 
-    Raises InputError, before anything is changed, when loss or gradient is not finite.
+    Raises InputError, before any weight is changed, when loss or gradient is not finite.
     """
     config, at = run.config, run.at
     rate = learning_rate(
