@@ -18,9 +18,17 @@ from vitrail.analysis.attention import (
     similarity_between_heads,
     study_attention,
 )
+from vitrail.analysis.attention_page import (
+    attention_pictures,
+    collapse_page,
+    collapse_words,
+    heads_page,
+    heads_words,
+)
 from vitrail.models import build_backbone
 from vitrail.registry import tiny_entries
 from vitrail_runtime.errors import InputError
+from vitrail_runtime.preprocess import Preprocessing
 
 WITH_ATTENTION = ("vit", "deit", "dinov2", "deepvit", "cmt", "swin", "efficientvit", "mobilevit")
 
@@ -152,6 +160,24 @@ def test_the_mean_over_pictures_is_taken_of_each_picture_alone():
     for a, b, c in zip(one.layers, other.layers, both.layers, strict=True):
         assert np.allclose((a.head_similarity + b.head_similarity) / 2, c.head_similarity)
         assert np.allclose((a.distance + b.distance) / 2, c.distance)
+
+
+def test_maps_of_one_token_are_trivial_and_are_not_compared(tmp_path):
+    study = study_attention(tiny("efficientvit"), [picture(16, 16)], name="net")
+    assert [layer.trivial for layer in study.layers] == [
+        False,
+        False,
+        False,
+    ]  # windows are filled up
+    study = study_attention(tiny("mobilevit"), [picture(16, 16)], name="net")
+    assert all(layer.trivial for layer in study.layers)
+    assert study.stages == []
+    assert study.similar(0.9) == []
+    assert "no two attention blocks" in collapse_words(study, 0.9)
+    assert "Left out: 4 layers" in heads_words(study)
+    shown = {"net": attention_pictures(tiny("mobilevit"), picture(16, 16), Preprocessing())}
+    assert collapse_page(tmp_path / "collapse.html", [study], shown, threshold=0.9).is_file()
+    assert heads_page(tmp_path / "heads.html", [study], shown).is_file()
 
 
 def test_studying_leaves_the_model_in_training_mode():

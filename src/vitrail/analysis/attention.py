@@ -7,6 +7,7 @@ from head to head, and how far they reach.
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -71,9 +72,14 @@ class LayerStudy:
     stage: str  # what blocks of one stage share: "" or "layers.2"
     block: int  # its number in the stage
     heads: int
-    tokens: Grid  # queries, keys
+    tokens: Grid  # queries, keys; on the largest picture
     head_similarity: np.ndarray
     distance: np.ndarray | None
+
+    @property
+    def trivial(self) -> bool:
+        """Whether there is one key, which every head must attend to."""
+        return self.tokens[1] < 2
 
     @property
     def most_alike(self) -> float:
@@ -125,7 +131,7 @@ class AttentionStudy:
 
     def neighbours(self, k: int = 1) -> np.ndarray:
         """Similarities of blocks to their k-th next, stage after stage."""
-        return np.concatenate([stage.to_next(k) for stage in self.stages])
+        return np.concatenate([np.empty(0), *(stage.to_next(k) for stage in self.stages)])
 
     def similar(self, threshold: float, within: int = 1) -> list[str]:
         """See `StageStudy.similar`."""
@@ -156,25 +162,29 @@ class AttentionStudy:
 def study_attention(
     backbone: nn.Module, images: Iterable[Tensor], *, name: str = ""
 ) -> AttentionStudy:
-    """Similarities and distances of all attention layers, the mean over pictures.
+    """Similarities and distances of all attention layers, the mean over pictures. Layers where there is one
+    token to attend to have trivial maps and are not compared with other blocks.
 
     images: preprocessed pictures (3, H, W), of any sizes; each is run alone, in eval mode.
     Raises InputError for a backbone that records no attention between tokens, or without pictures.
     """
     name = name or type(backbone).__name__
     sums: dict[str, list[Any]] = {}
-    count = 0
+    counts: Counter[str] = Counter()  # a stage may be comparable on larger pictures only
+    taken = 0
     for image in images:
-        count += 1
+        taken += 1
         for part, values in _one_picture(backbone, image, name).items():
+            counts[part] += 1
             if part not in sums:
                 sums[part] = list(values)
             else:
                 sums[part] = [_plus(a, b) for a, b in zip(sums[part], values, strict=True)]
-    if not count:
+    if not taken:
         raise InputError(f"{name}: attention is studied on pictures, but there are none")
-    study = AttentionStudy(name, count)
+    study = AttentionStudy(name, taken)
     for part, values in sums.items():
+        count = counts[part]
         if part.startswith("layer "):
             layer, alike, distance = values
             alike = (alike / count).numpy()
@@ -263,9 +273,10 @@ def attention_distance(weights: Tensor, places: Places) -> Tensor:
 
 def received(weights: Tensor, places: Places) -> Tensor:
     """(groups, heads, queries, keys) -> (heads, rows, columns): the attention that each patch receives from
-    the class token, or where there is none from all patches, the mean. Below zero counts as zero."""
+    the class token, or where there is none from all patches, the mean. As in `attention_distance` the size
+    of a weight counts, not its sign."""
     rows = weights[:, :, :1] if places.prefix else weights
-    values = rows[..., places.prefix :].float().clamp(min=0).mean(2)  # (groups, heads, keys)
+    values = rows[..., places.prefix :].float().abs().mean(2)  # (groups, heads, keys)
     return torch.stack([places.lay_out(head) for head in values.unbind(1)]).cpu()
 
 
@@ -334,7 +345,8 @@ def _one_picture(backbone: nn.Module, image: Tensor, name: str) -> dict[str, tup
         _, heads, queries, keys = weights.shape
         facts = (layer, stage, block, heads, (queries, keys))
         out[f"layer {layer}"] = (facts, similarity_between_heads(weights), distance)
-        stages.setdefault(stage, []).append(layer)
+        if keys > 1:  # maps with one key are all ones
+            stages.setdefault(stage, []).append(layer)
     for stage, names in stages.items():
         similarity = similarity_between_blocks([layers.pop(n) for n in names])
         out[f"stage {stage}"] = (tuple(names), similarity)
@@ -344,7 +356,9 @@ def _one_picture(backbone: nn.Module, image: Tensor, name: str) -> dict[str, tup
 def _plus(a: Any, b: Any) -> Any:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a + b
-    return None if b is None else a
+    return (
+        None if a is None or b is None else max(a, b)
+    )  # of equal facts; the larger grid of tokens
 
 
 def _centres(grid: Grid, stride: float) -> Tensor:

@@ -22,8 +22,8 @@ from vitrail_runtime.preprocess import Preprocessing
 
 COLOURS = ("#2f6fb3", "#b8433f", "#2d8a57", "#8a5aa8", "#c9822b", "#4b5563")
 RANDOM = (
-    "The weights of {0} are random: a fresh model attends almost evenly to everything, so its maps are "
-    "alike everywhere. Load weights or a trained run to learn about a trained model."
+    "The weights of {0} are random: fresh attention is almost even, so its maps are alike everywhere. "
+    "Load weights or a trained run to learn about a trained model."
 )
 REACH = 4  # neighbours that the page looks ahead
 
@@ -33,7 +33,7 @@ def collapse_words(study: AttentionStudy, threshold: float, within: int = 1) -> 
     near = study.neighbours()
     total = sum(len(stage.layers) for stage in study.stages)
     if not near.size:
-        return f"{study.model}: no two of its {total} attention blocks have maps of one shape to compare."
+        return f"{study.model}: no two attention blocks have maps of one shape to compare."
     found = len(study.similar(threshold, within))
     before = "the block before" if within == 1 else f"one of the {within} blocks before"
     words = (
@@ -51,7 +51,8 @@ def collapse_words(study: AttentionStudy, threshold: float, within: int = 1) -> 
 
 def heads_words(study: AttentionStudy) -> str:
     """What similarity between heads and distances say, in a few sentences."""
-    several = [layer for layer in study.layers if layer.heads > 1]
+    layers = [layer for layer in study.layers if not layer.trivial]
+    several = [layer for layer in layers if layer.heads > 1]
     if several:
         mean = float(np.mean([layer.most_alike for layer in several]))
         worst = max(several, key=lambda layer: layer.most_alike)
@@ -60,16 +61,17 @@ def heads_words(study: AttentionStudy) -> str:
             f"over {len(several)} layers; the most alike heads are in {worst.name} ({worst.most_alike:.2f})"
         )
     else:
-        words = (
-            f"{study.model}: every layer has one head, so there is nothing to compare between heads"
-        )
-    known = [layer for layer in study.layers if layer.distance is not None]
+        words = f"{study.model}: no layer has heads to compare"
+    known = [layer for layer in layers if layer.distance is not None]
     if known:
         first, last = (float(np.mean(known[i].distance)) for i in (0, -1))  # pyright: ignore[reportArgumentType,reportCallIssue]
         words += (
             f". A patch attends {first:.0f} pixels away on average in the first layer and "
             f"{last:.0f} in the last"
         )
+    if len(layers) < len(study.layers):
+        left = len(study.layers) - len(layers)
+        words += f". Left out: {left} layers where there is only one token to attend to"
     return words + "."
 
 
@@ -147,11 +149,11 @@ def heads_page(
         page.plots(_heads_plot(studies)),
     )
     for study in studies:
-        known = [layer for layer in study.layers if layer.distance is not None]
+        known = [a for a in study.layers if a.distance is not None and not a.trivial]
         if known:
             note = "One dot per head: the mean distance in pixels between a patch and what it attends to. "
             if len(known) < len(study.layers):
-                note += "Layers whose geometry is not known are left out. "
+                note += "Layers of one token, or whose geometry is not known, are left out. "
             out.section(
                 f"How far do heads reach? {study.model}",
                 page.paragraph(note + "Local heads lie low, global ones high."),
@@ -178,7 +180,7 @@ def attention_pictures(
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in (preprocessing.mean, preprocessing.std))
     pixels = ((image * std + mean) * 255).round().clamp(0, 255)
     picture = pixels.to(torch.uint8).permute(1, 2, 0).numpy()
-    names = list(layers)
+    names = [name for name, weights in layers.items() if weights.shape[-1] > 1] or list(layers)
     chosen = sorted({round(i) for i in np.linspace(0, len(names) - 1, min(blocks, len(names)))})
     drawn, lost = [(page.Image.fromarray(picture), "the picture, as the model gets it")], []
     for layer in (names[i] for i in chosen):
@@ -198,7 +200,7 @@ def attention_pictures(
 
 
 def _depth_plot(studies: Sequence[AttentionStudy], k: int, threshold: float) -> str:
-    fig, ax = page.figure(5.4, 3.4)
+    fig, ax = page.figure(5.0, 3.3)
     for i, study in enumerate(studies):
         at, colour, label = 0, COLOURS[i % len(COLOURS)], study.model
         for stage in study.stages:
@@ -219,7 +221,7 @@ def _depth_plot(studies: Sequence[AttentionStudy], k: int, threshold: float) -> 
 
 
 def _similar_plot(studies: Sequence[AttentionStudy], threshold: float, within: int) -> str:
-    fig, ax = page.figure(5.4, 3.4)
+    fig, ax = page.figure(5.0, 3.3)
     names = [study.model for study in studies]
     counts = [len(study.similar(threshold, within)) for study in studies]
     ax.barh(names, [_blocks(s) for s in studies], color=page.SOFT, label="blocks")
@@ -245,7 +247,11 @@ def _matrix(stage: StageStudy) -> str:
 def _heads_plot(studies: Sequence[AttentionStudy]) -> str:
     fig, ax = page.figure(7.2, 3.4)
     for i, study in enumerate(studies):
-        several = [(n, layer) for n, layer in enumerate(study.layers) if layer.heads > 1]
+        several = [
+            (n, layer)
+            for n, layer in enumerate(study.layers)
+            if layer.heads > 1 and not layer.trivial
+        ]
         at = [n for n, _ in several]
         colour = COLOURS[i % len(COLOURS)]
         alike = [layer.most_alike for _, layer in several]

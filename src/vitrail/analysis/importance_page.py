@@ -23,15 +23,21 @@ def importance_words(name: str, found: Importance) -> str:
         if found.of(stage, part).numel()
     }
 
+    nothing = [key for key, share in shares.items() if share == 0]
+    shares = {key: share for key, share in shares.items() if share > 0}
+
     def place(stage: int, part: Part) -> str:
         return part if len(found.stages) == 1 else f"{part} of stage {stage}"
 
     least, most = min(shares, key=lambda k: shares[k]), max(shares, key=lambda k: shares[k])
-    return (
+    words = (
         f"{name}: importance is gathered in the fewest channels in {place(*least)}, where "
         f"{100 * shares[least]:.0f} % of them hold {100 * MOST:.0f} % of it, and is spread most evenly in "
         f"{place(*most)} ({100 * shares[most]:.0f} %)."
     )
+    if nothing:
+        words += f" Without any effect on the loss: {', '.join(place(*key) for key in nothing)}."
+    return words
 
 
 def importance_page(

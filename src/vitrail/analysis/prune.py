@@ -1,5 +1,6 @@
 """A slimmer model from a trained one: queries, keys and the hidden layers of FFNs shrink, values stay, as in
-EfficientViT (Liu et al., CVPR 2023, https://arxiv.org/abs/2305.07027, section 2.3)."""
+EfficientViT (Liu et al., CVPR 2023, https://arxiv.org/abs/2305.07027, section 2.3). What goes is decided by
+Taylor importance (Molchanov et al., ICLR 2017, https://arxiv.org/abs/1611.06440)."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -34,9 +35,10 @@ def propose(model: Classifier, found: Importance, keep: float) -> Slimming:
     """The most important `keep` of the channels of queries and keys, and as much of those of FFNs.
 
     A query channel and its key channel go together: their scores are added. Channels compete over the whole
-    network, so a stage where fewer matter gets narrower; within a stage the config has one width, so each
-    head and each FFN keeps as many, its own best. Widths are multiples of 4 and 8, where they were wider
-    than twice that.
+    network, by scores relative to those of their own layer (2017, equation 8, but by the root mean square,
+    so that width does not count), and a stage where fewer matter gets narrower; within a stage the config
+    has one width, so each head and each FFN keeps as many, its own best. Widths are multiples of 4 and 8,
+    where they were wider than twice that.
 
     keep: in (0, 1]; 1 changes nothing.
     """
@@ -135,7 +137,11 @@ def _shares(
     """How much of each group is among the best `keep` of its kind, and matters at all."""
     shares = {}
     for kind in STEPS:
-        scores = {g: torch.cat(list(s.values())) for g, s in groups.items() if g[1] == kind}
+        scores = {
+            g: torch.cat([x / x.square().mean().sqrt().clamp(min=1e-30) for x in s.values()])
+            for g, s in groups.items()
+            if g[1] == kind
+        }
         if not scores:
             continue
         joined = torch.cat(list(scores.values()))
