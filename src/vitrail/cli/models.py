@@ -134,7 +134,11 @@ def write_markdown(names: list[str], path: Path, *, check: bool) -> int:
         home.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
         print(f"wrote {path}: {len(names)} models")
         return 0
-    if not path.is_file() or path.read_text(encoding="utf-8") != text or stored != counts:
+    if (
+        not path.is_file()
+        or path.read_text(encoding="utf-8") != text
+        or any(stored.get(name) != counts[name] for name in names)
+    ):
         raise InputError(f"{path} is stale; run: vitrail models --markdown {path}")
     print(f"{path} is up to date: {len(names)} models")
     return 0

@@ -1,0 +1,88 @@
+"""The command as a whole: its help, its table of models, its demo, and how it refuses."""
+
+import json
+
+import pytest
+
+from vitrail.cli import VERBS, main
+
+
+def test_help_names_every_verb(capsys):
+    assert main([]) == 0
+    out = capsys.readouterr().out
+    assert all(f"  {verb} " in out for verb in VERBS)
+
+
+@pytest.mark.parametrize("verb", [v for v in VERBS if v not in ("data", "inspect")])
+def test_every_verb_has_help(verb, capsys):
+    with pytest.raises(SystemExit) as end:
+        main([verb, "--help"])
+    assert end.value.code == 0
+    assert f"vitrail {verb}" in capsys.readouterr().out
+
+
+def test_an_unknown_verb_is_refused_with_the_closest(capsys):
+    assert main(["trian"]) == 2
+    err = capsys.readouterr().err
+    assert "did you mean 'train'" in err
+    assert "Traceback" not in err
+
+
+def test_models_prints_a_table(capsys):
+    assert main(["models", "efficientvit_*"]) == 0
+    out = capsys.readouterr().out
+    assert "efficientvit_m5" in out
+    assert "12.47" in out
+    assert "77.1" in out
+    assert "6 models" in out
+
+
+def test_models_prints_json_lines(capsys):
+    assert main(["models", "vit_small_patch14*", "--json"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [r["strides"] for r in rows] == [[14]] * len(rows)
+    assert all(r["weights"] for r in rows)
+
+
+def test_the_stored_counts_are_what_counting_gives():
+    from vitrail.cli.models import count, stored_counts
+
+    for name in ("efficientvit_m0", "mobilevit_xxs"):
+        assert stored_counts()[name] == count(name)
+
+
+def test_every_model_has_stored_counts():
+    from vitrail.cli.models import stored_counts
+    from vitrail.models import list_models
+
+    assert set(stored_counts()) == set(list_models())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["models", "nonsense_9"], "unknown model 'nonsense_9'"),
+        (["models", "cmt_ti", "--check"], "--markdown FILE"),
+        (["models", "efficientvit_m0", "--markdown", "STALE", "--check"], "is stale; run"),
+    ],
+)
+def test_models_refuses_with_one_message(arguments, words, capsys, tmp_path):
+    arguments = [str(tmp_path / "models.md") if a == "STALE" else a for a in arguments]
+    assert main(arguments) == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "models.md").exists()
+
+
+@pytest.mark.slow
+def test_the_demo_goes_the_whole_path(tmp_path, capsys):
+    """Two epochs only: the score of a whole demo is in docs/results.md."""
+    out = tmp_path / "demo"
+    assert main(["demo", "--out", str(out), "--epochs", "2"]) == 0
+    said = capsys.readouterr().out
+    assert "test accuracy 0." in said.splitlines()[-1]
+    assert (out / "predictions.png").is_file()
+    assert "Confusion matrix" in (out / "report.html").read_text()
+    assert (out / "run" / "best" / "model.safetensors").is_file()
+    assert main(["predict", str(out / "run"), str(out / "digits" / "test" / "3"), "--json"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert {json.loads(line)["label"] for line in lines} <= set("0123456789")

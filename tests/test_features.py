@@ -1,0 +1,85 @@
+"""What heads ask of a backbone: strides, not names."""
+
+import pytest
+import torch
+
+from vitrail.features import (
+    Features,
+    FeatureSpec,
+    adapt_levels,
+    check_images,
+    level_name,
+    pad_to_multiple,
+    pyramid_specs,
+)
+from vitrail_runtime.errors import InputError
+
+
+@pytest.mark.parametrize(
+    ("stride", "name"), [(4, "c2"), (8, "c3"), (14, "c4"), (16, "c4"), (32, "c5"), (64, "c6")]
+)
+def test_a_level_is_named_by_the_nearest_power_of_two(stride, name):
+    assert level_name(stride) == name
+
+
+def test_a_pyramid_passes_its_own_strides_through_untouched():
+    specs = pyramid_specs((8, 16, 24, 32), first_stride=4)
+    adapt = adapt_levels(specs)
+    maps = {k: torch.randn(2, s.channels, 64 // s.stride, 96 // s.stride) for k, s in specs.items()}
+    out = adapt(Features(maps))
+    assert list(out) == ["c2", "c3", "c4", "c5"]
+    assert all(out[k] is maps[k] for k in maps)
+    assert adapt.feature_specs == specs
+
+
+def test_a_plain_vit_of_stride_14_gives_half_strides_and_says_so():
+    adapt = adapt_levels({"c4": FeatureSpec(6, 14)})
+    assert [s.stride for s in adapt.feature_specs.values()] == [3.5, 7, 14, 28]
+    out = adapt(Features({"c4": torch.randn(1, 6, 5, 7)}))
+    assert [tuple(v.shape[2:]) for v in out.values()] == [(20, 28), (10, 14), (5, 7), (3, 4)]
+
+
+def test_finer_levels_are_bilinear_and_coarser_ones_strided():
+    x = torch.arange(24.0).reshape(1, 1, 4, 6)
+    out = adapt_levels({"c4": FeatureSpec(1, 16)}, (8, 32))(Features({"c4": x}))
+    finer = torch.nn.functional.interpolate(x, scale_factor=2, mode="bilinear")
+    torch.testing.assert_close(out["c3"], finer)
+    torch.testing.assert_close(out["c5"], x[..., ::2, ::2])
+
+
+def test_a_late_pyramid_serves_early_strides_from_its_finest_map():
+    adapt = adapt_levels(pyramid_specs((4, 8, 16), first_stride=16))
+    assert {k: v[0] for k, v in adapt.sources.items()} == {
+        "c2": "c4",
+        "c3": "c4",
+        "c4": "c4",
+        "c5": "c5",
+    }
+    assert [s.channels for s in adapt.feature_specs.values()] == [4, 4, 4, 8]
+
+
+def test_no_maps_is_an_error():
+    with pytest.raises(InputError, match="at least one map"):
+        adapt_levels({})
+
+
+def test_padding_adds_zeros_right_and_below_and_copies_nothing_that_fits():
+    x = torch.ones(1, 2, 5, 8)
+    padded = pad_to_multiple(x, 4)
+    assert padded.shape == (1, 2, 8, 8)
+    assert padded[..., :5, :].eq(1).all()
+    assert padded[..., 5:, :].eq(0).all()
+    assert pad_to_multiple(x, (5, 4)) is x
+
+
+@pytest.mark.parametrize(
+    ("images", "words"),
+    [
+        (torch.zeros(3, 8, 8), "add a batch axis"),
+        (torch.zeros(1, 4, 8, 8), "takes 3 channels, but got 4"),
+        (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), "normalised floats"),
+    ],
+)
+def test_wrong_images_are_named_with_what_to_do(images, words):
+    with pytest.raises(InputError, match=words):
+        check_images(images, torch.nn.Identity())

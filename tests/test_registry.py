@@ -1,0 +1,76 @@
+"""Names: a duplicate raises, an unknown one lists the closest; fields of a config likewise."""
+
+import pytest
+
+import vitrail
+from vitrail.backbones.efficientvit import EfficientViT, EfficientViTConfig
+from vitrail.registry import list_backbones, register_backbone, rename_keys, unknown, with_fields
+from vitrail_runtime.errors import InputError
+
+
+def test_a_duplicate_family_or_name_raises():
+    tiny = EfficientViTConfig(
+        dims=(32, 32, 32), depths=(1, 1, 1), num_heads=(1, 1, 1), kernels=(3,)
+    )
+    with pytest.raises(ValueError, match="family 'efficientvit' is registered already"):
+        register_backbone(EfficientViT, {}, tiny=tiny)
+
+    class Other(EfficientViT):
+        pass
+
+    with pytest.raises(ValueError, match="'efficientvit_m0' is registered already"):
+        register_backbone(Other, {"efficientvit_m0": tiny}, tiny=tiny)
+
+
+@pytest.mark.parametrize(
+    ("given", "close"),
+    [("efficientvit-m0", "efficientvit_m0"), ("ViT_Small_Patch16", "vit_small_patch16")],
+)
+def test_an_unknown_model_lists_the_closest(given, close):
+    with pytest.raises(InputError, match=close):
+        vitrail.create_model(given)
+
+
+def test_an_unknown_config_field_lists_the_closest():
+    with pytest.raises(InputError, match=r"unknown config field of efficientvit_m0 .*'image_size'"):
+        vitrail.create_backbone("efficientvit_m0", imagesize=64)
+
+
+def test_without_a_close_name_the_known_ones_are_shown():
+    assert (
+        str(unknown("verb", "zzz", ["train", "eval"])) == "unknown verb 'zzz'; known: eval, train"
+    )
+
+
+def test_fields_are_replaced_in_a_copy():
+    config = vitrail.create_backbone("efficientvit_m0").config
+    assert with_fields("efficientvit_m0", config, {"window_size": 5}).window_size == 5
+    assert config.window_size == 7
+
+
+def test_names_are_listed_by_pattern_and_sorted():
+    names = list_backbones("efficientvit_*")
+    assert names == [f"efficientvit_m{i}" for i in range(6)]
+    assert vitrail.list_models("efficientvit_*", task="classify") == names
+    with pytest.raises(InputError, match="unknown task 'fly'"):
+        vitrail.list_models(task="fly")
+
+
+def test_keys_are_renamed_by_rules_in_order():
+    state = {"a.0.x": 1, "b": 2}
+    assert rename_keys(state, [(r"^a\.", "c."), (r"\.0\.", ".first.")]) == {"c.first.x": 1, "b": 2}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"classes": ["a", "a"]}, "more than once"),
+        ({"classes": "cat"}, "list of names"),
+        ({"classes": ["a", "b"], "num_classes": 3}, "drop num_classes"),
+        ({"num_classes": 0}, "at least one class"),
+        ({"num_classes": 2, "weights": {"neck": "x.pth"}}, "take the key 'backbone'"),
+    ],
+)
+def test_wrong_classes_and_parts_are_said(arguments, words):
+    with pytest.raises(InputError, match=words):
+        vitrail.create_model("efficientvit_m0", **arguments)
