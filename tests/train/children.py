@@ -22,15 +22,29 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.train.children"])
 
 
-def run(config: TrainConfig, *, kill_after: float | None = None, dies_at: str = "") -> int:
-    """Train in a child, which writes stderr to OUT.stderr; the exit code. It is killed after some seconds,
-    or kills itself inside a function.
+def run(config: TrainConfig, *, dies_at: str = "") -> int:
+    """Train in a child, which writes stderr to OUT.stderr; the exit code. It may kill itself on the way.
 
     dies_at: "rename:N" at the N-th rename of a file (0 based), before it happens.
     """
     child = CONTEXT.Process(target=_child, args=(config, dies_at))
     child.start()
-    child.join(kill_after)
+    child.join()
+    return child.exitcode
+
+
+def run_and_kill(config: TrainConfig, *, growths: int, delay: float) -> int:
+    """Train in a child and kill it: some seconds after its log has grown so many times; the exit code."""
+    child = CONTEXT.Process(target=_child, args=(config, ""))
+    child.start()
+    metrics = Path(config.out) / "metrics.jsonl"
+    seen = size = metrics.stat().st_size if metrics.is_file() else 0
+    while growths and child.is_alive():
+        size = metrics.stat().st_size if metrics.is_file() else 0
+        growths -= size > seen
+        seen = size
+        time.sleep(0.001)
+    child.join(delay)
     if child.is_alive():
         child.kill()
         child.join()

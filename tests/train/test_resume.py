@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.train.children import ask_to_stop, run
+from tests.train.children import ask_to_stop, run, run_and_kill
 from tests.train.conftest import VIT, tiny_config
 from vitrail.data.augmentation import Augmentation
 from vitrail.train.folder import RunFolder
@@ -82,9 +82,12 @@ def test_a_run_killed_at_random_moments_ends_the_same(
     pictures, tmp_path, changes, uninterrupted, seed
 ):
     out, config = tmp_path / "run", config_for(pictures, tmp_path / "run", **changes)
-    whole = RunFolder(uninterrupted).rows()[-1]["seconds"]
-    moments = random.Random(seed)
-    codes = [run(config, kill_after=moments.uniform(0.1, 0.6) * whole) for _ in range(6)]
+    draw = random.Random(seed)
+    # By its own progress, not by the clock: a busy machine would let the run end, or never begin.
+    codes = [
+        run_and_kill(config, growths=draw.randint(1, 3), delay=draw.uniform(0, 0.03))
+        for _ in range(6)
+    ]
     assert -signal.SIGKILL in codes
     assert run(config) == 0
     assert same(out, uninterrupted)
