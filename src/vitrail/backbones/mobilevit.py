@@ -22,9 +22,9 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from vitrail.features import Features, FeatureSpec, check_images, pyramid_specs
+from vitrail.layers.checkpoint import checkpointed
 from vitrail.layers.conv import (
     ConvNormAct,
     ConvPoolHead,
@@ -187,7 +187,7 @@ class MobileViT(nn.Module):
                 name = f"stages.{i}.{j}"
                 args = (x, record, name) if isinstance(block, MobileViTBlock) else (x,)
                 if self.grad_checkpointing and self.training:
-                    x = checkpoint(block, *args, use_reentrant=False)
+                    x = checkpointed(block, *args)
                 else:
                     x = block(*args)
                 if record is not None:

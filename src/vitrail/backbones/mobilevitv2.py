@@ -25,9 +25,9 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from vitrail.features import Features, check_images, pyramid_specs
+from vitrail.layers.checkpoint import checkpointed
 from vitrail.layers.conv import ConvNormAct, InvertedResidual, init_conv_weights, make_divisible
 from vitrail.layers.resize import resize_to_multiple
 from vitrail.registry import Layout, Published, Tensors, register_backbone, rename_keys
@@ -180,7 +180,7 @@ class MobileViTV2(nn.Module):
                 name = f"stages.{i}.{j}"
                 args = (x, record, name) if isinstance(block, MobileViTV2Block) else (x,)
                 if self.grad_checkpointing and self.training:
-                    x = checkpoint(block, *args, use_reentrant=False)
+                    x = checkpointed(block, *args)
                 else:
                     x = block(*args)
                 if record is not None:

@@ -13,11 +13,11 @@ the first 1x1, which costs ResNet-50 8 % more multiply-adds and gains about half
 from dataclasses import dataclass
 
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from torchvision.models import resnet as torchvision_resnet
 from torchvision.ops import FrozenBatchNorm2d
 
 from vitrail.features import Features, FeatureSpec, check_images
+from vitrail.layers.checkpoint import checkpointed
 from vitrail.registry import Layout, Published, Tensors, register_backbone, rename_keys
 from vitrail_runtime.errors import InputError
 from vitrail_runtime.preprocess import Preprocessing
@@ -87,7 +87,7 @@ class ResNet(nn.Module):
         maps = {}
         for i, (name, stage) in enumerate(zip(self.feature_specs, stages, strict=True), 1):
             for j, block in enumerate(stage.children()):
-                x = checkpoint(block, x, use_reentrant=False) if checkpointing else block(x)
+                x = checkpointed(block, x) if checkpointing else block(x)
                 if record is not None:
                     record[f"layer{i}.{j}"] = x
             maps[name] = x

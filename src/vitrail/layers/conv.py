@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from vitrail.features import Features, FeatureSpec, level_name
+from vitrail.layers.checkpoint import checkpointed
 from vitrail.layers.residual import DropPath
 
 Activation = Callable[[], nn.Module]
@@ -181,7 +181,7 @@ def run_stages(
     maps = {}
     for i, stage in enumerate(stages):
         for j, block in enumerate(stage.children()):
-            x = checkpoint(block, x, use_reentrant=False) if checkpointing else block(x)
+            x = checkpointed(block, x) if checkpointing else block(x)
             if record is not None:
                 record[f"stages.{i}.{j}"] = x
         if i in outputs:
