@@ -89,6 +89,8 @@ def test_a_norm_beside_one_layer_disappears(layers):
         lambda: [nn.GELU(), nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3, padding=1)],
         lambda: [nn.GELU(), nn.BatchNorm2d(3), nn.Conv2d(3, 4, 2, 2)],  # padded at other sizes
         lambda: [nn.GELU(), nn.BatchNorm2d(3), nn.Sigmoid()],
+        lambda: [nn.Conv2d(3, 4, 1), nn.ReLU(inplace=True), nn.BatchNorm2d(4)],
+        lambda: [nn.GELU(), nn.BatchNorm2d(3), nn.ReLU(inplace=True), nn.Conv2d(3, 4, 1)],
     ],
 )
 def test_a_norm_that_no_weight_can_take_up_stays(layers):

@@ -40,8 +40,9 @@ def fold_batchnorm(model: nn.Module, example: Tensor | None = None) -> nn.Module
         first = next(model.parameters())
         example = torch.zeros(1, 3, 64, 64, dtype=first.dtype, device=first.device)
     trace = _Trace(model)
-    with torch.no_grad(), trace:
-        model(example)
+    # Inference tensors count no writes, by which the trace knows what works in place.
+    with torch.inference_mode(False), torch.no_grad(), trace:
+        model(example.clone() if example.is_inference() else example)
     folded = set()
     for call in trace.calls:
         norm = norms.get(id(call.given.get("running_mean")))
@@ -87,10 +88,12 @@ class _Trace(TorchFunctionMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        before = _writes((args, kwargs))
         result = func(*args, **kwargs)
+        in_place = before != _writes((args, kwargs))
         self.kept.append((args, kwargs, result))
         given, made = list(_ids((args, kwargs))), list(_ids(result))
-        if not made or (len(given) == 1 and made == given):
+        if not made or (len(given) == 1 and made == given and not in_place):
             return result  # asked for a size, or passed through, as dropout in eval
         call = None
         if func in (*CONVOLUTIONS, F.linear, F.batch_norm):
@@ -133,15 +136,24 @@ class _Trace(TorchFunctionMode):
         return layer if self.times_read(weight) == 1 else None
 
 
-def _ids(value: Any) -> Iterator[int]:
-    """Of the tensors within arguments or results."""
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Those within arguments or results."""
     if isinstance(value, Tensor):
-        yield id(value)
+        yield value
     elif isinstance(value, (tuple, list)):
         for v in value:
-            yield from _ids(v)
+            yield from _tensors(v)
     elif isinstance(value, dict):
-        yield from _ids(list(value.values()))
+        yield from _tensors(list(value.values()))
+
+
+def _ids(value: Any) -> Iterator[int]:
+    return map(id, _tensors(value))
+
+
+def _writes(value: Any) -> list[int]:
+    """How often each of the tensors was written in place."""
+    return [0 if t.is_inference() else t._version for t in _tensors(value)]
 
 
 def _has_statistics(module: nn.Module) -> TypeGuard[_BatchNorm]:
