@@ -55,6 +55,9 @@ def resample_positions(
         # The table is used as it is at its own grid, where an offset would still shift it.
         differs = torch.sym_min(1, abs(new[0] - old[0]) + abs(new[1] - old[1]))
         offset = offset * float(differs)
+    if not table.is_meta and torch.is_autocast_enabled(table.device.type):
+        with torch.autocast(table.device.type, enabled=False):  # products would be taken in bf16
+            return resample_positions(table, old, new, antialias=antialias, offset=offset)
     wide = table.to(torch.promote_types(table.dtype, torch.float32))
     rows = cubic_weights(new[0], old[0], antialias=antialias, offset=offset, like=wide)
     columns = cubic_weights(new[1], old[1], antialias=antialias, offset=offset, like=wide)
