@@ -58,6 +58,11 @@ def test_a_late_pyramid_serves_early_strides_from_its_finest_map():
     assert [s.channels for s in adapt.feature_specs.values()] == [4, 4, 4, 8]
 
 
+def test_of_several_maps_of_one_stride_the_deepest_serves():
+    adapt = adapt_levels(dict.fromkeys(("b2", "b5", "b11"), FeatureSpec(4, 16)), (8, 16, 32))
+    assert {source for source, _ in adapt.sources.values()} == {"b11"}
+
+
 def test_no_maps_is_an_error():
     with pytest.raises(InputError, match="at least one map"):
         adapt_levels({})

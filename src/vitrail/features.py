@@ -86,8 +86,12 @@ class AdaptLevels(nn.Module):
         self.feature_specs: dict[str, FeatureSpec] = {}
         self.sources: dict[str, tuple[str, float]] = {}  # wanted level -> (map name, scale factor)
         for stride in wanted:
-            # The source is the map of the nearest stride; the finer one where two are equally near.
-            source = min(specs, key=lambda name: abs(math.log2(specs[name].stride / stride)))
+            # The source is the map of the nearest stride; the finer one where two are equally near, and of
+            # several of one stride (a plain ViT's `out_blocks`) the last, which has seen most.
+            source = min(
+                reversed(list(specs)),
+                key=lambda n: (abs(math.log2(specs[n].stride / stride)), specs[n].stride),
+            )
             scale = 2.0 ** round(math.log2(specs[source].stride / stride))
             name = level_name(stride)
             self.sources[name] = (source, scale)
