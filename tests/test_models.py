@@ -166,12 +166,14 @@ def test_other_names_of_equal_number_are_an_error(folder):
         ({"classes": ["a", "b"], "num_classes": 3}, "drop num_classes"),
         ({"num_classes": 0}, "at least one class"),
         ({"image_sise": 3}, "did you mean 'image_size'"),
+        ({"name": "vit_tiny_patch16", "pool": "mean"}, "must be one of"),
+        ({"name": "vit_tiny_patch16", "drop_path_rate": 1.0}, "below 1"),
         ({"weights": {"backbon": "x.pth"}}, "take the key 'backbone'"),
     ],
 )
 def test_arguments_that_cannot_be_meant_are_refused(options, message):
     with pytest.raises(InputError, match=message):
-        vitrail.create_model(NAME, **options)
+        vitrail.create_model(**{"name": NAME, **options})
 
 
 def test_an_unknown_name_lists_the_closest():

@@ -45,6 +45,13 @@ def from_dict(cls: type[T], data: Mapping[str, Any], *, where: str = "") -> T:
     return cls(**{k: _value(hints[k], v, f"{where}.{k}") for k, v in data.items()})
 
 
+def check_choices(config: Any, *, where: str) -> None:
+    """Raise InputError where a field of the dataclass holds none of the words that its type lists."""
+    for name, hint in typing.get_type_hints(type(config)).items():
+        if typing.get_origin(hint) is typing.Literal:
+            _value(hint, getattr(config, name), f"{where}.{name}")
+
+
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return to_dict(value)

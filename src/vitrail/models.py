@@ -14,7 +14,7 @@ from torch import Tensor
 import vitrail.backbones  # noqa: F401  (registers every backbone)
 from vitrail import weights as weights_room
 from vitrail.classifiers import Classifier, PooledHead
-from vitrail.configuration import from_dict, to_dict
+from vitrail.configuration import check_choices, from_dict, to_dict
 from vitrail.registry import BackboneEntry, backbone_entry, list_backbones, with_fields
 from vitrail_runtime.errors import InputError
 from vitrail_runtime.preprocess import Preprocessing
@@ -96,7 +96,9 @@ def create_model(
 
 def build_backbone(entry: BackboneEntry, config_fields: Mapping[str, Any]) -> Any:
     """The entry's backbone with some config fields replaced, freshly initialised."""
-    return entry.cls(with_fields(entry.name, entry.config, config_fields))
+    config = with_fields(entry.name, entry.config, config_fields)
+    check_choices(config, where=entry.name)
+    return entry.cls(config)
 
 
 def class_names(classes: Sequence[str] | None, num_classes: int | None) -> tuple[str, ...]:

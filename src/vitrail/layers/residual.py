@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from vitrail_runtime.errors import InputError
+
 
 class DropPath(nn.Module):
     """Stochastic depth (Huang et al., ECCV 2016): in training a sample's whole branch is zeroed with
@@ -10,6 +12,8 @@ class DropPath(nn.Module):
 
     def __init__(self, rate: float = 0.0) -> None:
         super().__init__()
+        if not 0 <= rate < 1:
+            raise InputError(f"a drop path rate is {rate}, but must be from 0 to below 1")
         self.rate = rate
 
     def forward(self, x: Tensor) -> Tensor:
