@@ -18,7 +18,7 @@ from vitrail.backbones.vit import KeysValues, ViT, ViTConfig, ViTHead, pooled
 from vitrail.classifiers import Classifier
 from vitrail.layers.position import resample_positions, resize_patch_embedding
 from vitrail.models import create_backbone, create_model
-from vitrail.packing import to_patches
+from vitrail.packing import pack, to_patches
 from vitrail.registry import backbone_entry, list_backbones
 from vitrail_runtime.errors import InputError
 
@@ -608,3 +608,18 @@ def test_memory_for_another_depth_or_for_a_block_without_attention_is_named():
         backbone(x, memory=[None])
     with pytest.raises(InputError, match=r"blocks\.1 does not attend"):
         backbone(x, memory=[None, picture(2, 32), None])
+
+
+def test_what_would_be_ignored_is_refused():
+    with pytest.raises(InputError, match="one linear layer per token"):
+        create_model("deit_tiny_distilled_patch16", depth=1, pool="avg")
+    backbone = tiny(attn_every=2).double()
+    tokens = picture(1, 2, 32)
+    offered = backbone.blocks[0].keys_values(tokens)
+    with pytest.raises(InputError, match="does not attend"):
+        backbone.blocks[1].cross(tokens, None, offered)
+    packed = pack([torch.zeros(3, 8, 8, dtype=torch.uint8)], patch_size=backbone.config.patch_size)[
+        0
+    ]
+    with pytest.raises(InputError, match="normalised floats"):
+        backbone.forward_packed(packed)

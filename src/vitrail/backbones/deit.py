@@ -28,6 +28,7 @@ from vitrail.backbones.vit import (
 )
 from vitrail.features import Features, FeatureSpec
 from vitrail.registry import Layout, Published, register_backbone
+from vitrail_runtime.errors import InputError
 from vitrail_runtime.preprocess import Preprocessing
 
 PLAIN = {"deit_tiny": TINY, "deit_small": SMALL, "deit_base": BASE}  # Table 1
@@ -48,6 +49,11 @@ class DistilledHead(nn.Module):
         self, config: ViTConfig, specs: Mapping[str, FeatureSpec], num_classes: int
     ) -> None:
         super().__init__()
+        if (config.pool, config.head) != ("token", "linear"):
+            raise InputError(
+                f"pool={config.pool!r}, head={config.head!r}: with a distillation token the head is one "
+                "linear layer per token; leave both fields, or take the model without distillation"
+            )
         self.fc = nn.Linear(config.embed_dim, num_classes)
         self.fc_dist = nn.Linear(config.embed_dim, num_classes)
         for layer in (self.fc, self.fc_dist):

@@ -323,6 +323,8 @@ class Block(nn.Module):
         if self.attn is not None:
             y = self.attn(self.norm1(tokens), kv, memory_kv)
             tokens = tokens + self.drop_path(self.ls1(y))
+        elif memory_kv is not None:
+            raise InputError("this block does not attend: its memory_kv must be None")
         return tokens + self.drop_path(self.ls2(self.mlp(self.norm2(tokens))))
 
     def keys_values(self, memory: Tensor) -> KeysValues:
@@ -513,6 +515,11 @@ class ViT(nn.Module):
             raise InputError(
                 f"packed patches have {packed.patches.shape[-1]} numbers, but {type(self).__name__} takes "
                 f"{wanted} (3 channels of {packed.patch_size} x {packed.patch_size}); pack RGB images"
+            )
+        if not packed.patches.is_floating_point():
+            raise InputError(
+                f"packed patches are {packed.patches.dtype}, but {type(self).__name__} takes normalised "
+                "floats; normalise the images before pack"
             )
         skip = self.num_prefix_tokens
         tables = {grid: self.positions(grid)[0] for grid in dict.fromkeys(packed.grids)}
