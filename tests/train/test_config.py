@@ -67,6 +67,30 @@ def test_training_without_data_asks_for_it(capsys):
     assert "--data" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--epochs", "0"], "epochs must be at least 1, but is 0"),
+        (["--lr", "-1"], "lr must be at least 0, but is -1.0"),
+        (["--lr", "nan"], "lr must be at least 0, but is nan"),
+        (["--keep", "0"], "keep must be at least 1, but is 0"),
+        (["--ema", "1.5"], "ema must be from 0 to 1, but is 1.5"),
+        (["--betas", "0.9", "1"], "betas must be from 0 to below 1"),
+    ],
+)
+def test_a_number_out_of_range_is_refused_before_a_folder_is_made(
+    flags, message, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    try:
+        code = main(["train", "--data", "d", "--out", "run", *flags])
+    except SystemExit as stop:  # tyro's own message, in a frame
+        code = stop.code
+    assert code == 2
+    assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert not (tmp_path / "run").exists()
+
+
 def test_settings_that_do_not_change_the_result_are_no_difference():
     ours = TrainConfig(workers=4, out="a", keep=7, lr=1.0)
     assert differences(ours, TrainConfig(out="b")) == ["lr: 0.001 there, 1.0 now"]

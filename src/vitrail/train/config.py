@@ -1,5 +1,6 @@
 """What a training run is: one frozen dataclass, torch-free, every field a flag of `vitrail train`."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -15,6 +16,36 @@ from vitrail_runtime.errors import InputError
 OUTWARD = frozenset(
     {"data", "out", "device", "workers", "threads", "log_every", "save_every", "keep", "keep_every"}
 )
+
+# The least and the largest that a number may be.
+RANGES: dict[str, tuple[float, float]] = {
+    "epochs": (1, math.inf),
+    "max_steps": (1, math.inf),
+    "max_minutes": (0, math.inf),
+    "batch_size": (1, math.inf),
+    "accumulate": (1, math.inf),
+    "repeats": (1, math.inf),
+    "lr": (0, math.inf),
+    "momentum": (0, 1),
+    "eps": (0, math.inf),
+    "weight_decay": (0, math.inf),
+    "layer_decay": (0, 1),
+    "warmup_epochs": (0, math.inf),
+    "warmup_lr": (0, math.inf),
+    "min_lr": (0, math.inf),
+    "clip_grad": (0, math.inf),
+    "label_smoothing": (0, 1),
+    "ema": (0, 1),
+    "seed": (0, math.inf),
+    "eval_every": (1, math.inf),
+    "early_stopping": (1, math.inf),
+    "keep_every": (1, math.inf),
+    "save_every": (0, math.inf),
+    "keep": (1, math.inf),  # 0 would delete the state that was just written
+    "log_every": (1, math.inf),
+    "workers": (0, math.inf),
+    "threads": (1, math.inf),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +147,16 @@ class TrainConfig:
     """Processes that read and augment; none: chosen by the machine."""
     threads: int | None = None
     """Math threads of each process; none: the cores that the workers leave, or OMP_NUM_THREADS."""
+
+    def __post_init__(self) -> None:
+        given = {name: getattr(self, name) for name in RANGES}
+        for name, value in given.items():
+            low, high = RANGES[name]
+            if value is not None and not low <= value <= high:  # so is NaN refused
+                expected = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+                raise InputError(f"{name} must be {expected}, but is {value}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise InputError(f"betas must be from 0 to below 1, but are {self.betas}")
 
 
 def differences(ours: TrainConfig, theirs: TrainConfig) -> list[str]:
