@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import tyro
 
 from vitrail_runtime.errors import InputError
 
@@ -11,9 +13,9 @@ from vitrail_runtime.errors import InputError
 class ConvertFlags:
     """Read a foreign checkpoint, report every key, and write a model folder or a bare .safetensors file."""
 
-    source: str
+    source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]
     """A file (.safetensors, .pth, .pt, .bin, .ckpt), a folder, or hf:owner/name@revision."""
-    target: Path
+    target: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="TARGET")]
     """A new model folder, or a file ending in .safetensors for the weights alone."""
     model: str | None = None
     """The model's name; recognised from the keys and shapes where only one fits."""
@@ -28,13 +30,10 @@ class ConvertFlags:
 
 
 def run(argv: list[str]) -> None:
-    import tyro
-
     flags = tyro.cli(
         ConvertFlags,
         args=argv,
         prog="vitrail convert",
-        config=(tyro.conf.PositionalRequiredArgs,),
     )
     bare = flags.target.suffix == ".safetensors"
     if flags.target.exists() and not flags.overwrite:

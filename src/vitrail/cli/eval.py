@@ -22,7 +22,7 @@ class EvalFlags:
     data before any training; then a model's name does too, with --weights.
     """
 
-    run: Annotated[str, tyro.conf.Positional]
+    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
     """A run folder (its best model) or a model folder; with --probe also a name from `vitrail models`."""
     data: str
     """Where the pictures are: class folders, tar shards or a CSV file."""

@@ -9,44 +9,48 @@ from vitrail_runtime.preprocess import IMAGENET_MEAN, IMAGENET_STD
 
 @dataclass(frozen=True, kw_only=True)
 class Augmentation:
-    """Random changes of training pictures. All probabilities are in [0, 1]; the defaults crop and flip only.
-
-    crop: "random_resized" takes a part of `scale` of the area and `ratio` of width to height (Szegedy et
-        al. 2015); "simple" resizes the short side to the size, pads by `padding` pixels by reflection and
-        cuts at random (DeiT III's simple random crop); "whole" squashes the whole picture, with no crop at
-        all.
-    interpolation: of that resize.
-    flip: probability of a left-right flip.
-    color_jitter: strength of random brightness, contrast and saturation, each within [1 - s, 1 + s].
-    three_augment: one of grey, solarise and blur, each as likely (Touvron et al. 2022, arXiv 2204.07118).
-    randaugment_ops: operations of RandAugment per picture, 0 for none (Cubuk et al. 2020, arXiv
-        1909.13719), each applied with probability 0.5 at `randaugment_magnitude` of 10, which varies by a
-        normal of `randaugment_std`: "rand-m9-mstd0.5-inc1" of the DeiT recipe is ops=2, magnitude=9,
-        std=0.5.
-    random_erasing: probability of one rectangle of noise (Zhong et al. 2020, arXiv 1708.04896).
-    mixup, cutmix: alpha of their Beta distribution, 0 for off (Zhang et al. 2018, arXiv 1710.09412; Yun et
-        al. 2019, arXiv 1905.04899). Where both are on, each step takes one; `mix_prob` of the steps mix at
-        all.
-    mean, std: of the model's input, in [0, 1]: rectangles are filled around the mean.
-    """
+    """Random changes of training pictures; the defaults crop and flip only."""
 
     crop: Literal["random_resized", "simple", "whole"] = "random_resized"
+    """"random_resized" takes a part of the area (Szegedy et al. 2015); "simple" resizes the short side, pads
+    and cuts at random (DeiT III); "whole" squashes the whole picture.
+    """
     scale: tuple[float, float] = (0.08, 1.0)
+    """Least and largest share of the area that "random_resized" takes."""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Least and largest width to height of what it takes."""
     padding: int = 4
+    """Pixels of reflection around the picture before "simple" cuts."""
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
+    """Of the resize."""
     flip: float = 0.5
+    """Probability of a left-right flip."""
     color_jitter: float = 0.0
+    """Strength s in [0, 1] of random brightness, contrast and saturation, each within [1 - s, 1 + s]."""
     three_augment: bool = False
+    """One of grey, solarise and blur, each as likely (Touvron et al. 2022, arXiv 2204.07118)."""
     randaugment_ops: int = 0
+    """Operations of RandAugment per picture (Cubuk et al. 2020, arXiv 1909.13719), each applied with
+    probability 0.5; 0 is off. "rand-m9-mstd0.5-inc1" of the DeiT recipe is 2, magnitude 9, std 0.5.
+    """
     randaugment_magnitude: float = 9.0
+    """Strength of the operations, in [0, 10]."""
     randaugment_std: float = 0.5
+    """Standard deviation of the normal by which the magnitude varies."""
     random_erasing: float = 0.0
+    """Probability of one rectangle of noise (Zhong et al. 2020, arXiv 1708.04896)."""
     mixup: float = 0.0
+    """Alpha of MixUp's Beta distribution (Zhang et al. 2018, arXiv 1710.09412); 0 is off. Where CutMix is on
+    as well, each update takes one of them.
+    """
     cutmix: float = 0.0
+    """Alpha of CutMix's Beta distribution (Yun et al. 2019, arXiv 1905.04899); 0 is off."""
     mix_prob: float = 1.0
+    """Probability that an update mixes at all."""
     mean: tuple[float, float, float] = IMAGENET_MEAN
+    """Of the model's input, in [0, 1]: rectangles are filled around it. Training takes the model's own."""
     std: tuple[float, float, float] = IMAGENET_STD
+    """Likewise."""
 
     def __post_init__(self) -> None:
         if self.crop not in ("random_resized", "simple", "whole"):
