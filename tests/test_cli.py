@@ -64,13 +64,25 @@ def test_every_model_has_stored_counts():
         (["models", "nonsense_9"], "unknown model 'nonsense_9'"),
         (["models", "cmt_ti", "--check"], "--markdown FILE"),
         (["models", "efficientvit_m0", "--markdown", "STALE", "--check"], "is stale; run"),
+        (["models", "--markdown", "NOWHERE", "--check"], "there is no file"),
     ],
 )
 def test_models_refuses_with_one_message(arguments, words, capsys, tmp_path):
-    arguments = [str(tmp_path / "models.md") if a == "STALE" else a for a in arguments]
-    assert main(arguments) == 2
+    stale = tmp_path / "stale.md"
+    stale.write_text("an old table")
+    places = {"STALE": str(stale), "NOWHERE": str(tmp_path / "nowhere.md")}
+    assert main([places.get(a, a) for a in arguments]) == 2
     assert words in capsys.readouterr().err
-    assert not (tmp_path / "models.md").exists()
+    assert stale.read_text() == "an old table"
+    assert list(tmp_path.iterdir()) == [stale]
+
+
+def test_a_demo_into_a_file_is_refused_and_leaves_it(tmp_path, capsys):
+    file = tmp_path / "notes.txt"
+    file.write_text("mine")
+    assert main(["demo", "--out", str(file)]) == 2
+    assert "digits cannot be made" in capsys.readouterr().err
+    assert file.read_text() == "mine"
 
 
 @pytest.mark.slow

@@ -203,6 +203,12 @@ def test_every_variant_builds_on_meta_and_loads_by_assignment(name):
     )
 
 
+def test_a_run_that_has_saved_no_model_says_so(tmp_path):
+    (tmp_path / "config.yaml").touch()
+    with pytest.raises(InputError, match="has saved no model yet; go on with it: vitrail train"):
+        models.load(models.model_folder(tmp_path))
+
+
 def test_the_folder_of_a_run_stands_for_its_best_model(tmp_path):
     best = tmp_path / "best"
     best.mkdir()

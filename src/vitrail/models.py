@@ -213,6 +213,11 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         best = folder / "best"
         hint = f"; did you mean {best}?" if (best / "config.json").is_file() else ""
         what = "no such folder" if not folder.is_dir() else "has no config.json"
+        if (folder / "config.yaml").is_file() and not hint:
+            what = (
+                "a training run that has saved no model yet; go on with it: vitrail train --config "
+            )
+            what += str(folder / "config.yaml")
         raise InputError(f"{folder} is not a saved model ({what}){hint}")
     try:
         return _checked(path.read_text(encoding="utf-8"), path)

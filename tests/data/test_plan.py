@@ -174,7 +174,7 @@ ORDER_OF_SEED_1 = [2, 0, 1, 4, 5, 6, 7, 8, 3, 9]
     [
         ({"batch_size": 0}, "at least 1"),
         ({"seed": -1}, "seed must not be negative"),
-        ({"batch_size": 11}, "batch of 11 is larger than the data set of 10"),
+        ({"batch_size": 11}, "batch of 11 is larger than the data set of 10.* at most 10"),
         ({"size": (0, 8)}, "at least 1 x 1"),
         ({"weights": [1.0]}, "one number for each of 10 samples"),
         ({"weights": [0.0] * 10}, "not all zero"),

@@ -123,6 +123,8 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 
 
 def write_markdown(names: list[str], path: Path, *, check: bool) -> int:
+    if check and not path.is_file():
+        raise InputError(f"there is no file {path}; make it: vitrail models --markdown {path}")
     counts = {name: count(name) for name in names}
     text = markdown([row(name, counts[name]) for name in names])
     stored = stored_counts()
@@ -134,10 +136,8 @@ def write_markdown(names: list[str], path: Path, *, check: bool) -> int:
         home.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
         print(f"wrote {path}: {len(names)} models")
         return 0
-    if (
-        not path.is_file()
-        or path.read_text(encoding="utf-8") != text
-        or any(stored.get(name) != counts[name] for name in names)
+    if path.read_text(encoding="utf-8") != text or any(
+        stored.get(name) != counts[name] for name in names
     ):
         raise InputError(f"{path} is stale; run: vitrail models --markdown {path}")
     print(f"{path} is up to date: {len(names)} models")

@@ -47,8 +47,11 @@ def make_digits(folder: str | Path, *, seed: int = 0) -> Path:
             raise InputError(
                 f"{folder} is not empty and does not hold these digits; give a new folder"
             )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    except OSError as error:
+        raise InputError(f"{folder} cannot be made: {error.strerror}: {error.filename}") from error
     try:
         for index, split in enumerate(split_digits(labels, seed)):
             target = partial / split / str(labels[index])

@@ -103,7 +103,8 @@ class BatchPlan:
         if self.drop_last and largest > self.length:
             raise InputError(
                 f"a batch of {largest} is larger than the data set of {self.length} samples; "
-                "choose a smaller batch_size, or drop_last=False"
+                "choose a batch size of at most "
+                f"{max(1, self.batch_size * self.length // largest)} (vitrail train: --batch-size)"
             )
 
     def steps(self, epoch: int) -> int:
