@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests.train.conftest import VIT, tiny_config
+from vitrail.data.plan import BatchPlan
 from vitrail.models import load
 from vitrail.recipes import RECIPES, recipe_config
 from vitrail.train.build import build_model, settled
@@ -68,3 +69,14 @@ def test_a_field_that_the_model_does_not_have_names_the_closest(trained):
     config = TrainConfig(model="vit_tiny_patch16", model_fields={"depth": "three"})
     with pytest.raises(InputError, match="depth is 'three'"):
         build_model(config, ("a", "b"))
+
+
+@pytest.mark.parametrize("name", [n for n in RECIPES if recipe_config(n).sizes])
+def test_multi_scale_recipes_have_batches_that_eight_processes_share(name):
+    config = recipe_config(name)
+    assert config.image_size in config.sizes
+    scales = tuple((side, side) for side in config.sizes)
+    size = (config.image_size, config.image_size)
+    plan = BatchPlan(length=50_000, batch_size=config.batch_size, size=size, scales=scales)
+    for batch in plan.batches(epoch=0):
+        batch.part(rank=7, world=8)

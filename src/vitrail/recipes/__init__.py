@@ -6,8 +6,11 @@ A docstring tells the command, the cost and the expected score with its source.
 from collections.abc import Callable
 
 from vitrail.recipes.cifar10 import cifar10_efficientvit_m0, cifar10_vit_tiny
+from vitrail.recipes.cmt import cmt_b, cmt_s, cmt_ti, cmt_xs
+from vitrail.recipes.deepvit import deepvit_16b, deepvit_32b, deepvit_s
 from vitrail.recipes.deit import deit_small, deit_tiny
 from vitrail.recipes.digits import digits
+from vitrail.recipes.efficientnet import efficientnet_b0
 from vitrail.recipes.efficientvit import (
     efficientvit_m0,
     efficientvit_m1,
@@ -17,6 +20,18 @@ from vitrail.recipes.efficientvit import (
     efficientvit_m5,
 )
 from vitrail.recipes.finetune import finetune_small
+from vitrail.recipes.mobilenet import mobilenetv3_large
+from vitrail.recipes.mobilevit import mobilevit_s, mobilevit_xs, mobilevit_xxs
+from vitrail.recipes.mobilevitv2 import (
+    mobilevitv2_050,
+    mobilevitv2_075,
+    mobilevitv2_100,
+    mobilevitv2_125,
+    mobilevitv2_150,
+    mobilevitv2_175,
+    mobilevitv2_200,
+)
+from vitrail.recipes.swin import swin_base, swin_small, swin_tiny
 from vitrail.registry import unknown
 from vitrail.train.config import TrainConfig
 
@@ -35,6 +50,28 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
         efficientvit_m3,
         efficientvit_m4,
         efficientvit_m5,
+        deepvit_s,
+        deepvit_16b,
+        deepvit_32b,
+        cmt_ti,
+        cmt_xs,
+        cmt_s,
+        cmt_b,
+        swin_tiny,
+        swin_small,
+        swin_base,
+        mobilevit_xxs,
+        mobilevit_xs,
+        mobilevit_s,
+        mobilevitv2_050,
+        mobilevitv2_075,
+        mobilevitv2_100,
+        mobilevitv2_125,
+        mobilevitv2_150,
+        mobilevitv2_175,
+        mobilevitv2_200,
+        mobilenetv3_large,
+        efficientnet_b0,
     )
 }
 

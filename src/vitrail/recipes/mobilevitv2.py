@@ -1,0 +1,77 @@
+"""MobileViTv2 (Mehta and Rastegari, "Separable Self-attention for Mobile Vision Transformers", TMLR 2023,
+https://arxiv.org/abs/2206.02680): ImageNet-1k from nothing, at one size and with strong augmentation. The
+official configuration."""
+
+from vitrail.data.augmentation import Augmentation
+from vitrail.train.config import TrainConfig
+
+
+def imagenet_mobilevitv2(model: str) -> TrainConfig:
+    """What all widths share. Normalisation and evaluation crop are the model's own.
+
+    Unlike the official code, whose RandAugment is torchvision's (every operation, always at magnitude 9),
+    each operation happens with probability one half and its magnitude varies.
+    """
+    return TrainConfig(
+        model=model,
+        image_size=256,
+        epochs=300,
+        batch_size=1024,
+        lr=2e-3,
+        weight_decay=0.05,
+        warmup_epochs=16,  # 20,000 updates
+        warmup_lr=1e-6,
+        min_lr=2e-4,
+        clip_grad=10.0,
+        label_smoothing=0.1,
+        ema=0.9995,
+        augmentation=Augmentation(
+            randaugment_ops=2,
+            randaugment_magnitude=9,
+            random_erasing=0.25,
+            mixup=0.2,
+            cutmix=1.0,
+        ),
+        precision="bf16",
+    )
+
+
+def mobilevitv2_050() -> TrainConfig:
+    """MobileViTv2-0.5 on ImageNet-1k.
+
+    Command: torchrun --nproc-per-node 8 -m vitrail train --recipe mobilevitv2_050 --data IMAGENET --out
+        runs/mobilevitv2_050.
+    Cost: 300 epochs on eight GPUs (official configuration, which gives no time).
+    Expected: top-1 70.18 (official model zoo).
+    """
+    return imagenet_mobilevitv2("mobilevitv2_050")
+
+
+def mobilevitv2_075() -> TrainConfig:
+    """MobileViTv2-0.75 on ImageNet-1k: as mobilevitv2_050. Expected: top-1 75.56 (official model zoo)."""
+    return imagenet_mobilevitv2("mobilevitv2_075")
+
+
+def mobilevitv2_100() -> TrainConfig:
+    """MobileViTv2-1.0 on ImageNet-1k: as mobilevitv2_050. Expected: top-1 78.09 (official model zoo)."""
+    return imagenet_mobilevitv2("mobilevitv2_100")
+
+
+def mobilevitv2_125() -> TrainConfig:
+    """MobileViTv2-1.25 on ImageNet-1k: as mobilevitv2_050. Expected: top-1 79.6 (official model zoo)."""
+    return imagenet_mobilevitv2("mobilevitv2_125")
+
+
+def mobilevitv2_150() -> TrainConfig:
+    """MobileViTv2-1.5 on ImageNet-1k: as mobilevitv2_050. Expected: top-1 80.38 (official model zoo)."""
+    return imagenet_mobilevitv2("mobilevitv2_150")
+
+
+def mobilevitv2_175() -> TrainConfig:
+    """MobileViTv2-1.75 on ImageNet-1k: as mobilevitv2_050. Expected: top-1 80.84 (official model zoo)."""
+    return imagenet_mobilevitv2("mobilevitv2_175")
+
+
+def mobilevitv2_200() -> TrainConfig:
+    """MobileViTv2-2.0 on ImageNet-1k: as mobilevitv2_050. Expected: top-1 81.17 (official model zoo)."""
+    return imagenet_mobilevitv2("mobilevitv2_200")
