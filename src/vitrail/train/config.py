@@ -14,7 +14,18 @@ from vitrail_runtime.errors import InputError
 
 # Fields that change how a run is carried out, not what it computes: a resumed run may differ in them.
 OUTWARD = frozenset(
-    {"data", "out", "device", "workers", "threads", "log_every", "save_every", "keep", "keep_every"}
+    {
+        "data",
+        "out",
+        "device",
+        "workers",
+        "threads",
+        "log_every",
+        "save_every",
+        "keep",
+        "keep_every",
+        "tensorboard",
+    }
 )
 
 # The least and the largest that a number may be.
@@ -135,6 +146,8 @@ class TrainConfig:
     """Run states to keep."""
     log_every: int = 20
     """Updates between rows of metrics.jsonl."""
+    tensorboard: bool = False
+    """Also write the rows for TensorBoard, to OUT/tensorboard; needs vitrail[track]."""
 
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: matrix work in bfloat16 (autocast), weights and loss in float32."""

@@ -54,6 +54,8 @@ def train(config: TrainConfig) -> RunResult:
         accelerator = stack.enter_context(processes(config))
         on_main(accelerator, lambda: stack.enter_context(folder.locked()))
         run = set_up(config, accelerator, folder)
+        if run.scalars is not None:
+            stack.callback(run.scalars.close)
         interrupt = stack.enter_context(Interrupt())
         stack.enter_context(run.progress)
         introduce(run)

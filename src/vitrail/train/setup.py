@@ -29,6 +29,7 @@ from vitrail.train.parallel import (
     synchronised_batchnorm,
 )
 from vitrail.train.progress import Progress
+from vitrail.train.scalars import Scalars, check_tensorboard
 from vitrail.train.state import (
     Position,
     gather,
@@ -64,6 +65,7 @@ class Run:
     at: Position
     total_steps: int
     warmup_steps: int
+    scalars: Scalars | None = None  # of the main process
     started: float = 0.0  # on the monotonic clock, moved back by the time of earlier starts
     saved_at: float = 0.0  # training seconds
     rate: float = 0.0  # learning rate and gradient norm of the last update
@@ -131,6 +133,8 @@ class Run:
         if self.accelerator.is_main_process:
             with explained(self.folder):
                 self.folder.add_row(row | figures | {"seconds": round(at.seconds, 3)})
+                if self.scalars is not None:
+                    self.scalars.add(kind, at.step, figures)
         at.rows += 1
 
     def save_state(self) -> None:
@@ -160,6 +164,8 @@ class Run:
 def set_up(config: TrainConfig, accelerator: Accelerator, folder: RunFolder) -> Run:
     """Build everything and bring it to where the run in `folder` stopped, if one did."""
     check_world(config, accelerator.num_processes)
+    if config.tensorboard:
+        check_tensorboard()
     how: dict[str, Any] = {"skip_broken": config.skip_broken, "val_fraction": config.val_fraction}
     train_data = open_data(config.data, "train", **how)
     val_data = open_data(config.data, "val", classes=train_data.classes, **how)
@@ -216,6 +222,9 @@ def set_up(config: TrainConfig, accelerator: Accelerator, folder: RunFolder) -> 
     )
     run.started = time.monotonic() - position.seconds
     run.saved_at = position.seconds
+    if config.tensorboard and accelerator.is_main_process:
+        with explained(folder):
+            run.scalars = Scalars(folder.path / "tensorboard", position.step)
     return run
 
 
