@@ -7,7 +7,7 @@ import torch
 from tests.data.conftest import picture
 from vitrail.data import open_data
 from vitrail.data.augment import Augmentation
-from vitrail.data.loader import TrainLoader, eval_batches, train_batches
+from vitrail.data.loader import TrainLoader, batch_indices, eval_batches, train_batches
 from vitrail.data.plan import BatchPlan, square_scales
 from vitrail_runtime.errors import InputError
 from vitrail_runtime.preprocess import Preprocessing, decode, prepare
@@ -118,3 +118,11 @@ def test_evaluation_never_mixes_sizes(class_folders):
     batches = list(eval_batches(data, Preprocessing(mode="native"), 16))
     sizes = [b.images.shape[2:] for b in batches]
     assert len(set(sizes)) == len(sizes) == len(np.unique(data.sizes, axis=0))
+
+
+def test_pictures_of_many_sizes_are_dealt_to_all_processes_evenly(data):
+    native, world = Preprocessing(mode="native"), 2
+    dealt = [batch_indices(data, native, 4, rank, world) for rank in range(world)]
+    counts = [sum(map(len, batches)) for batches in dealt]
+    assert max(counts) - min(counts) <= 1
+    assert sorted(i for batches in dealt for b in batches for i in b) == list(range(len(data)))

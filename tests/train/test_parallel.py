@@ -1,5 +1,6 @@
 """One process or many, the same run."""
 
+import json
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 
 import vitrail
 from tests.train.children import run, run_many
-from tests.train.conftest import VIT, tiny_config
+from tests.train.conftest import VIT, make_pictures, tiny_config
 from vitrail.train.folder import RunFolder
 from vitrail.train.loop import train
 from vitrail.train.parallel import check_world, choose_workers
@@ -113,3 +114,14 @@ def test_the_same_command_runs_under_torchrun(pictures, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("best top-1") == 1, "only the first process tells"
     assert losses(tmp_path / "both") == pytest.approx(losses(tmp_path / "alone"), abs=1e-5)
+
+
+@pytest.mark.slow
+def test_sharded_processes_evaluate_though_one_has_more_batches(tmp_path):
+    data = make_pictures(tmp_path / "data", val=3)  # 5 pictures and 4, in batches of 2
+    config = config_for(
+        data, tmp_path / "run", parallel="fsdp", batch_size=4, epochs=1, eval_every=1
+    )
+    assert run_many(config, 2) == [0, 0]
+    scores = json.loads((tmp_path / "run" / "last" / "metrics.json").read_text())
+    assert scores["num_images"] == 9

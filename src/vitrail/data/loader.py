@@ -100,14 +100,25 @@ def eval_batches(
     _check_share(rank, world, workers)
     if batch_size < 1:
         raise InputError(f"batch_size must be at least 1, but is {batch_size}")
+    batches = batch_indices(data, preprocessing, batch_size, rank, world)
+    yield from _Jobs(_EvalJob(data, preprocessing), workers, pin_memory).run(batches)
+
+
+def batch_indices(
+    data: ImageData, preprocessing: Preprocessing, batch_size: int, rank: int = 0, world: int = 1
+) -> list[list[int]]:
+    """The pictures of each batch that `eval_batches` gives a process."""
     groups: dict[tuple[int, int], list[int]] = {}
     for i, (height, width) in enumerate(data.sizes.tolist()):
         groups.setdefault(preprocessed_size(height, width, preprocessing), []).append(i)
     batches = []
+    taken = 0
     for group in groups.values():
-        mine = group[rank::world]
+        # Dealt on from group to group: with a size for every picture the first process had them all.
+        mine = group[(rank - taken) % world :: world]
+        taken += len(group)
         batches += [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
-    yield from _Jobs(_EvalJob(data, preprocessing), workers, pin_memory).run(batches)
+    return batches
 
 
 def _train_jobs(

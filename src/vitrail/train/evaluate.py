@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from vitrail.data.images import ImageData
-from vitrail.data.loader import eval_batches
+from vitrail.data.loader import batch_indices, eval_batches
 from vitrail_runtime.errors import InputError
 from vitrail_runtime.preprocess import Preprocessing
 
@@ -56,6 +57,15 @@ def evaluate(
         if predictions:
             indices = torch.as_tensor(batch.indices)
             kept.append((indices, labels, logits.argmax(1).cpu(), logits.softmax(1).half().cpu()))
+    if world > 1 and any(isinstance(p, DTensor) for p in model.parameters()):
+        # Sharded weights are collected anew in every forward, by all processes together: whoever has
+        # fewer batches than the others goes along, else they wait for ever.
+        counts = [
+            len(batch_indices(data, preprocessing, batch_size, r, world)) for r in range(world)
+        ]
+        nothing = torch.zeros(1, 3, *preprocessing.size, device=device)
+        for _ in range(max(counts) - counts[rank]):
+            model(nothing)
     model.train(was_training)
     scores = metrics.compute()
     scores["classes"] = list(model.classes)
