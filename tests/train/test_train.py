@@ -14,10 +14,12 @@ import vitrail
 from tests.train.conftest import CLASSES, VIT, make_pictures, tiny_config
 from vitrail.data import open_data
 from vitrail.data.augmentation import Augmentation
+from vitrail.train.config import TrainConfig
 from vitrail.train.evaluate import evaluate, label_map
 from vitrail.train.folder import RunFolder
 from vitrail.train.loop import train
 from vitrail.train.replay import replay
+from vitrail.train.setup import build_plan
 from vitrail_runtime.errors import InputError
 
 WHOLE = Augmentation(crop="whole", flip=0.0)
@@ -31,7 +33,7 @@ def logged(out: Path, kind: str, key: str) -> list:
 def learned(pictures, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("learned") / "run"
     settings = VIT | {"lr": 5e-3, "label_smoothing": 0.0, "augmentation": WHOLE}
-    train(tiny_config(pictures, out, **settings, epochs=30, eval_every=5, keep_every=10))
+    train(tiny_config(pictures, out, **settings, epochs=30, eval_every=5, keep_every=15))
     return out
 
 
@@ -54,7 +56,8 @@ def test_the_run_folder_holds_models_scores_and_predictions(learned, pictures):
     assert (said["labels"] == said["predicted"]).mean() == pytest.approx(scores["top1"])
     np.testing.assert_allclose(said["probabilities"].sum(1), 1, atol=2e-3)
     assert len(set(said["keys"])) == 12
-    assert (learned / "epoch-0010" / "model.safetensors").is_file()
+    assert sorted(p.name for p in learned.glob("epoch-*")) == ["epoch-0015", "epoch-0030"]
+    assert logged(learned, "eval", "epoch") == [5, 10, 15, 20, 25, 30]
 
 
 def test_evaluation_leaves_the_model_in_the_mode_it_was_in(learned, pictures):
@@ -199,3 +202,11 @@ def test_a_broken_picture_is_named_and_can_be_left_out(tmp_path):
     with pytest.raises(InputError, match=r"0\.png"):
         train(config)
     assert train(replace(config, skip_broken=True, batch_size=4)).best is not None
+
+
+def test_balanced_batches_draw_every_class_its_share_exactly(pictures):
+    data = open_data(pictures, "train").subset([*range(8), 8, 9, 16, 17, 18])
+    plan = build_plan(TrainConfig(sampling="balanced", batch_size=4), data, (8, 8))
+    for epoch in range(5):
+        drawn = np.bincount(data.labels[plan.order(epoch)], minlength=3)
+        assert set(drawn.tolist()) <= {4, 5}

@@ -81,7 +81,7 @@ def fit(run: Run, interrupt: Interrupt) -> RunResult:
                 break
             if at.seconds - run.saved_at >= 60 * config.save_every:
                 run.save_state()
-        else:
+        if at.batch == run.plan.steps(at.epoch) and (at.finished or not asked):
             at.epoch, at.batch = at.epoch + 1, 0
         if at.finished or (at.batch == 0 and at.epoch % config.eval_every == 0):
             score(run)
@@ -183,7 +183,7 @@ def score(run: Run) -> None:
             names.append("best")
         else:
             at.stale += 1
-        if config.keep_every and at.epoch % config.keep_every == 0:
+        if config.keep_every and at.batch == 0 and at.epoch % config.keep_every == 0:
             names.append(f"epoch-{at.epoch:04d}")
         run.save_model(names, scores)
     run.log_evaluation(scores)

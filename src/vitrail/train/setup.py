@@ -260,13 +260,15 @@ def introduce(run: Run) -> None:
 
 def build_plan(config: TrainConfig, data: ImageData, size: tuple[int, int]) -> BatchPlan:
     """Which pictures in which step. A data set smaller than one batch is an InputError of the plan."""
+    balanced = config.sampling == "balanced"
     return BatchPlan(
         length=len(data),
         batch_size=config.batch_size,
         size=size,
         seed=config.seed,
         scales=tuple((side, side) for side in config.sizes),
-        weights=balanced_weights(data.labels) if config.sampling == "balanced" else None,
+        weights=balanced_weights(data.labels) if balanced else None,
+        strata=data.labels if balanced else None,
         repeats=config.repeats,
     )
 
