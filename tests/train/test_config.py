@@ -74,6 +74,7 @@ def test_training_without_data_asks_for_it(capsys):
         (["--lr", "-1"], "lr must be at least 0, but is -1.0"),
         (["--lr", "nan"], "lr must be at least 0, but is nan"),
         (["--keep", "0"], "keep must be at least 1, but is 0"),
+        (["--max-minutes", "0"], "max_minutes must be at least 0.001, but is 0"),
         (["--ema", "1.5"], "ema must be from 0 to 1, but is 1.5"),
         (["--betas", "0.9", "1"], "betas must be from 0 to below 1"),
     ],
@@ -94,3 +95,8 @@ def test_a_number_out_of_range_is_refused_before_a_folder_is_made(
 def test_settings_that_do_not_change_the_result_are_no_difference():
     ours = TrainConfig(workers=4, out="a", keep=7, lr=1.0)
     assert differences(ours, TrainConfig(out="b")) == ["lr: 0.001 there, 1.0 now"]
+
+
+def test_a_model_field_that_is_no_yaml_is_an_input_error():
+    with pytest.raises(InputError, match=r"dims=.*YAML"):
+        field_value("dims=[1")

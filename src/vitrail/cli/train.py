@@ -86,7 +86,10 @@ def field_value(text: str) -> tuple[str, Any]:
         raise InputError(
             f"--model-fields takes FIELD=VALUE, such as drop_path_rate=0.1, not {text!r}"
         )
-    return name, yaml.safe_load(value)
+    try:
+        return name, yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise InputError(f"--model-fields {text!r} has no value as in YAML: {error}") from error
 
 
 def show_replay(folder: str) -> int:

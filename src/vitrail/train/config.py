@@ -32,7 +32,7 @@ OUTWARD = frozenset(
 RANGES: dict[str, tuple[float, float]] = {
     "epochs": (1, math.inf),
     "max_steps": (1, math.inf),
-    "max_minutes": (0, math.inf),
+    "max_minutes": (0.001, math.inf),  # the share of it that is over divides by it
     "batch_size": (1, math.inf),
     "accumulate": (1, math.inf),
     "repeats": (1, math.inf),

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from safetensors import SafetensorError
 
 from vitrail.configuration import to_dict
 from vitrail.train.config import TrainConfig
@@ -119,10 +120,10 @@ def explained(folder: RunFolder) -> Iterator[None]:
     """Turn a failed write into a message that says what is safe and how to go on."""
     try:
         yield
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         saved = states(folder.state)
         safe = f"the state in {saved[0]} is complete" if saved else "no state was saved yet"
-        full = error.errno == errno.ENOSPC or "space" in str(error).lower()
+        full = getattr(error, "errno", None) == errno.ENOSPC or "space" in str(error).lower()
         todo = "free some space" if full else "put it right"
         raise InputError(
             f"cannot write to {folder.path}: {error}; {safe}; {todo} and give the same command again"

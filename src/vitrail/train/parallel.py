@@ -50,7 +50,9 @@ def processes(config: TrainConfig) -> Iterator[Accelerator]:
 
 def cores() -> int:
     """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0))
+    if hasattr(os, "sched_getaffinity"):  # Linux alone has it
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def choose_workers(config: TrainConfig, accelerator: Accelerator) -> int:
