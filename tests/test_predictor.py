@@ -222,3 +222,8 @@ def test_a_picture_of_1_by_5000_is_one_like_any_other():
     for mode in ("crop", "squash", "fit", "native"):
         (p,) = Predictor(classifier(size=(32, 32), mode=mode))(np.zeros((1, 5000, 3), np.uint8))
         assert p.size == (1, 5000)
+
+
+def test_an_array_that_is_no_picture_is_refused_by_its_shape():
+    with pytest.raises(InputError, match=r"must be a uint8 picture.*\(5,\)"):
+        list(Predictor(classifier())([np.zeros(5, np.uint8)]))

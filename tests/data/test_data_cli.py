@@ -130,3 +130,10 @@ def test_a_sheet_of_an_unknown_kind_is_one_message(root, tmp_path, capsys):
 
 def test_picture_helper_makes_different_pictures():
     assert picture(1).tobytes() != picture(2).tobytes()
+
+
+def test_a_set_of_broken_pictures_alone_is_a_finding(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "text.jpg").write_text("no picture")
+    assert len(check(tmp_path).errors["broken pictures"]) == 2

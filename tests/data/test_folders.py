@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -240,3 +241,9 @@ def test_given_classes_fix_the_labels_and_test_may_lack_some(class_folders):
     assert data.labels.tolist() == [2, 0]
     with pytest.raises(InputError, match="no picture of 1 of 3 classes: bird"):
         open_data(root, "val", classes=("dog", "bird", "cat"))
+
+
+def test_a_root_whose_name_is_not_utf_8_is_read(class_folders, tmp_path):
+    root = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    data = open_data(class_folders({"train": {"cat": 2, "dog": 2}}, root), "all")
+    assert data.read(0).shape[2] == 3

@@ -177,6 +177,7 @@ def read_size(
     Raises: InputError naming the file, as `decode`; a file broken behind its header passes here.
     """
     if isinstance(source, np.ndarray):
+        _check_array(source)
         return source.shape[0], source.shape[1]
     name = name or name_of(source)
     with _opened(source, name, max_pixels) as image, _reading(name):
@@ -316,7 +317,7 @@ def _resized_size(height: int, width: int, p: Preprocessing) -> tuple[int, int]:
     return round(height / ratio), round(width / ratio)
 
 
-def _from_array(array: np.ndarray) -> np.ndarray:
+def _check_array(array: np.ndarray) -> None:
     shape = array.shape
     fits = array.ndim == 2 or (array.ndim == 3 and shape[2] in (1, 3, 4))
     if array.dtype != np.uint8 or not fits or 0 in shape:
@@ -324,7 +325,11 @@ def _from_array(array: np.ndarray) -> np.ndarray:
             "an array must be a uint8 picture of shape (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), "
             f"but is {array.dtype} {shape}"
         )
-    if array.ndim == 3 and shape[2] == 4:
+
+
+def _from_array(array: np.ndarray) -> np.ndarray:
+    _check_array(array)
+    if array.ndim == 3 and array.shape[2] == 4:
         return np.array(_over_white(Image.fromarray(np.ascontiguousarray(array), "RGBA")))
     if array.ndim == 2:
         array = array[:, :, None]

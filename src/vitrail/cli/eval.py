@@ -101,6 +101,8 @@ def probe(flags: EvalFlags, folder: Path) -> dict[str, Any]:
     from vitrail.models import create_model, load
     from vitrail.train.probe import extract_features, probe_scores
 
+    if flags.weights is not None and (folder / "config.json").is_file():
+        raise InputError(f"{folder} has weights of its own; drop --weights, or name a model")
     train = open_pictures(flags, "train", None)
     test = open_pictures(flags, flags.split, train.classes)
     if (folder / "config.json").is_file():
@@ -132,6 +134,8 @@ def open_pictures(flags: EvalFlags, split: str, classes: Any) -> Any:
     data = open_data(flags.data, split, classes=classes, **how)
     for note in data.notes:
         print(f"vitrail: {note}", file=sys.stderr)
+    for where, what in data.broken:
+        print(f"vitrail: left out {where}: {what}", file=sys.stderr)
     return data
 
 

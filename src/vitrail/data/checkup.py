@@ -199,6 +199,8 @@ def _file_group(
 
 def _looking_the_same(pictures: list[_Seen]) -> Iterator[list[_Seen]]:
     """Groups of pictures whose thumbnails differ by little: copies saved anew, or at another size."""
+    if not pictures:  # all are broken
+        return
     looks = np.stack([np.frombuffer(p.look, np.uint8) for p in pictures]).astype(np.float32)
     # A flat picture looks like every other flat picture.
     vivid = np.flatnonzero(looks.std(1) > 4 * LOOK_APART)

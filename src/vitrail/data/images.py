@@ -69,10 +69,7 @@ class ImageData:
 
     def decode(self, i: int, payload: bytes, at_least: tuple[int, int] | None) -> np.ndarray:
         """Decode `payload`, which `read_bytes(i)` gave; an InputError names picture i."""
-        try:
-            return decode(payload, at_least=at_least)
-        except InputError as error:
-            raise InputError(f"{self.where(i)}: {error}") from error
+        return decode(payload, at_least=at_least, name=self.where(i))
 
     def where(self, i: int) -> str:
         """How messages call picture i: its file, or its shard and member."""

@@ -81,7 +81,8 @@ def read_index(source: Source, split: str) -> Index:
     identity = (
         f"{VERSION}|{type(source).__name__}|{source.name}|{split}|{source.fingerprint(split)}"
     )
-    path = cache_folder() / "index" / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.npz"
+    name = hashlib.sha256(identity.encode("utf-8", "surrogateescape")).hexdigest()[:32]
+    path = cache_folder() / "index" / f"{name}.npz"
     stored = _load(path)
     if stored is not None:
         return stored

@@ -78,7 +78,9 @@ class Shards:
         total = hashlib.sha256(os.fsencode(self.folder))
         for shard in self._shards[split]:
             info = (self.folder / shard).stat()
-            total.update(f"{shard}\0{info.st_size}\0{info.st_mtime_ns}\n".encode())
+            total.update(
+                f"{shard}\0{info.st_size}\0{info.st_mtime_ns}\n".encode("utf-8", "surrogateescape")
+            )
         total.update(repr((self._files, self._declared)).encode())
         return total.hexdigest()
 
@@ -252,7 +254,8 @@ def _check_end(plain: Path, offset: int, shard: Path) -> None:
 def _inflated_path(shard: Path) -> Path:
     info = shard.stat()
     identity = f"{shard}|{info.st_size}|{info.st_mtime_ns}"
-    return cache_folder() / "shards" / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.tar"
+    name = hashlib.sha256(identity.encode("utf-8", "surrogateescape")).hexdigest()[:32]
+    return cache_folder() / "shards" / f"{name}.tar"
 
 
 def _inflate(shard: Path, target: Path, keep: set[Path]) -> None:
