@@ -141,3 +141,10 @@ def test_an_anchor_shape_keeps_its_area_over_ratios():
     torch.testing.assert_close(size[:, 1] / size[:, 0], torch.tensor([0.5, 0.5, 1, 1, 2, 2]))
     with pytest.raises(InputError, match="positive"):
         bx.anchor_shapes([32], [0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_large_boxes_in_half_precision_overlap_themselves_wholly(dtype):
+    box = torch.tensor([[0, 0, 300, 300.0]], dtype=dtype)
+    assert bx.iou(box, box).item() == 1
+    assert bx.giou(box, box).item() == 1

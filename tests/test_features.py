@@ -88,3 +88,9 @@ def test_padding_adds_zeros_right_and_below_and_copies_nothing_that_fits():
 def test_wrong_images_are_named_with_what_to_do(images, words):
     with pytest.raises(InputError, match=words):
         check_images(images, torch.nn.Identity())
+
+
+@pytest.mark.parametrize("wanted", [(14, 16), (0, 8), (8, 8)])
+def test_strides_of_one_level_are_refused(wanted):
+    with pytest.raises(InputError, match="different levels"):
+        adapt_levels({"c4": FeatureSpec(6, 16)}, wanted)

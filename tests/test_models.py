@@ -218,3 +218,32 @@ def test_the_folder_of_a_run_stands_for_its_best_model(tmp_path):
     assert models.model_folder(tmp_path / "other") == tmp_path / "other"
     (tmp_path / "model.safetensors").touch()
     assert models.model_folder(str(tmp_path)) == tmp_path
+
+
+def test_a_training_checkpoint_in_memory_is_unwrapped_and_a_part_is_taken():
+    source = vitrail.create_model("efficientvit_m0", num_classes=3)
+    model = vitrail.create_model(
+        "efficientvit_m0", num_classes=3, weights={"model": source.state_dict(), "epoch": 3}
+    )
+    assert torch.equal(model.head.linear.weight, source.head.linear.weight)
+    state = source.backbone.state_dict()
+    backbone = vitrail.create_backbone("efficientvit_m0", weights={"backbone": state})
+    key = "patch_embed.conv1.conv.weight"
+    assert torch.equal(backbone.state_dict()[key], state[key])
+
+
+def test_a_square_table_is_resampled_to_another_grid_of_as_many_patches():
+    timm = pytest.importorskip("timm")
+    peer = timm.create_model("vit_tiny_patch16_224", depth=1)
+    config = {"depth": 1, "image_size": (112, 448)}  # 7 x 28 patches instead of 14 x 14
+    model = vitrail.create_model("vit_tiny_patch16", weights=peer.state_dict(), **config)
+    table = model.backbone.pos_embed.detach()
+    assert not torch.equal(table, peer.pos_embed)
+    peer.set_input_size((112, 448))
+    torch.testing.assert_close(table, peer.pos_embed.detach(), atol=2e-6, rtol=0)
+
+
+def test_a_backbone_without_patches_as_tokens_cannot_be_packed():
+    model = vitrail.create_model("efficientvit_m0", num_classes=2)
+    with pytest.raises(InputError, match="no forward_packed"):
+        model.forward_packed(None)

@@ -42,7 +42,8 @@ def xywh_to_xyxy(boxes: Tensor) -> Tensor:
 
 
 def area(boxes_xyxy: Tensor) -> Tensor:
-    """(..., 4) -> (...,); boxes that are turned inside out have none."""
+    """(..., 4) -> (...,), half precision as fp32; boxes that are turned inside out have none."""
+    boxes_xyxy = _wide(boxes_xyxy)
     size = (boxes_xyxy[..., 2:] - boxes_xyxy[..., :2]).clamp(min=0)
     return size[..., 0] * size[..., 1]
 
@@ -75,6 +76,7 @@ def paired_iou(a: Tensor, b: Tensor) -> Tensor:
 
 def paired_giou(a: Tensor, b: Tensor) -> Tensor:
     """Generalised IoU of boxes that stand at the same place of (..., 4): -> (...,)."""
+    a, b = _wide(a), _wide(b)
     inter, union = _overlap(a, b)
     hull_size = torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])
     hull = hull_size.clamp(min=0).prod(-1)
@@ -167,9 +169,15 @@ def anchor_grid(
 
 def _overlap(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """(intersection, union) of boxes that broadcast."""
+    a, b = _wide(a), _wide(b)
     size = torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])
     inter = size.clamp(min=0).prod(-1)
     return inter, area(a) + area(b) - inter
+
+
+def _wide(boxes: Tensor) -> Tensor:
+    """fp16 ends at 65504 and bf16 counts in steps of 256 there: a box of 300 x 300 pixels has 90000."""
+    return boxes.float() if boxes.dtype in (torch.float16, torch.bfloat16) else boxes
 
 
 def _ratio(part: Tensor, whole: Tensor) -> Tensor:

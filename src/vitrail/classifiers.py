@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from vitrail.features import Features, FeatureSpec
+from vitrail_runtime.errors import InputError
 from vitrail_runtime.preprocess import Preprocessing
 
 
@@ -42,6 +43,14 @@ class Classifier(nn.Module):
         return self.head(self.backbone(images, record=record))
 
     def forward_packed(self, packed: Any) -> Tensor:
-        """PackedImages of N images -> logits (N, num_classes), in the order of `packed`."""
+        """PackedImages of N images -> logits (N, num_classes), in the order of `packed`.
+
+        Raises InputError for a backbone whose tokens are not patches.
+        """
+        if not hasattr(self.backbone, "forward_packed"):
+            raise InputError(
+                f"{type(self.backbone).__name__} has no forward_packed: its tokens are not patches of one "
+                "size; group images by size, as vitrail.Predictor does"
+            )
         features = self.backbone.forward_packed(packed).unpack()
         return torch.cat([self.head(features[i]) for i in packed.image_ids])

@@ -123,6 +123,12 @@ def adapt_levels(
     """
     if not specs:
         raise InputError("adapt_levels needs at least one map, but the backbone declares none")
+    names = [level_name(stride) for stride in wanted if stride > 0]
+    if len(set(names)) != len(wanted):
+        raise InputError(
+            f"wanted strides must be positive and of different levels, but are {tuple(wanted)}; "
+            "strides nearer to each other than a factor of two share a level"
+        )
     return AdaptLevels(specs, wanted)
 
 

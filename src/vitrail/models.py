@@ -43,15 +43,17 @@ def list_models(pattern: str = "*", *, task: str | None = None) -> list[str]:
 def create_backbone(name: str, *, weights: Weights = None, **config_fields: Any) -> Any:
     """A backbone by name: images (B, 3, H, W) -> Features.
 
-    weights: a file, a folder, "hf:owner/name@revision", or a state dict; a classifier's head in it is left.
-        What became of every key stands in `weights_report` of the result.
+    weights: a file, a folder, "hf:owner/name@revision", a state dict, or {"backbone": one of these}; a
+        classifier's head in it is left. What became of every key stands in `weights_report` of the result.
     config_fields: fields of the paper's config, such as image_size or drop_path_rate.
     Raises InputError for an unknown name or field (with the closest), or weights that do not fit.
     """
     entry = backbone_entry(name)
     backbone = build_backbone(entry, config_fields)
     if weights is not None:
-        weights_room.load_weights(backbone, weights, entry, config=backbone.config)
+        part = _backbone_part(name, weights)
+        source = weights if part is None else part
+        weights_room.load_weights(backbone, source, entry, config=backbone.config)
     return backbone
 
 
@@ -80,14 +82,10 @@ def create_model(
         size = (size, size) if isinstance(size, int) else tuple(size)
         preprocessing = replace(preprocessing, size=size)
     describe(model, ModelInfo(name, backbone.config, names, preprocessing))
-    if isinstance(weights, Mapping) and weights and not _is_state(weights):
-        if set(weights) != {"backbone"}:
-            raise InputError(
-                f"weights by part for the classifier {name!r} take the key 'backbone', "
-                f"but got {sorted(map(str, weights))}"
-            )
+    part = _backbone_part(name, weights)
+    if part is not None:
         model.weights_report = weights_room.load_weights(
-            backbone, weights["backbone"], entry, config=backbone.config
+            backbone, part, entry, config=backbone.config
         )
     elif weights is not None:
         weights_room.load_weights(model, weights, entry, config=backbone.config)
@@ -129,7 +127,8 @@ def describe(model: Any, info: ModelInfo) -> None:
 
 
 def save(model: Any, folder: str | Path, *, metrics: Mapping[str, Any] | None = None) -> Path:
-    """Write a model folder: config.json, model.safetensors, metrics.json (where given), README.md."""
+    """Write a model folder: config.json, model.safetensors (fp32), metrics.json (where given),
+    README.md."""
     folder = Path(folder)
     info: ModelInfo = model.info
     state = {k: v.detach().float().cpu().contiguous() for k, v in model.state_dict().items()}
@@ -305,8 +304,21 @@ def model_card(model: Any, metrics: Mapping[str, Any] | None) -> str:
     return "\n".join(lines)
 
 
-def _is_state(weights: Mapping[str, Any]) -> bool:
-    return all(isinstance(v, Tensor) for v in weights.values())
+def _backbone_part(name: str, weights: Weights) -> Any:
+    """What `weights` gives under "backbone" where it goes by part, else None: a checkpoint.
+
+    Parts are named by files and folders, or by "backbone" alone; other mappings hold tensors.
+    """
+    if not isinstance(weights, Mapping):
+        return None
+    if set(weights) == {"backbone"}:
+        return weights["backbone"]
+    if any(isinstance(v, (str, Path)) for v in weights.values()):
+        raise InputError(
+            f"weights by part for the classifier {name!r} take the key 'backbone', "
+            f"but got {sorted(map(str, weights))}"
+        )
+    return None
 
 
 def departures(names: Collection[str]) -> list[tuple[str, str]]:

@@ -42,14 +42,18 @@ class EfficientViTConfig:
     num_heads: tuple[int, ...]
     kernels: tuple[int, ...]  # of the token interaction on the queries, head by head
     # Of these two, one for all stages or one for each:
-    key_dim: int | tuple[int, ...] = (
-        16  # a head's queries and keys; its values have dim / num_heads
-    )
+    key_dim: int | tuple[int, ...] = 16  # of a head's queries and keys; values: dim / num_heads
     ffn_ratio: float | tuple[float, ...] = 2.0  # width of the hidden layers of FFNs / dim
     window_size: int = 7
     image_size: int | tuple[int, int] = 224  # its short side sets the windows: min(7, map)
 
     def __post_init__(self) -> None:
+        stages = len(self.dims)
+        if not stages or len(self.depths) != stages or len(self.num_heads) != stages:
+            raise InputError(
+                f"dims, depths and num_heads need one number for each stage, but are {self.dims}, "
+                f"{self.depths} and {self.num_heads}"
+            )
         for dim, heads in zip(self.dims, self.num_heads, strict=True):
             if dim % heads or dim % 8:
                 raise InputError(

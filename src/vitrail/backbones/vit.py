@@ -618,7 +618,7 @@ def from_timm(state: Tensors, config: ViTConfig) -> Tensors:
     for key, value in state.items():
         part, _, leaf = key.rpartition(".")
         out[f"{heads[part]}.{leaf}" if part in heads else f"backbone.{key}"] = value
-    return out
+    return from_square_table(out, config)
 
 
 HUGGINGFACE_NAMES = [  # (pattern, ours), tried in order; the older released names and those of 5.x
@@ -662,7 +662,7 @@ def from_huggingface(state: Tensors, config: ViTConfig) -> Tensors:
                 if all(key in ours for key in keys):
                     ours[f"blocks.{i}.{whole}.{leaf}"] = torch.cat([ours.pop(k) for k in keys])
     out = {k if k.startswith("head.") else f"backbone.{k}": v for k, v in ours.items()}
-    return fold_class_position(out, config)
+    return from_square_table(fold_class_position(out, config), config)
 
 
 def fold_class_position(state: Tensors, config: ViTConfig) -> Tensors:
@@ -684,20 +684,36 @@ def resample_to(state: Tensors, config: ViTConfig) -> Tensors:
     kernel, table = out.get("backbone.patch_embed.proj.weight"), out.get("backbone.pos_embed")
     if kernel is not None and config.stem == "patch" and kernel.shape[-1] == kernel.shape[-2] != 1:
         out["backbone.patch_embed.proj.weight"] = resize_patch_embedding(kernel, config.patch_size)
-    if table is not None:
-        skip = config.num_prefix_tokens if config.prefix_positions else 0
-        side = math.isqrt(table.shape[1] - skip)
-        fits = table.shape[1] - skip == math.prod(config.grid)
-        if not fits and side * side == table.shape[1] - skip:
-            patches = resample_positions(
-                table[:, skip:],
-                (side, side),
-                config.grid,
-                antialias=config.pos_antialias,
-                offset=config.pos_offset,
-            )
-            out["backbone.pos_embed"] = torch.cat([table[:, :skip], patches], dim=1)
+    if table is not None and _num_positions(table, config) != math.prod(config.grid):
+        return from_square_table(out, config)
     return out
+
+
+def from_square_table(state: Tensors, config: ViTConfig) -> Tensors:
+    """Our keys, with the position table of a square image brought to the config's grid.
+
+    Released tables are square, also one that has as many rows as a grid of another shape (14 x 14, 7 x 28).
+    """
+    table = state.get("backbone.pos_embed")
+    if table is None:
+        return state
+    count = _num_positions(table, config)
+    side, skip = math.isqrt(count), table.shape[1] - count
+    if side * side != count or (side, side) == tuple(config.grid):
+        return state
+    patches = resample_positions(
+        table[:, skip:],
+        (side, side),
+        config.grid,
+        antialias=config.pos_antialias,
+        offset=config.pos_offset,
+    )
+    return {**state, "backbone.pos_embed": torch.cat([table[:, :skip], patches], dim=1)}
+
+
+def _num_positions(table: Tensor, config: ViTConfig) -> int:
+    """Rows of a position table that stand for patches."""
+    return table.shape[1] - (config.num_prefix_tokens if config.prefix_positions else 0)
 
 
 TIMM_MARKS = ("patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight")

@@ -6,6 +6,7 @@ from typing import ParamSpec
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 P = ParamSpec("P")
 
@@ -25,7 +26,8 @@ def cached_table(make: Callable[P, Tensor]) -> Callable[P, Tensor]:
 
     @functools.wraps(make)
     def table(*args: P.args, **kwargs: P.kwargs) -> Tensor:
-        if torch.compiler.is_compiling():
+        # A dispatch mode (fake tensors, FLOP counters) may hand out tensors that hold no numbers.
+        if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
             return make(*args, **kwargs)
         return kept(*args, **kwargs)
 
