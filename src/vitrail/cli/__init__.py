@@ -29,9 +29,9 @@ vitrail VERB --help tells a verb's options."""
 def main(argv: list[str] | None = None) -> int:
     """Run one verb. 0: done; 2: something the caller can put right, said in one message."""
     argv = sys.argv[1:] if argv is None else argv
-    # Threads that spin at a barrier starve whoever they wait for once the cores are shared with another
-    # program: a training step on two busy cores took 45 s spinning and 0.4 s sleeping.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Threads that spin for long at a barrier starve whoever they wait for once cores are shared with another
+    # program; threads that never spin lose half of an idle machine. docs/benchmarks.md has the numbers.
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(HELP.format(verbs="\n".join(f"  {v:<8} {text}" for v, (_, text) in VERBS.items())))
         return 0
