@@ -22,10 +22,14 @@ from vitrail.data import open_data
 from vitrail.train.loop import train
 
 
+def answers(probabilities: np.ndarray, labels: np.ndarray) -> Scored:
+    return Scored(probabilities, labels, probabilities.argmax(1), CLASSES)
+
+
 def scored(seed: int = 0, n: int = 200) -> Scored:
     rng = np.random.default_rng(seed)
     probabilities = rng.dirichlet((0.5, 0.5, 0.5), n)
-    return Scored(probabilities, rng.integers(0, 3, n), CLASSES)
+    return answers(probabilities, rng.integers(0, 3, n))
 
 
 def test_the_interval_is_wilsons():
@@ -41,16 +45,16 @@ def test_the_confusion_matrix_has_the_truth_in_rows():
 
 def test_calibration_error_is_zero_when_confidence_equals_accuracy():
     probabilities = np.array([[0.75, 0.25, 0.0]] * 4)
-    perfect = Scored(probabilities, np.array([0, 0, 0, 1]), CLASSES)
+    perfect = answers(probabilities, np.array([0, 0, 0, 1]))
     assert expected_calibration_error(perfect) == pytest.approx(0)
-    sure = Scored(np.array([[1.0, 0, 0]] * 4), np.array([0, 0, 1, 1]), CLASSES)
+    sure = answers(np.array([[1.0, 0, 0]] * 4), np.array([0, 0, 1, 1]))
     assert expected_calibration_error(sure) == pytest.approx(0.5)
     assert sum(n for *_, n in calibration_bins(scored())) == 200
 
 
 def test_the_advice_names_the_confusion_and_what_was_not_measured():
     probabilities = np.array([[0.02, 0.98, 0.0]] * 5 + [[0.9, 0.1, 0.0]] * 5)
-    said = " ".join(advice(Scored(probabilities, np.zeros(10, int), CLASSES), 0.4, []))
+    said = " ".join(advice(answers(probabilities, np.zeros(10, int)), 0.4, []))
     assert "'left' taken for 'right', 5 of 10" in said
     assert "no picture of 'right', 'top'" in said
     assert "over 90 % confidence" in said

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests.data.conftest import picture
 from vitrail.data import open_data
@@ -166,6 +167,17 @@ def test_broken_pictures_are_left_out_when_asked(class_folders):
     assert np.bincount(data.labels).tolist() == [1, 3]
     assert [os.path.basename(k) for k, _ in data.broken] == ["001.jpg", "002.jpg", "003.jpg"]
     assert data.notes == ("3 of 7 pictures are broken and left out",)
+
+
+def test_a_png_with_a_flipped_bit_in_its_middle_is_broken(class_folders):
+    root = class_folders(BOTH)
+    picture = root / "train" / "cat" / "extra.png"
+    Image.effect_noise((40, 30), 60).convert("RGB").save(picture)
+    assert len(open_data(root, "train")) == 8
+    damaged = bytearray(picture.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    picture.write_bytes(damaged)
+    assert open_data(root, "train", skip_broken=True).broken[0][0].endswith("extra.png")
 
 
 def test_a_link_to_nothing_is_a_broken_picture(class_folders):

@@ -22,15 +22,13 @@ MANY_CLASSES = 30  # above this a confusion matrix is unreadable and only its wo
 
 @dataclass(frozen=True)
 class Scored:
-    """A classifier's answers on a data set: probabilities (N, K) and labels (N,)."""
+    """A classifier's answers on a data set: probabilities (N, K), and labels and predicted classes (N,).
+    Stored probabilities are float16, whose largest need not be the largest that was meant."""
 
     probabilities: np.ndarray
     labels: np.ndarray
+    predicted: np.ndarray
     classes: tuple[str, ...]
-
-    @property
-    def predicted(self) -> np.ndarray:
-        return self.probabilities.argmax(1)
 
     @property
     def confidence(self) -> np.ndarray:
@@ -57,12 +55,13 @@ def write_report(
 ) -> Path:
     """Write the report of `model` on `data` to the HTML file `path`.
 
-    predictions: probabilities (N, K) and labels (N,) in the data's order, as
+    predictions: probabilities (N, K), labels and predicted (N,) in the data's order, as
         `vitrail.train.evaluate.evaluate(model, data, predictions=True)["predictions"]` gives them.
     run: a run folder, for curves and configuration.
     """
     probabilities = np.asarray(predictions["probabilities"], np.float64)
-    scored = Scored(probabilities, np.asarray(predictions["labels"]), model.classes)
+    labels, predicted = (np.asarray(predictions[key]) for key in ("labels", "predicted"))
+    scored = Scored(probabilities, labels, predicted, model.classes)
     history = read_history(Path(run)) if run is not None else []
     accuracy, n = float(scored.right.mean()), len(scored.labels)
     low, high = interval(int(scored.right.sum()), n)
