@@ -186,7 +186,7 @@ def set_up(config: TrainConfig, accelerator: Accelerator, folder: RunFolder) -> 
         position, _ = read_header(saved)
         restore(read_state(saved), model, optimizer, ema)
 
-    plan = build_plan(config, train_data, model.preprocessing.size)
+    plan = build_plan(config, train_data, model.preprocessing.size, accelerator.num_processes)
     per_epoch = [plan.steps(epoch) for epoch in range(config.epochs)]
     total = min(sum(per_epoch), config.max_steps or sum(per_epoch))
     warmup = min(round(config.warmup_epochs * sum(per_epoch) / config.epochs), total // 2)
@@ -237,6 +237,10 @@ def introduce(run: Run) -> None:
             run.progress.say(f"left out {key}: {problem}")
     at, config = run.at, run.config
     report = getattr(run.model, "weights_report", None)
+    if run.plan.batch_size < run.config.batch_size:
+        run.progress.say(
+            f"batches of all {run.plan.batch_size} pictures there are, instead of {run.config.batch_size}"
+        )
     if report is not None:
         run.progress.say(str(report))
     elif config.weights is None and not at.step and len(run.train_data) < SMALL:
@@ -258,12 +262,16 @@ def introduce(run: Run) -> None:
         run.progress.say(f"going on at update {at.step}, epoch {at.epoch + 1}")
 
 
-def build_plan(config: TrainConfig, data: ImageData, size: tuple[int, int]) -> BatchPlan:
-    """Which pictures in which step. A data set smaller than one batch is an InputError of the plan."""
+def build_plan(
+    config: TrainConfig, data: ImageData, size: tuple[int, int], world: int
+) -> BatchPlan:
+    """Which pictures in which step. A data set smaller than a batch is one batch, where one process computes
+    it in one part; elsewhere it is an InputError of the plan."""
     balanced = config.sampling == "balanced"
+    whole = config.accumulate == world == 1 and not config.sizes
     return BatchPlan(
         length=len(data),
-        batch_size=config.batch_size,
+        batch_size=min(config.batch_size, len(data)) if whole else config.batch_size,
         size=size,
         seed=config.seed,
         scales=tuple((side, side) for side in config.sizes),
