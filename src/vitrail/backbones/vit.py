@@ -618,7 +618,7 @@ def from_timm(state: Tensors, config: ViTConfig) -> Tensors:
     for key, value in state.items():
         part, _, leaf = key.rpartition(".")
         out[f"{heads[part]}.{leaf}" if part in heads else f"backbone.{key}"] = value
-    return from_square_table(out, config)
+    return unambiguous_table(out, config)
 
 
 HUGGINGFACE_NAMES = [  # (pattern, ours), tried in order; the older released names and those of 5.x
@@ -662,7 +662,7 @@ def from_huggingface(state: Tensors, config: ViTConfig) -> Tensors:
                 if all(key in ours for key in keys):
                     ours[f"blocks.{i}.{whole}.{leaf}"] = torch.cat([ours.pop(k) for k in keys])
     out = {k if k.startswith("head.") else f"backbone.{k}": v for k, v in ours.items()}
-    return from_square_table(fold_class_position(out, config), config)
+    return unambiguous_table(fold_class_position(out, config), config)
 
 
 def fold_class_position(state: Tensors, config: ViTConfig) -> Tensors:
@@ -689,11 +689,17 @@ def resample_to(state: Tensors, config: ViTConfig) -> Tensors:
     return out
 
 
-def from_square_table(state: Tensors, config: ViTConfig) -> Tensors:
-    """Our keys, with the position table of a square image brought to the config's grid.
+def unambiguous_table(state: Tensors, config: ViTConfig) -> Tensors:
+    """For key maps: released tables are square, also one with as many rows as a grid of another shape
+    (14 x 14 and 7 x 28), where `resample_to` could not know."""
+    table = state.get("backbone.pos_embed")
+    if table is None or _num_positions(table, config) != math.prod(config.grid):
+        return state
+    return from_square_table(state, config)
 
-    Released tables are square, also one that has as many rows as a grid of another shape (14 x 14, 7 x 28).
-    """
+
+def from_square_table(state: Tensors, config: ViTConfig) -> Tensors:
+    """Our keys, with the position table of a square image brought to the config's grid."""
     table = state.get("backbone.pos_embed")
     if table is None:
         return state
