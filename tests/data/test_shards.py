@@ -72,6 +72,13 @@ def test_pictures_and_labels_of_every_shard_are_read_at_random(shards):
         assert data.read(i).shape == (*data.sizes[i], 3)
 
 
+def test_an_ending_in_capitals_is_read_as_what_it_is(shards, own_cache):
+    (shards / "train-000000.tar").rename(shards / "train-000000.TAR")
+    (shards / "test-000000.tar.gz").rename(shards / "test-000000.TAR.GZ")
+    assert len(open_data(shards, "all")) == 36
+    assert len(list((own_cache / "shards").iterdir())) == 2, "only gzip is inflated"
+
+
 def test_a_missing_val_is_cut_from_train_with_every_class(shards):
     train, val, test = (open_data(shards, s) for s in ("train", "val", "test"))
     assert (len(train), len(val), len(test)) == (24, 6, 6)

@@ -122,13 +122,14 @@ class Shards:
     def _plain(self, number: int) -> Path:
         """The shard itself, or its inflated copy in the cache, made now if need be."""
         shard = self.folder / self._files[number]
-        if shard.suffix == ".tar":
+        if not _is_gzip(shard):
             return shard
         inflated = _inflated_path(shard)
         if inflated.is_file():
             mark_used(inflated)
         else:
-            mine = {_inflated_path(self.folder / f) for f in self._files if not f.endswith(".tar")}
+            shards = [self.folder / f for f in self._files]
+            mine = {_inflated_path(s) for s in shards if _is_gzip(s)}
             _inflate(shard, inflated, keep=mine)
         return inflated
 
@@ -195,6 +196,10 @@ def is_shard(path: Path) -> bool:
     """Whether a file's name is that of a shard."""
     name = path.name.lower()
     return name.endswith(SHARD_SUFFIXES) and not name.startswith(".") and path.is_file()
+
+
+def _is_gzip(shard: Path) -> bool:
+    return shard.suffix.lower() != ".tar"
 
 
 def _split_of(name: str) -> str:
