@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import yaml
 
@@ -28,34 +28,55 @@ OUTWARD = frozenset(
     }
 )
 
-# The least and the largest that a number may be.
-RANGES: dict[str, tuple[float, float]] = {
-    "epochs": (1, math.inf),
-    "max_steps": (1, math.inf),
-    "max_minutes": (0.001, math.inf),  # the share of it that is over divides by it
-    "batch_size": (1, math.inf),
-    "accumulate": (1, math.inf),
-    "repeats": (1, math.inf),
-    "lr": (0, math.inf),
-    "momentum": (0, 1),
-    "eps": (0, math.inf),
-    "weight_decay": (0, math.inf),
-    "layer_decay": (0, 1),
-    "warmup_epochs": (0, math.inf),
-    "warmup_lr": (0, math.inf),
-    "min_lr": (0, math.inf),
-    "clip_grad": (0, math.inf),
-    "label_smoothing": (0, 1),
-    "ema": (0, 1),
-    "seed": (0, math.inf),
-    "eval_every": (1, math.inf),
-    "early_stopping": (1, math.inf),
-    "keep_every": (1, math.inf),
-    "save_every": (0, math.inf),
-    "keep": (1, math.inf),  # 0 would delete the state that was just written
-    "log_every": (1, math.inf),
-    "workers": (0, math.inf),
-    "threads": (1, math.inf),
+
+class Range(NamedTuple):
+    """The numbers that make sense: from `low` to `high`, both included unless `above` or `below` is set."""
+
+    low: float
+    high: float = math.inf
+    above: bool = False
+    below: bool = False
+    hint: str = ""  # what to give instead
+
+    def holds(self, value: float) -> bool:
+        if value == self.low:
+            return not self.above
+        return self.low < value < self.high or (value == self.high and not self.below)
+
+    def __str__(self) -> str:
+        low = f"above {self.low}" if self.above else f"at least {self.low}"
+        if self.high == math.inf:
+            return low
+        return f"{low} and " + (f"below {self.high}" if self.below else f"at most {self.high}")
+
+
+RANGES = {
+    "epochs": Range(1),
+    "max_steps": Range(1),
+    "max_minutes": Range(0.001),  # the share of it that is over divides by it
+    "batch_size": Range(1),
+    "accumulate": Range(1),
+    "repeats": Range(1),
+    "lr": Range(0),
+    "momentum": Range(0, 1, below=True),
+    "eps": Range(0),
+    "weight_decay": Range(0),
+    "layer_decay": Range(0, 1, above=True, hint="1 is off"),  # 0 would train the last layer alone
+    "warmup_epochs": Range(0),
+    "warmup_lr": Range(0),
+    "min_lr": Range(0),
+    "clip_grad": Range(0, above=True, hint="None is off"),  # to a norm of 0 nothing would be learnt
+    "label_smoothing": Range(0, 1, below=True, hint="0 is off"),
+    "ema": Range(0, 1, below=True, hint="0 is off, 0.9999 is usual"),  # 1 would keep the start
+    "seed": Range(0),
+    "eval_every": Range(1),
+    "early_stopping": Range(1),
+    "keep_every": Range(1),
+    "save_every": Range(0),
+    "keep": Range(1),  # 0 would delete the state that was just written
+    "log_every": Range(1),
+    "workers": Range(0),
+    "threads": Range(1),
 }
 
 
@@ -162,12 +183,11 @@ class TrainConfig:
     """Math threads of each process; none: the cores that the workers leave, or OMP_NUM_THREADS."""
 
     def __post_init__(self) -> None:
-        given = {name: getattr(self, name) for name in RANGES}
-        for name, value in given.items():
-            low, high = RANGES[name]
-            if value is not None and not low <= value <= high:  # so is NaN refused
-                expected = f"at least {low}" if high == math.inf else f"from {low} to {high}"
-                raise InputError(f"{name} must be {expected}, but is {value}")
+        for name, allowed in RANGES.items():
+            value = getattr(self, name)
+            if value is not None and not allowed.holds(value):  # so is NaN refused
+                hint = f" ({allowed.hint})" if allowed.hint else ""
+                raise InputError(f"{name} must be {allowed}, but is {value}{hint}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise InputError(f"betas must be from 0 to below 1, but are {self.betas}")
 
