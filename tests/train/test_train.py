@@ -18,9 +18,11 @@ from vitrail.train.config import TrainConfig
 from vitrail.train.evaluate import evaluate, label_map
 from vitrail.train.folder import RunFolder
 from vitrail.train.loop import train
+from vitrail.train.probe import extract_features
 from vitrail.train.replay import replay
 from vitrail.train.setup import build_plan
 from vitrail_runtime.errors import InputError
+from vitrail_runtime.preprocess import Preprocessing
 
 WHOLE = Augmentation(crop="whole", flip=0.0)
 
@@ -60,10 +62,25 @@ def test_the_run_folder_holds_models_scores_and_predictions(learned, pictures):
     assert logged(learned, "eval", "epoch") == [5, 10, 15, 20, 25, 30]
 
 
-def test_evaluation_leaves_the_model_in_the_mode_it_was_in(learned, pictures):
-    model = vitrail.load(learned / "best").train()
-    evaluate(model, open_data(pictures, "val"))
-    assert model.training
+def test_measuring_leaves_every_module_in_the_mode_it_was_in(tmp_path):
+    data = make_pictures(tmp_path / "data", val=2)
+    model = vitrail.create_model(
+        "efficientvit_m0", classes=CLASSES, dims=(16, 24, 32), depths=(1, 1, 1), key_dim=8
+    )
+    model.train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.eval()  # frozen, as a detector does
+    before = [module.training for module in model.modules()]
+    val, p = open_data(data, "val"), Preprocessing(size=(32, 32))
+    evaluate(model, val, p)
+    extract_features(model.backbone, val, p)
+    assert [module.training for module in model.modules()] == before
+    (data / "val" / "left" / "0.png").write_bytes(b"gone")
+    for measure in (evaluate, lambda *given: extract_features(model.backbone, *given[1:])):
+        with pytest.raises(InputError, match="has changed"):
+            measure(model, val, p)
+    assert [module.training for module in model.modules()] == before
 
 
 def test_head_only_moves_no_weight_and_no_statistic_of_the_backbone(pictures, tmp_path):

@@ -1,12 +1,13 @@
 """A model measured on a data set, through the one preprocessing that Predictor and runtime share."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from vitrail.data.images import ImageData
@@ -46,33 +47,46 @@ def evaluate(
     lookup = torch.tensor(label_map(data.classes, model.classes))
     metrics = ClassificationMetrics(len(model.classes), device)
     kept: list[tuple[Tensor, ...]] = []
-    was_training = model.training
-    model.eval()
-    for batch in eval_batches(
-        data, preprocessing, batch_size, rank=rank, world=world, workers=workers
-    ):
-        labels = lookup[batch.labels]
-        logits = model(batch.images.to(device)).float()
-        metrics.update(logits, labels.to(device))
-        if predictions:
-            indices = torch.as_tensor(batch.indices)
-            kept.append((indices, labels, logits.argmax(1).cpu(), logits.softmax(1).half().cpu()))
-    if world > 1 and any(isinstance(p, DTensor) for p in model.parameters()):
-        # Sharded weights are collected anew in every forward, by all processes together: whoever has
-        # fewer batches than the others goes along, else they wait for ever.
-        counts = [
-            len(batch_indices(data, preprocessing, batch_size, r, world)) for r in range(world)
-        ]
-        nothing = torch.zeros(1, 3, *preprocessing.size, device=device)
-        for _ in range(max(counts) - counts[rank]):
-            model(nothing)
-    model.train(was_training)
+    with eval_mode(model):
+        for batch in eval_batches(
+            data, preprocessing, batch_size, rank=rank, world=world, workers=workers
+        ):
+            labels = lookup[batch.labels]
+            logits = model(batch.images.to(device)).float()
+            metrics.update(logits, labels.to(device))
+            if predictions:
+                said = (logits.argmax(1).cpu(), logits.softmax(1).half().cpu())
+                kept.append((torch.as_tensor(batch.indices), labels, *said))
+        if world > 1 and any(isinstance(p, DTensor) for p in model.parameters()):
+            # Sharded weights are collected anew in every forward, by all processes together: whoever has
+            # fewer batches than the others goes along, else they wait for ever.
+            counts = [
+                len(batch_indices(data, preprocessing, batch_size, r, world)) for r in range(world)
+            ]
+            nothing = torch.zeros(1, 3, *preprocessing.size, device=device)
+            for _ in range(max(counts) - counts[rank]):
+                model(nothing)
     scores = metrics.compute()
     scores["classes"] = list(model.classes)
     scores["per_class"] = dict(zip(model.classes, scores["per_class"], strict=True))
     if predictions:
         scores["predictions"] = _in_order(kept, data, world)
     return scores
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Inside, every module is in eval mode; afterwards each is in the mode it was in, whatever happened.
+
+    Module by module: `model.train()` would also wake what was frozen on purpose, such as a BatchNorm.
+    """
+    were = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in were.items():
+            module.training = training
 
 
 def label_map(data_classes: Sequence[str], model_classes: Sequence[str]) -> list[int]:

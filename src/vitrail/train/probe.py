@@ -11,6 +11,7 @@ from torch import Tensor
 from vitrail.data import ImageData
 from vitrail.data.loader import eval_batches
 from vitrail.features import Features
+from vitrail.train.evaluate import eval_mode
 from vitrail_runtime.errors import InputError
 from vitrail_runtime.preprocess import Preprocessing
 
@@ -49,14 +50,12 @@ def extract_features(
     device.
     """
     device = next(backbone.parameters()).device
-    was_training = backbone.training
-    backbone.eval()
     rows: list[Tensor] = []
     indices: list[Tensor] = []
-    for batch in eval_batches(data, preprocessing, batch_size, workers=workers):
-        rows.append(pooled(backbone(batch.images.to(device)), backbone.config).float())
-        indices.append(batch.indices)
-    backbone.train(was_training)
+    with eval_mode(backbone):
+        for batch in eval_batches(data, preprocessing, batch_size, workers=workers):
+            rows.append(pooled(backbone(batch.images.to(device)), backbone.config).float())
+            indices.append(batch.indices)
     order = torch.cat(indices).argsort().to(device)
     return torch.cat(rows)[order], torch.as_tensor(data.labels, device=device)
 
