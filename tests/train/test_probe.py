@@ -78,3 +78,9 @@ def test_eval_probes_a_model_by_its_name_and_says_that_its_weights_are_random(pi
     assert "random weights" in capsys.readouterr().err
     assert main(command) == 2
     assert "--probe" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("split", ["train", "all"])
+def test_a_probe_is_not_measured_on_the_pictures_that_it_learnt(split, capsys):
+    assert main(["eval", "efficientvit_m0", "--data", "d", "--probe", "knn", "--split", split]) == 2
+    assert f"--split {split} would measure it on what it has seen" in capsys.readouterr().err

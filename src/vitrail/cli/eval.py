@@ -55,7 +55,12 @@ def run(argv: list[str]) -> None:
         raise InputError("--weights and --image-size go with --probe; a trained model has its own")
     if flags.report is not None and flags.probe is not None:
         raise InputError("--report shows a trained model's answers; it does not go with --probe")
-    from vitrail.train.evaluate import model_folder
+    if flags.probe is not None and flags.split in ("train", "all"):
+        raise InputError(
+            f"--probe learns from the pictures of train, so --split {flags.split} would measure it on what it "
+            "has seen; use --split val or --split test"
+        )
+    from vitrail.models import model_folder
     from vitrail.weights import write_text
 
     folder = model_folder(Path(flags.run))

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -104,11 +103,6 @@ def label_map(data_classes: Sequence[str], model_classes: Sequence[str]) -> list
             "rename the folders to the model's names, or train a model on these classes"
         )
     return [place[name] for name in data_classes]
-
-
-def model_folder(path: Path) -> Path:
-    """The model in a folder: of a run folder its best one, else the folder itself."""
-    return path / "best" if (path / "best" / "config.json").is_file() else path
 
 
 def _some(names: Sequence[str]) -> str:
