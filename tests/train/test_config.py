@@ -77,7 +77,10 @@ def test_training_without_data_asks_for_it(capsys):
         (["--max-minutes", "0"], "max_minutes must be at least 0.001, but is 0"),
         (["--ema", "1"], "ema must be at least 0 and below 1, but is 1.0 (0 is off"),
         (["--clip-grad", "0"], "clip_grad must be above 0, but is 0.0 (None is off)"),
-        (["--layer-decay", "0"], "layer_decay must be above 0 and at most 1, but is 0.0 (1 is off)"),
+        (
+            ["--layer-decay", "0"],
+            "layer_decay must be above 0 and at most 1, but is 0.0 (1 is off)",
+        ),
         (["--betas", "0.9", "1"], "betas must be from 0 to below 1"),
     ],
 )

@@ -31,16 +31,17 @@ def trained(pictures, tmp_path_factory):
     return out / "best"
 
 
-def test_finetune_small_needs_no_setting_but_data_and_weights(pictures, trained, tmp_path):
+def test_finetune_small_needs_no_setting_but_data_and_weights(pictures, trained, tmp_path, capsys):
     config = replace(
         recipe_config("finetune_small"),
         data=str(pictures),
-        weights=str(trained),
+        weights=str(trained.parent),  # the run
         out=str(tmp_path / "run"),
         batch_size=12,
         epochs=2,
     )
     assert train(config).best is not None
+    assert f"is a run; starting from its best model, {trained}" in capsys.readouterr().err
     start, end = load(trained), load(tmp_path / "run" / "best")
     assert end.info == start.info, "the model of the weights, seen as it was trained"
 

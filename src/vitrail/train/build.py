@@ -3,7 +3,6 @@ from.
 """
 
 from dataclasses import fields, replace
-from pathlib import Path
 from typing import Any
 
 from vitrail import models
@@ -21,7 +20,7 @@ def settled(config: TrainConfig) -> TrainConfig:
     Without a model, a run that starts from a model folder of ours trains that model: its name, its paper's
         fields and how it sees pictures, except where the configuration says otherwise.
     """
-    folder = Path(config.weights) if config.weights else None
+    folder = models.model_folder(config.weights) if config.weights else None
     if not config.model and folder is not None and (folder / "config.json").is_file():
         saved = models.read_config(folder)
         default = to_dict(backbone_entry(saved["name"]).config)
@@ -77,13 +76,15 @@ def model_fields(config: TrainConfig) -> dict[str, Any]:
 
 
 def starting_weights(source: str, classes: tuple[str, ...]) -> Any:
-    """What `create_model` gets: of a model of ours for other classes, the backbone alone.
+    """What `create_model` gets: of a run its best model, of a model of ours for other classes the backbone
+    alone.
 
     A head of as many classes with other names would load, and start out calling everything by a wrong name.
     """
-    folder = Path(source)
-    if (folder / "config.json").is_file():
-        there = models.read_config(folder).get("classes")
-        if there is not None and tuple(there) != tuple(classes):
-            return {"backbone": source}
-    return source
+    folder = models.model_folder(source)
+    if not (folder / "config.json").is_file():
+        return source
+    there = models.read_config(folder).get("classes")
+    if there is not None and tuple(there) != tuple(classes):
+        return {"backbone": str(folder)}
+    return str(folder)

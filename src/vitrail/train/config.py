@@ -93,7 +93,7 @@ class TrainConfig:
     out: str = ""
     """The run folder; empty: runs/MODEL. A run that stands there is continued."""
     weights: str | None = None
-    """Start from a file, a model folder or hf:owner/name@revision."""
+    """Start from a file, a model folder, a run folder (its best model) or hf:owner/name@revision."""
     train_only: Literal["full", "head"] = "full"
     """"head" freezes the backbone, its BatchNorm statistics included."""
     model_fields: dict[str, Any] = field(default_factory=dict)

@@ -241,6 +241,10 @@ def introduce(run: Run) -> None:
         run.progress.say(
             f"batches of all {run.plan.batch_size} pictures there are, instead of {run.config.batch_size}"
         )
+    if config.weights is not None and not at.step:
+        start = models.model_folder(config.weights)
+        if start.name == "best" and start != Path(config.weights):
+            run.progress.say(f"{config.weights} is a run; starting from its best model, {start}")
     if report is not None:
         run.progress.say(str(report))
     elif config.weights is None and not at.step and len(run.train_data) < SMALL:
