@@ -11,6 +11,7 @@ backward pass, counted exactly from the saved tensors, weights of the layer left
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -94,7 +95,7 @@ def measure(sides: Sequence[int], seconds: float, clock: Clock) -> list[Curve]:
             x = torch.randn(1, DIM, side, side, generator=g)
             how = {"seconds": seconds, "min_rounds": 3, "max_rounds": 100, "clock": clock}
             with torch.inference_mode():
-                (times,) = interleave([lambda: run(layer, x)], **how)  # noqa: B023
+                (times,) = interleave([partial(run, layer, x)], **how)
             middle, spread = summary(times)
             curve.tokens.append(side * side)
             curve.milliseconds.append(middle)

@@ -3,6 +3,8 @@
 python benchmarks/eager.py [--quick] [--models NAME ...] [--threads N] [--json FILE]
 """
 
+from functools import partial
+
 import torch
 from peers import PAIRS, add_models, pair
 
@@ -28,8 +30,8 @@ def main() -> None:
 
                 row = compare(
                     f"{name}, batch {batch}",
-                    lambda: run(ours),  # noqa: B023  (called within the iteration)
-                    lambda: run(peer),  # noqa: B023
+                    partial(run, ours),
+                    partial(run, peer),
                     seconds=seconds,
                     clock=flags.clock,
                 )

@@ -106,7 +106,7 @@ def test_the_code_of_each_cascade_stage_equals_mmdetections(stage):
 def test_the_bound_from_below_is_mmdetections_choice():
     anchor = torch.tensor([[0.0, 0.0, 1000.0, 1000.0]])
     deltas = torch.tensor([[0.0, 0.0, -9.0, -9.0]])
-    size = lambda boxes: float(boxes[0, 2] - boxes[0, 0])  # noqa: E731
+    size = lambda boxes: float(boxes[0, 2] - boxes[0, 0])  # noqa: E731  (a formula of this test)
     assert size(bx.decode(deltas, anchor)) == pytest.approx(1000 * math.exp(-9.0), rel=1e-2)
     assert size(bx.decode(deltas, anchor, clamp_small=True)) == pytest.approx(16.0, rel=1e-4)
 

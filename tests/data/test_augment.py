@@ -62,6 +62,7 @@ def test_the_same_key_gives_the_same_bytes_and_other_keys_do_not():
 
 
 def test_no_global_random_state_is_touched():
+    # The old global generator is what must stay as it is.
     before = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
     augment(pixels(), (32, 24), STRONG, (1, 2, 3))
     assert torch.equal(torch.get_rng_state(), before[0])

@@ -72,6 +72,7 @@ def replay(path: str | Path) -> dict[str, Any]:
     config = replace(read_config(folder.config), weights=None)
     with safe_open(file, framework="pt") as kept:
         about = json.loads(kept.metadata()["vitrail"])
+        # An open file is no mapping: `in kept` would fail.
         tensors = {key: kept.get_tensor(key) for key in kept.keys()}  # noqa: SIM118
     weights = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
     model = build_model(config, tuple(about["classes"]))

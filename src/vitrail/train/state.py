@@ -131,6 +131,7 @@ def write_state(
 def read_state(path: Path) -> dict[str, Tensor]:
     """The tensors of a state file, as `gather` collected them. Raises InputError when it is damaged."""
     with _opened(path) as file:
+        # An open file is no mapping: `in file` would fail.
         return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
 
 

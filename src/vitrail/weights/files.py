@@ -225,6 +225,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             # Cloned: the reader maps the file, and whoever overwrites it would change the weights.
+            # An open file is no mapping: `in file` would fail.
             return {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
     except safetensors.SafetensorError as error:
         raise InputError(
