@@ -57,8 +57,8 @@ def run(argv: list[str]) -> None:
         raise InputError("--report shows a trained model's answers; it does not go with --probe")
     if flags.probe is not None and flags.split in ("train", "all"):
         raise InputError(
-            f"--probe learns from the pictures of train, so --split {flags.split} would measure it on what it "
-            "has seen; use --split val or --split test"
+            f"--probe learns from the pictures of train, so --split {flags.split} would measure it on what "
+            "it has seen; use --split val or --split test"
         )
     from vitrail.models import model_folder
     from vitrail.weights import write_text
