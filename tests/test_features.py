@@ -22,6 +22,17 @@ def test_a_level_is_named_by_the_nearest_power_of_two(stride, name):
     assert level_name(stride) == name
 
 
+def test_features_are_shown_by_names_and_shapes():
+    features = Features({"c2": torch.zeros(2, 8, 16, 24), "c3": torch.zeros(2, 16, 8, 12).half()})
+    assert (
+        repr(features)
+        == "Features(c2: 2 x 8 x 16 x 24 float32 cpu, c3: 2 x 16 x 8 x 12 float16 cpu)"
+    )
+    assert repr(features._replace(prefix=torch.zeros(2, 1, 8))).endswith(
+        ", prefix: 2 x 1 x 8 float32 cpu)"
+    )
+
+
 def test_a_pyramid_passes_its_own_strides_through_untouched():
     specs = pyramid_specs((8, 16, 24, 32), first_stride=4)
     adapt = adapt_levels(specs)

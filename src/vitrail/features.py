@@ -22,6 +22,11 @@ class Features(NamedTuple):
     maps: dict[str, Tensor]
     prefix: Tensor | None = None
 
+    def __repr__(self) -> str:
+        """Names and shapes: whole tensors would fill the screen."""
+        named = {**self.maps, **({} if self.prefix is None else {"prefix": self.prefix})}
+        return f"Features({', '.join(f'{k}: {_size(v)}' for k, v in named.items())})"
+
 
 @dataclass(frozen=True)
 class FeatureSpec:
@@ -130,6 +135,10 @@ def adapt_levels(
             "strides nearer to each other than a factor of two share a level"
         )
     return AdaptLevels(specs, wanted)
+
+
+def _size(x: Tensor) -> str:
+    return " x ".join(map(str, x.shape)) + f" {str(x.dtype).removeprefix('torch.')} {x.device}"
 
 
 def _whole(stride: float) -> float:
