@@ -11,6 +11,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import vitrail.train.folder as folder_module
 import vitrail.train.state as state_module
 from tests.train.children import CONTEXT, run
 from tests.train.conftest import VIT, make_pictures, tiny_config
@@ -146,6 +147,16 @@ def test_a_row_cut_off_by_a_crash_is_left_out(tmp_path):
     with open(folder.metrics, "a") as file:
         file.write('{"step": 2, "lo')
     assert folder.rows() == [{"step": 1}]
+
+
+def test_windows_is_refused_before_anything_is_made(tmp_path, monkeypatch):
+    monkeypatch.setattr(folder_module, "fcntl", None)
+    with (
+        pytest.raises(InputError, match=r"Linux and macOS.*Subsystem"),
+        RunFolder(tmp_path / "run").locked(),
+    ):
+        pass
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_folder_that_cannot_be_made_is_an_input_error(pictures, tmp_path):

@@ -1,7 +1,6 @@
 """The run folder: config.yaml, metrics.jsonl, best/, last/, state/ and the lock that keeps two runs apart."""
 
 import errno
-import fcntl
 import json
 import os
 import shutil
@@ -19,6 +18,11 @@ from vitrail.train.config import TrainConfig
 from vitrail.train.state import states
 from vitrail.weights import write_text
 from vitrail_runtime.errors import InputError
+
+try:
+    import fcntl
+except ImportError:  # Windows has none
+    fcntl = None
 
 
 class RunFolder:
@@ -40,6 +44,11 @@ class RunFolder:
 
         Raises InputError naming the process that holds it.
         """
+        if fcntl is None:
+            raise InputError(
+                "training runs on Linux and macOS, not on Windows itself; there, use the Windows Subsystem "
+                "for Linux (wsl --install)"
+            )
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = open(self.path / "lock", "a+")  # noqa: SIM115  (held as long as the run)
