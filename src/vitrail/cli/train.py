@@ -28,6 +28,7 @@ def run(argv: list[str]) -> int:
         return show_replay(given.replay)
     config = effective_config(given.recipe, given.config, flags, given.model_fields)
     from vitrail.train.loop import train
+    from vitrail.train.progress import counted
 
     result = train(config)
     if os.environ.get("RANK", "0") != "0":  # one of many processes; the first one tells
@@ -36,7 +37,7 @@ def run(argv: list[str]) -> int:
         command = f"vitrail train --config {result.folder / 'config.yaml'}"
         say(f"{result.reason}: stopped at update {result.steps}, all saved; go on with: {command}")
         return 128 + result.signal
-    say(f"{result.reason}: {result.steps} updates in {result.seconds / 60:.1f} minutes")
+    say(f"{result.reason}: {counted(result.steps, 'update')} in {result.seconds / 60:.1f} minutes")
     say(f"report: {report_run(config, result.folder)}")
     print(f"best top-1 {result.best:.4f} on the validation pictures: {result.folder / 'best'}")
     return 0

@@ -85,6 +85,11 @@ class Progress:
             print(text, file=sys.stderr, flush=True)
 
 
+def counted(count: int, one: str, many: str = "") -> str:
+    """ "1 thread", "2 threads"."""
+    return f"{count} {one if count == 1 else many or one + 's'}"
+
+
 def _left(share: float, seconds: float) -> str:
     if share <= 0:
         return "?"

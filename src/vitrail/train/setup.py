@@ -28,7 +28,7 @@ from vitrail.train.parallel import (
     on_main,
     synchronised_batchnorm,
 )
-from vitrail.train.progress import Progress
+from vitrail.train.progress import Progress, counted
 from vitrail.train.scalars import Scalars, check_tensorboard
 from vitrail.train.state import (
     Position,
@@ -256,11 +256,13 @@ def introduce(run: Run) -> None:
         )
     trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad) / 1e6
     height, width = run.model.preprocessing.size
-    processes = f"{run.world} processes, " if run.world > 1 else ""
+    processes = f"{counted(run.world, 'process', 'processes')}, " if run.world > 1 else ""
+    threads, workers = counted(torch.get_num_threads(), "thread"), counted(run.workers, "worker")
+    pictures = counted(len(run.train_data), "picture")
     run.progress.say(
-        f"{config.model}: {trained:.2f} M parameters to train on {len(run.train_data)} pictures at "
-        f"{height} x {width}, {len(run.model.classes)} classes; {run.total_steps} updates; "
-        f"{processes}{run.accelerator.device}, {torch.get_num_threads()} threads, {run.workers} workers"
+        f"{config.model}: {trained:.2f} M parameters to train on {pictures} at {height} x {width}, "
+        f"{len(run.model.classes)} classes; {counted(run.total_steps, 'update')}; "
+        f"{processes}{run.accelerator.device}, {threads}, {workers}"
     )
     if at.step and not at.finished:
         run.progress.say(f"going on at update {at.step}, epoch {at.epoch + 1}")
