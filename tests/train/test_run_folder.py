@@ -40,7 +40,17 @@ def test_another_configuration_is_refused_with_what_differs(stopped):
 
 def test_other_pictures_are_refused(stopped, tmp_path):
     other = make_pictures(tmp_path / "other", train=9)
-    with pytest.raises(InputError, match="not the same pictures"):
+    said = r"another run.*\n  training pictures: not the same \(24 there, 27 now\)\n"
+    with pytest.raises(InputError, match=said):
+        train(replace(stopped, data=str(other)))
+
+
+def test_other_validation_pictures_are_refused(stopped, tmp_path):
+    other = make_pictures(tmp_path / "other")
+    name, another = (other / "val" / "left" / f"{i}.png" for i in range(2))
+    name.write_bytes(another.read_bytes())
+    said = r"another run.*\n  validation pictures: not the same \(12 as before, but a name, a label or a"
+    with pytest.raises(InputError, match=said):
         train(replace(stopped, data=str(other)))
 
 

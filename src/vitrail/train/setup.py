@@ -142,7 +142,7 @@ class Run:
         tensors = gather(self.model, self.optimizer, self.ema)
         if self.accelerator.is_main_process:
             with explained(self.folder):
-                about = _identity(self.config, self.train_data)
+                about = _identity(self.config, self.train_data, self.val_data)
                 write_state(self.folder.state, tensors, self.at, about, keep=self.config.keep)
         self.saved_at = self.at.seconds
 
@@ -169,7 +169,7 @@ def set_up(config: TrainConfig, accelerator: Accelerator, folder: RunFolder) -> 
     how: dict[str, Any] = {"skip_broken": config.skip_broken, "val_fraction": config.val_fraction}
     train_data = open_data(config.data, "train", **how)
     val_data = open_data(config.data, "val", classes=train_data.classes, **how)
-    saved = on_main(accelerator, lambda: find_state(config, folder, train_data))
+    saved = on_main(accelerator, lambda: find_state(config, folder, train_data, val_data))
 
     torch.manual_seed(config.seed)
     # A run that goes on has its own weights: where it started from need not be there any more.
@@ -293,7 +293,9 @@ def seed_update(config: TrainConfig, step: int, rank: int) -> None:
     torch.manual_seed(int(key >> 1))
 
 
-def find_state(config: TrainConfig, folder: RunFolder, data: ImageData) -> Path | None:
+def find_state(
+    config: TrainConfig, folder: RunFolder, train_data: ImageData, val_data: ImageData
+) -> Path | None:
     """The newest whole state in a run folder, None in a new one.
 
     Raises InputError when the folder is another run's (saying what differs), or a newer version's.
@@ -308,15 +310,16 @@ def find_state(config: TrainConfig, folder: RunFolder, data: ImageData) -> Path 
             problems.append(str(error))  # damaged after it was written; the one before will do
             continue
         theirs = from_dict(TrainConfig, about["config"], where=str(path))
-        lines = differences(config, theirs)
-        if about["data"] != data.content_hash:
-            lines.append("data: not the same pictures")
-        if lines:
+        settings = differences(config, theirs)
+        pictures = _other_pictures(about, _identity(config, train_data, val_data))
+        if settings or pictures:
+            back = [f"the configuration of that run, --config {folder.config}"] * bool(settings)
+            back += ["its pictures as they were"] * bool(pictures)
             raise InputError(
                 f"{folder.path} holds another run, {position.step} steps on:\n  "
-                + "\n  ".join(lines)
-                + "\ngive another --out, or the configuration of that run to go on with it: "
-                f"--config {folder.config}; to start from its weights: --weights {folder.path / 'last'}"
+                + "\n  ".join(settings + pictures)
+                + f"\nto go on with it: {' and '.join(back)}; to start anew: another --out, and to start "
+                f"anew from its weights --weights {folder.path / 'last'} as well"
             )
         folder.keep_rows(position.rows)
         return path
@@ -330,5 +333,27 @@ def find_state(config: TrainConfig, folder: RunFolder, data: ImageData) -> Path 
     return None
 
 
-def _identity(config: TrainConfig, data: ImageData) -> dict[str, Any]:
-    return {"config": to_dict(config), "data": data.content_hash, "classes": list(data.classes)}
+def _identity(config: TrainConfig, train_data: ImageData, val_data: ImageData) -> dict[str, Any]:
+    return {
+        "config": to_dict(config),
+        "data": train_data.content_hash,
+        "val": val_data.content_hash,
+        "counts": [len(train_data), len(val_data)],
+        "classes": list(train_data.classes),
+    }
+
+
+def _other_pictures(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
+    """Scores on other validation pictures cannot be compared: they too make another run."""
+    lines = []
+    for i, (key, what) in enumerate((("data", "training"), ("val", "validation"))):
+        if theirs.get(key, ours[key]) == ours[key]:  # the first states had no "val"
+            continue
+        there, here = theirs.get("counts", ours["counts"])[i], ours["counts"][i]
+        counts = (
+            f"{there} there, {here} now"
+            if there != here
+            else f"{here} as before, but a name, a label or a content differs"
+        )
+        lines.append(f"{what} pictures: not the same ({counts})")
+    return lines
