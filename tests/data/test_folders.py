@@ -84,6 +84,26 @@ def test_exact_duplicates_stay_on_one_side_of_the_split():
         assert len(set(held_out[start : start + 4].tolist())) == 1
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_copies_under_different_labels_stay_in_train(seed):
+    labels = np.repeat([0, 1, 2], 10)
+    digests = [f"{i}" for i in range(30)]
+    digests[10:14] = digests[0:4]  # four pictures of class 0 are also in class 1
+    digests[20:30] = ["5"] * 10  # all of class 2 is one picture of class 0
+    held_out = hold_out(labels, digests, 0.2, seed)
+    assert held_out.reshape(3, 10).sum(1).tolist() == [2, 2, 0]
+    assert not set(np.array(digests)[held_out]) & set(np.array(digests)[~held_out])
+
+
+def test_copies_under_different_labels_are_said(class_folders):
+    root = class_folders({"": {"cat": 5, "dog": 5}})
+    (root / "dog" / "000.jpg").write_bytes((root / "cat" / "000.jpg").read_bytes())
+    train, val = open_data(root, "train"), open_data(root, "val")
+    assert {"cat/000.jpg", "dog/000.jpg"} <= set(train.keys)
+    assert not set(train.digests) & set(val.digests)
+    assert "2 pictures stand under several labels" in train.notes[1]
+
+
 def test_the_content_hash_follows_the_pixels(class_folders):
     root = class_folders(BOTH)
     before = open_data(root, "train").content_hash

@@ -101,8 +101,9 @@ def open_data(
             a data set of the hub, hf:owner/name@revision.
         split: "train", "val", "test", or "all" for every picture of every split. Where the source has no val,
             `val_fraction` of each class of its training pictures is held out: drawn by `seed` from the
-            pictures' content, so that exact duplicates stay on one side and names do not matter; `notes`
-            says so. A test split is never made up and never stands in for val.
+            pictures' content, so that exact duplicates stay on one side (in train, where their labels
+            contradict each other) and names do not matter; `notes` says so. A test split is never made up
+            and never stands in for val.
         classes: the names that labels refer to, such as a trained model's; None takes the source's own,
             those of train for every split. With names given, test may lack some of them.
         skip_broken: leave broken pictures out and list them in `broken`, instead of raising.
@@ -129,12 +130,18 @@ def open_data(
     data = found[0] if len(found) == 1 else _joined(found)
     if cut:
         held_out = hold_out(data.labels, data.digests, val_fraction, seed)
+        unsure = int(contradictory(data.labels, data.digests).sum())
         data = _select(data, np.flatnonzero(held_out if split == "val" else ~held_out))
         part = "the training pictures" if have != ("",) else "the pictures"
         notes.append(
             f"{source} has no val split: {val_fraction:.0%} of {part} of each class are held out as val "
             f"(seed {seed})"
         )
+        if unsure:
+            notes.append(
+                f"{unsure} pictures stand under several labels with the same content, and stay in train; "
+                f"vitrail data check {source} names them"
+            )
     data = dataclasses.replace(data, split=split, notes=tuple(notes))
     # A user who gives the names may measure on a part of them, but train and val must cover all.
     _check_every_class(data, source, strict=classes is None or split in ("train", "val"))
@@ -165,18 +172,30 @@ def open_source(source: str | Path) -> Source:
 def hold_out(labels: np.ndarray, digests: Sequence[str], fraction: float, seed: int) -> np.ndarray:
     """(N,) bool, True for the held-out share of each class: at least one picture and never all.
 
-    Pictures are ranked by a hash of seed and content; equal ones rank together and stay together.
+    Pictures are ranked by a hash of seed and content; equal ones rank together and stay together. A content
+    that stands under several labels is never held out: no answer to it could be right.
     """
+    unsure = contradictory(labels, digests)
     ranks = [hashlib.blake2b(f"{seed}:{d}".encode(), digest_size=16).hexdigest() for d in digests]
     held_out = np.zeros(len(labels), bool)
     for label in np.unique(labels).tolist():
-        mine = sorted(np.flatnonzero(labels == label).tolist(), key=ranks.__getitem__)
-        count = min(max(1, round(fraction * len(mine))), len(mine) - 1)
+        of_class = np.flatnonzero(labels == label)
+        mine = sorted(of_class[~unsure[of_class]].tolist(), key=ranks.__getitem__)
+        count = min(max(1, round(fraction * len(of_class))), len(of_class) - 1, len(mine))
         while 0 < count < len(mine) and ranks[mine[count]] == ranks[mine[count - 1]]:
             count += 1
-        if 0 < count < len(mine):
+        if 0 < count < len(of_class):
             held_out[mine[:count]] = True
     return held_out
+
+
+def contradictory(labels: np.ndarray, digests: Sequence[str]) -> np.ndarray:
+    """(N,) bool, True for pictures whose content also stands under another label."""
+    label_of: dict[str, int] = {}
+    several = {
+        d for d, k in zip(digests, labels.tolist(), strict=True) if label_of.setdefault(d, k) != k
+    }
+    return np.array([d in several for d in digests], bool)
 
 
 def _parts(source: Source, split: str) -> tuple[list[str], bool]:
