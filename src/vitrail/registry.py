@@ -48,13 +48,19 @@ def rename_keys(
 
 @dataclass(frozen=True, kw_only=True)
 class Published:
-    """What the paper's table says of a variant, at its `image_size` (height = width, pixels)."""
+    """What the authors say of a variant, at its `image_size` (height = width, pixels).
+
+    None stands for a figure that they do not give; `remark` then says why, or what there is instead.
+    """
 
     params: float | None = None  # millions
     macs: float | None = None  # billions of multiply-adds
     top1: float | None = None  # ImageNet-1k validation, per cent
     image_size: int = 224
-    note: str = ""  # why our count differs, where it does
+    source: str  # the table or page where these figures stand
+    params_note: str = ""  # why our count differs, where it does by more than rounding
+    macs_note: str = ""
+    remark: str = ""  # why a figure is missing; what a score belongs to
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,6 @@ from torch import nn
 
 import vitrail.backbones  # noqa: F401  (registers every backbone)
 from tests.parity import assert_close_to_peer, randomise
-from vitrail.bench.macs import count_macs
 from vitrail.classifiers import Classifier, PooledHead
 from vitrail.registry import backbone_entry
 
@@ -51,17 +50,3 @@ def assert_equals_peer(
             want = peer(x.flip(1) if reverse_channels else x)
             got = model(x)
         assert_close_to_peer(got, getattr(want, "logits", want))
-
-
-def assert_macs(name: str, slack: float = 0.01) -> None:
-    """Multiply-adds of convolutions and matrix products within 1 % of the paper's, or its last digit."""
-    published = backbone_entry(name).published
-    assert published is not None
-    assert published.macs is not None
-    with torch.device("meta"):
-        macs = count_macs(classifier(name), published.image_size, published.image_size) / 1e9
-    digits = len(str(published.macs).partition(".")[2])
-    allowed = max(slack * published.macs, 0.5 * 10**-digits) * 1.001
-    assert abs(macs - published.macs) <= allowed or published.note, (
-        f"{macs:.4f} G, paper {published.macs} G"
-    )

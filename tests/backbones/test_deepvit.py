@@ -9,10 +9,9 @@ from tests.parity import fill_by_key_map, randomise
 from vitrail import packing
 from vitrail.backbones.deepvit import DeepViT, DeepViTConfig
 from vitrail.backbones.vit import ViT, ViTConfig
-from vitrail.bench.macs import count_macs
 from vitrail.layers.attention import map_to_tokens
 from vitrail.models import create_backbone, create_model
-from vitrail.registry import backbone_entry, list_backbones
+from vitrail.registry import backbone_entry
 from vitrail_runtime.errors import InputError
 
 SHAPE = {"embed_dim": 48, "depth": 3, "num_heads": 4, "patch_size": 8, "mlp_ratio": 3.0}
@@ -146,16 +145,3 @@ def test_width_is_free_and_mixing_starts_where_the_variant_says():
 def test_a_config_that_cannot_be_built_says_why(fields, message):
     with torch.device("meta"), pytest.raises(InputError, match=message):
         create_backbone("deepvit_16b", **fields)
-
-
-@pytest.mark.parametrize("name", list_backbones("deepvit*"))
-def test_multiply_adds_equal_the_papers(name):
-    published = backbone_entry(name).published
-    if published.macs is None:
-        pytest.skip("the paper gives no count")
-    with torch.device("meta"):
-        model = create_model(name)
-    count = count_macs(model, published.image_size, published.image_size) / 1e9
-    # Within 1 %, or what rounding to one decimal hides, or explained.
-    near = abs(count - published.macs) <= max(0.01 * published.macs, 0.05)
-    assert near or published.note, f"{count:.2f} G against {published.macs} G"

@@ -1,6 +1,6 @@
 import pytest
 
-from tests.backbones.peers import assert_equals_peer, assert_macs
+from tests.backbones.peers import assert_equals_peer
 
 timm = pytest.importorskip("timm")
 torchvision = pytest.importorskip("torchvision")
@@ -35,22 +35,3 @@ def test_logits_equal_the_peers(name, layout, peer):
 @pytest.mark.parametrize(("name", "layout", "peer"), PEERS + LARGER)
 def test_logits_equal_the_peers_at_the_papers_size(name, layout, peer):
     assert_equals_peer(peer_of(layout, peer), name, layout, [(224, 224), (256, 192)])
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "mobilenetv1_025",
-        "mobilenetv1_050",
-        "mobilenetv1_075",
-        "mobilenetv1_100",
-        "mobilenetv2_100",
-        "mobilenetv2_140",
-        "mobilenetv3_large",
-        "mobilenetv3_large_075",
-        "mobilenetv3_small",
-        "mobilenetv3_small_075",
-    ],
-)
-def test_multiply_adds_equal_the_papers(name):
-    assert_macs(name)

@@ -1,10 +1,7 @@
-import pytest
 import torch
 from torch import nn
 
 from vitrail.bench.macs import count_macs, count_params
-from vitrail.models import create_model
-from vitrail.registry import backbone_entry, list_backbones
 
 
 def test_a_grouped_convolution_and_a_linear_layer_are_counted_by_hand():
@@ -22,16 +19,3 @@ def test_counting_leaves_a_model_as_it_was():
     assert (model.training, model[0].training, model[1].training) == (True, True, False)
     for key, value in model.state_dict().items():
         assert torch.equal(value, before[key])
-
-
-@pytest.mark.parametrize(
-    "name", [n for n in list_backbones() if (p := backbone_entry(n).published) and p.macs]
-)
-def test_multiply_adds_equal_the_papers(name):
-    published = backbone_entry(name).published
-    with torch.device("meta"):
-        model = create_model(name)
-    macs = count_macs(model, published.image_size, published.image_size) / 1e9
-    digits = len(f"{published.macs:g}".partition(".")[2])  # 4.6 is anything from 4.55 to 4.65
-    slack = max(0.01 * published.macs, 0.5 * 10**-digits)
-    assert abs(macs - published.macs) <= slack or published.note, f"{macs:.4f} G"

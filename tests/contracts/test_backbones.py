@@ -10,7 +10,7 @@ import torch
 from tests.parity import randomise
 from vitrail.classifiers import Classifier, PooledHead
 from vitrail.models import build_backbone, create_backbone
-from vitrail.registry import backbone_entry, list_backbones, tiny_entries
+from vitrail.registry import list_backbones, tiny_entries
 from vitrail_runtime.errors import InputError
 
 TINY = tiny_entries()
@@ -51,24 +51,6 @@ def test_maps_have_the_declared_channels_and_strides(name):
     for key, spec in backbone.feature_specs.items():
         expected = (2, spec.channels, math.ceil(64 / spec.stride), math.ceil(96 / spec.stride))
         assert maps[key].shape == expected, key
-
-
-@pytest.mark.parametrize("name", [n for n in list_backbones() if backbone_entry(n).published])
-def test_parameters_equal_the_papers(name):
-    entry = backbone_entry(name)
-    if entry.published.params is None:
-        pytest.skip("the paper gives no count")
-    with torch.device("meta"):
-        backbone = create_backbone(name)
-        head = (entry.tail or PooledHead)(backbone.config, backbone.feature_specs, 1000)
-    count = sum(p.numel() for p in Classifier(backbone, head).parameters()) / 1e6
-    paper = entry.published.params
-    # A table's last printed digit stands for a range: 2.3 is anything from 2.25 to 2.35.
-    digits = len(f"{paper:g}".partition(".")[2])
-    slack = max(0.005 * paper, 0.5 * 10**-digits)
-    assert abs(count - paper) <= slack * 1.001 or entry.published.note, (
-        f"{count:.3f} M, paper {paper} M"
-    )
 
 
 @pytest.mark.parametrize("name", list_backbones())

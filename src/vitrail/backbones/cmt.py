@@ -9,7 +9,7 @@ convolution in its middle (IRFFN). Four stages halve the map as in a convolution
 The maps are what leaves the blocks, without a final norm; the network has none.
 
 Where the paper and the official code (github.com/ggjy/CMT.pytorch) differ, we follow the code, whose weights
-exist:
+exist (what is said of the paper here, its tables and equations, is from memory and unverified):
 - Keys and values: the paper's equation 2 has the depthwise convolution alone, the code BatchNorm after it.
 - Scores are divided by the square root of the width of a value head; the same as a key head's (section 3.2)
   in every named model.
@@ -392,6 +392,11 @@ def resample(state: Tensors, config: CMTConfig) -> Tensors:
     return out
 
 
+SOURCE = (
+    "top-1: the official README; parameters and multiply-adds: the paper's table 2, which we could not read "
+    "(the parameters stand so in other people's tables, the multiply-adds are unverified)"
+)
+
 register_backbone(
     CMT,
     VARIANTS,
@@ -418,15 +423,16 @@ register_backbone(
         for name, config in VARIANTS.items()
         if isinstance(config.image_size, int)
     },
-    published={  # table 2
-        "cmt_ti": Published(params=9.5, macs=0.6, top1=79.1, image_size=160),
-        "cmt_xs": Published(params=15.2, macs=1.5, top1=81.8, image_size=192),
+    published={
+        "cmt_ti": Published(params=9.5, macs=0.6, top1=79.0, image_size=160, source=SOURCE),
+        "cmt_xs": Published(params=15.2, macs=1.5, top1=81.8, image_size=192, source=SOURCE),
         "cmt_s": Published(
             params=25.1,
             macs=4.0,
             top1=83.5,
-            note="the official code, with the expansion of 4 that table 1 gives, has 26.26 M",
+            source=SOURCE,
+            params_note="the official code has 26.26 M too; what the paper leaves out is not known",
         ),
-        "cmt_b": Published(params=45.7, macs=9.3, top1=84.5, image_size=256),
+        "cmt_b": Published(params=45.7, macs=9.3, top1=84.5, image_size=256, source=SOURCE),
     },
 )

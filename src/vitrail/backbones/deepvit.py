@@ -6,7 +6,8 @@ stops paying. Maps of different heads of one block stay different, so re-attenti
 after the softmax a learnt matrix mixes the heads, and a norm brings the result back to a fair scale (equation
 3). The rest is a ViT, and its code is in vit.py. The paper's other remedy, wider tokens, is `embed_dim`.
 
-Where the paper and the official code (github.com/zhoudaquan/dvit_repo) differ, we follow the code:
+Where the paper and the official code (github.com/zhoudaquan/dvit_repo) differ, we follow the code (what is
+said of the paper here is from memory and unverified, but for its figures, which later papers quote):
 - The paper puts re-attention into every block; the code's DeepViT-S and -L mix the heads in the last 5 of 16
   and the last 12 of 32 blocks only (`mix_from`). The depth family 16b, 24b and 32b mixes in all.
 - The paper's mixing is one matrix of heads by heads; the code's has a bias too: a 1x1 convolution over heads.
@@ -186,6 +187,11 @@ class DeepViT(ViT):
         super().__init__(config, stem, blocks)
 
 
+README = "the official README"
+QUOTED = "top-1: the official README; the counts: the paper's table, as later papers quote it"
+CODE = "the official code is the same layer for layer; how the paper counts is not known"
+NO_MACS = "the README gives no multiply-adds"
+
 register_backbone(
     DeepViT,
     VARIANTS,
@@ -210,13 +216,22 @@ register_backbone(
     preprocessing=Preprocessing(crop_pct=0.9),
     published={
         "deepvit_s": Published(
-            params=27, macs=6.2, top1=82.3, note="the official code has 27.31 M and 6.36 G"
+            params=27,
+            macs=6.2,
+            top1=82.3,
+            source=QUOTED,
+            macs_note=CODE,
         ),
         "deepvit_l": Published(
-            params=55, macs=12.5, top1=83.1, note="the official code has 58.88 M and 13.15 G"
+            params=55,
+            macs=12.5,
+            top1=83.1,
+            source=QUOTED,
+            params_note="the official code has 58.88 M too; its README says 48.1 M, the count of deepvit_32b",
+            macs_note=CODE,
         ),
-        "deepvit_16b": Published(params=24.5, top1=79.10),
-        "deepvit_24b": Published(params=36.3, top1=79.99),
-        "deepvit_32b": Published(params=48.1, top1=80.9),
+        "deepvit_16b": Published(params=24.5, top1=79.10, source=README, remark=NO_MACS),
+        "deepvit_24b": Published(params=36.3, top1=79.99, source=README, remark=NO_MACS),
+        "deepvit_32b": Published(params=48.1, top1=80.90, source=README, remark=NO_MACS),
     },
 )

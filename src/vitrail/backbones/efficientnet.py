@@ -219,15 +219,16 @@ def from_torchvision(state: Tensors, config: EfficientNetConfig) -> Tensors:
 
 
 CROP_PCT = (0.875, 0.882, 0.890, 0.904, 0.922, 0.934, 0.942, 0.949)
-PUBLISHED = {  # Table 2: parameters in millions, billions of multiply-adds, top-1
-    "efficientnet_b0": (5.3, 0.39, 77.1, ""),
-    "efficientnet_b1": (7.8, 0.70, 79.1, ""),
-    "efficientnet_b2": (9.2, 1.0, 80.1, "9.11 M, as in timm and torchvision"),
-    "efficientnet_b3": (12, 1.8, 81.6, ""),
-    "efficientnet_b4": (19, 4.2, 82.9, "4.39 G, as in timm and torchvision"),
-    "efficientnet_b5": (30, 9.9, 83.6, "10.27 G, as in timm and torchvision"),
-    "efficientnet_b6": (43, 19, 84.0, ""),
-    "efficientnet_b7": (66, 37, 84.3, "37.75 G, as in timm and torchvision"),
+SAME = "timm's and torchvision's models have as many; how the paper counts is not known"
+PUBLISHED = {  # parameters in millions, billions of multiply-adds, top-1
+    "efficientnet_b0": (5.3, 0.39, 77.1),
+    "efficientnet_b1": (7.8, 0.70, 79.1),
+    "efficientnet_b2": (9.2, 1.0, 80.1),
+    "efficientnet_b3": (12, 1.8, 81.6),
+    "efficientnet_b4": (19, 4.2, 82.9),
+    "efficientnet_b5": (30, 9.9, 83.6),
+    "efficientnet_b6": (43, 19, 84.0),
+    "efficientnet_b7": (66, 37, 84.3),
 }
 
 register_backbone(
@@ -268,9 +269,15 @@ register_backbone(
     },
     published={
         prefix + name: Published(
-            params=params, macs=macs, top1=top1, image_size=NATIVE[name].image_size, note=note
+            params=params,
+            macs=macs,
+            top1=top1,
+            image_size=NATIVE[name].image_size,
+            source="the paper's table 2, as later papers quote it",
+            params_note=SAME if name.endswith("b2") else "",
+            macs_note=SAME if name.endswith(("b1", "b4", "b5", "b7")) else "",
         )
-        for name, (params, macs, top1, note) in PUBLISHED.items()
+        for name, (params, macs, top1) in PUBLISHED.items()
         for prefix in ("", "tf_")
     },
 )

@@ -379,6 +379,13 @@ def from_torchvision_v3(state: Tensors, config: MobileNetV3Config) -> Tensors:
     return absorb_eps(rename_keys(torchvision_stages(state, places, "block"), rules), 1e-3, 1e-5)
 
 
+V1_TABLE = "the paper's table 6, as TensorFlow's and Keras's documentation quote it"
+SLIM = "TensorFlow Slim's README"
+V2_NOTE = (
+    "the README leaves out the scales and shifts of BatchNorm, without which the count is the same"
+)
+V2_REMARK = "the paper draws this width in its figure 5, without numbers"
+
 register_backbone(
     MobileNetV1,
     V1_VARIANTS,
@@ -391,11 +398,15 @@ register_backbone(
         )
     },
     preprocessing=Preprocessing(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)),
-    published={  # Tables 6 and 8
-        "mobilenetv1_025": Published(params=0.5, macs=0.041, top1=50.6),
-        "mobilenetv1_050": Published(params=1.3, macs=0.149, top1=63.7),
-        "mobilenetv1_075": Published(params=2.6, macs=0.325, top1=68.4),
-        "mobilenetv1_100": Published(params=4.2, macs=0.569, top1=70.6),
+    published={
+        "mobilenetv1_025": Published(params=0.5, macs=0.041, top1=50.6, source=V1_TABLE),
+        "mobilenetv1_050": Published(params=1.3, macs=0.149, top1=63.7, source=V1_TABLE),
+        "mobilenetv1_075": Published(params=2.6, macs=0.325, top1=68.4, source=V1_TABLE),
+        "mobilenetv1_100": Published(params=4.2, macs=0.569, top1=70.6, source=V1_TABLE),
+        "mobilenetv1_125": Published(
+            source="none",
+            remark="a width of timm's; the paper's end at 1.0, and so do TensorFlow's",
+        ),
     },
 )
 register_backbone(
@@ -419,12 +430,31 @@ register_backbone(
         ),
     },
     preprocessing=Preprocessing(),
-    published={  # Table 4
+    published={
+        "mobilenetv2_035": Published(
+            params=1.66, macs=0.059, top1=60.3, source=SLIM, params_note=V2_NOTE, remark=V2_REMARK
+        ),
+        "mobilenetv2_050": Published(
+            params=1.95, macs=0.097, top1=65.4, source=SLIM, params_note=V2_NOTE, remark=V2_REMARK
+        ),
+        "mobilenetv2_075": Published(
+            params=2.61, macs=0.209, top1=69.8, source=SLIM, params_note=V2_NOTE, remark=V2_REMARK
+        ),
         "mobilenetv2_100": Published(
-            params=3.4, macs=0.300, top1=72.0, note="the released model has 3.5 M parameters"
+            params=3.47,
+            macs=0.300,
+            top1=71.8,
+            source=SLIM,
+            params_note=V2_NOTE,
+            remark="the paper's table 4 has 3.4 M and 72.0 %",
         ),
         "mobilenetv2_140": Published(
-            params=6.9, macs=0.585, top1=74.7, note="the released model has 6.1 M parameters"
+            params=6.06,
+            macs=0.582,
+            top1=75.0,
+            source=SLIM,
+            params_note=V2_NOTE,
+            remark="the paper's table 4 has 6.9 M, 0.585 G and 74.7 %; no model of that size was released",
         ),
     },
 )
@@ -456,14 +486,33 @@ register_backbone(
         ),
     },
     preprocessing=Preprocessing(),
-    published={  # Table 3
+    published={
         "mobilenetv3_large": Published(
-            params=5.4, macs=0.219, top1=75.2, note="the released model: 5.48 M, 0.217 G"
+            params=5.4,
+            macs=0.217,
+            top1=75.2,
+            source="the paper's table 9 (table 3 has 0.219 G)",
+            params_note="timm's and torchvision's models have 5.48 M too; digits seem cut there",
         ),
-        "mobilenetv3_large_075": Published(params=4.0, macs=0.155, top1=73.3),
-        "mobilenetv3_small": Published(params=2.5, macs=0.056, top1=67.4),
+        "mobilenetv3_large_075": Published(
+            params=4.0, macs=0.155, top1=73.3, source="the paper's table 3"
+        ),
+        "mobilenetv3_small": Published(
+            params=2.5, macs=0.056, top1=67.4, source="the paper's table 3"
+        ),
         "mobilenetv3_small_075": Published(
-            params=2.0, macs=0.044, top1=65.4, note="we count 0.0434 G, without activations"
+            params=2.0,
+            macs=0.044,
+            top1=65.4,
+            source="the paper's table 3",
+            macs_note="timm's model has 0.0434 G too; what else the paper counts is not known",
+        ),
+        "mobilenetv3_small_050": Published(
+            params=1.6,
+            macs=0.021,
+            top1=58.0,
+            source="the paper's table 9",
+            macs_note="timm keeps the stem 16 wide at this multiplier; 8 wide, all is 0.021 G",
         ),
     },
 )

@@ -102,6 +102,10 @@ def from_torchvision(state: Tensors, config: ResNetConfig) -> Tensors:
 
 MARKS = ("conv1.weight", "layer1.0.conv1.weight", "layer4.1.conv2.weight")
 
+TABLES = "the paper's tables 1 to 4, from memory: we could not read them (unverified)"
+STRIDE = "a bottleneck has its stride in the 3x3 convolution, as torchvision's v1.5"
+REMARK = "the paper gives no parameters; its errors are by ten crops"
+
 register_backbone(
     ResNet,
     VARIANTS,
@@ -111,11 +115,19 @@ register_backbone(
         "timm": Layout(from_torchvision, marks=MARKS, source="timm/resnet*"),
     },
     preprocessing=Preprocessing(interpolation="bilinear"),
-    published={  # Table 1; errors by ten crops
-        "resnet18": Published(macs=1.8, top1=72.1, note="top-1 by ten crops"),
-        "resnet34": Published(macs=3.6, top1=75.5, note="3.66 G as in torchvision"),
-        "resnet50": Published(macs=3.8, top1=77.2, note="4.09 G: the stride is in the 3x3"),
-        "resnet101": Published(macs=7.6, top1=78.3, note="7.80 G: the stride is in the 3x3"),
-        "resnet152": Published(macs=11.3, top1=78.6, note="11.51 G: the stride is in the 3x3"),
+    published={
+        "resnet18": Published(macs=1.8, top1=72.1, source=TABLES, remark=REMARK),
+        "resnet34": Published(
+            macs=3.6,
+            top1=75.5,
+            source=TABLES,
+            macs_note="torchvision counts as many; how the paper counts is not known",
+            remark=REMARK,
+        ),
+        "resnet50": Published(macs=3.8, top1=77.2, source=TABLES, macs_note=STRIDE, remark=REMARK),
+        "resnet101": Published(macs=7.6, top1=78.3, source=TABLES, macs_note=STRIDE, remark=REMARK),
+        "resnet152": Published(
+            macs=11.3, top1=78.6, source=TABLES, macs_note=STRIDE, remark=REMARK
+        ),
     },
 )

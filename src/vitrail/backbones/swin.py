@@ -474,6 +474,10 @@ def from_hugging_face(state: dict[str, Tensor], config: SwinConfig) -> dict[str,
 
 _INDEX = ("*.relative_position_index", "*.attn_mask")
 
+TABLE = "the paper's table 1, as later papers quote it"
+README = "the official README"
+IN22K = "top-1 after ImageNet-22k"
+
 register_backbone(
     Swin,
     VARIANTS,
@@ -522,14 +526,24 @@ register_backbone(
         else Preprocessing(crop_pct=0.9)
         for name, config in VARIANTS.items()
     },
-    published={  # table 1; L and the windows of 12 pre-trained on ImageNet-22k where so in the table
+    published={
         "swin_tiny_patch4_window7": Published(
-            params=29, macs=4.5, top1=81.3, note="28.29 M, rounded up in the paper's table"
+            params=29,
+            macs=4.5,
+            top1=81.3,
+            source=TABLE,
+            params_note="the official README has 28 M",
         ),
-        "swin_small_patch4_window7": Published(params=50, macs=8.7, top1=83.0),
-        "swin_base_patch4_window7": Published(params=88, macs=15.4, top1=83.5),
-        "swin_base_patch4_window12": Published(params=88, macs=47.0, top1=84.5, image_size=384),
-        "swin_large_patch4_window7": Published(params=197, macs=34.5, top1=86.3),
-        "swin_large_patch4_window12": Published(params=197, macs=103.9, top1=87.3, image_size=384),
+        "swin_small_patch4_window7": Published(params=50, macs=8.7, top1=83.0, source=TABLE),
+        "swin_base_patch4_window7": Published(params=88, macs=15.4, top1=83.5, source=TABLE),
+        "swin_base_patch4_window12": Published(
+            params=88, macs=47.0, top1=84.5, image_size=384, source=TABLE
+        ),
+        "swin_large_patch4_window7": Published(
+            params=197, macs=34.5, top1=86.3, source=README, remark=IN22K
+        ),
+        "swin_large_patch4_window12": Published(
+            params=197, macs=103.9, top1=87.3, image_size=384, source=README, remark=IN22K
+        ),
     },
 )

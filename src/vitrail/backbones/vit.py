@@ -744,28 +744,86 @@ LAYOUTS = {
 HALF = (0.5, 0.5, 0.5)
 AUGREG = Preprocessing(crop_pct=0.9, mean=HALF, std=HALF)
 
-HEADLESS = "the paper's count has no classifier"
-AUGREG_SCORE = "top-1 of the released AugReg weights (Steiner et al., 2021), ImageNet-21k first"
+HEADLESS = "the paper leaves out the classifier: 86.09 M without it"
+STEINER = 'Steiner et al., "How to train your ViT?", TMLR 2022, table 2'
+README = "the official README (AugReg weights, ImageNet-21k first)"
+SWIN = "multiply-adds: the Swin paper's table 1"
+NO_MACS = "no multiply-adds are given"
+ZHAI = "Zhai et al., table 2, as later papers quote it"
 PUBLISHED = {
-    # Parameters: ViT, Table 1, and Scaling ViT, Table 2. Top-1: ViT, Table 5, at 384 px, from ImageNet-21k.
-    # MACs: as in Swin, Table 1.
-    "vit_tiny_patch16": Published(top1=75.5, note=AUGREG_SCORE),
-    "vit_small_patch16": Published(macs=4.6, top1=81.4, note=AUGREG_SCORE),
-    "vit_small_patch32": Published(top1=76.0, note=AUGREG_SCORE),
-    "vit_base_patch8": Published(top1=85.8, note=AUGREG_SCORE),
-    "vit_base_patch16": Published(params=86, macs=55.4, top1=83.97, image_size=384, note=HEADLESS),
-    "vit_base_patch32": Published(top1=81.28, image_size=384),
+    "vit_tiny_patch16": Published(
+        params=5.8,
+        top1=78.22,
+        image_size=384,
+        source=f"parameters: {STEINER}; top-1: {README}",
+        remark=NO_MACS,
+    ),
+    "vit_small_patch8": Published(
+        source="none",
+        remark="in no table of these papers; its weights are DINO's, without a classifier",
+    ),
+    "vit_small_patch16": Published(
+        params=22.2,
+        top1=83.73,
+        image_size=384,
+        source=f"parameters: {STEINER}; top-1: {README}",
+        remark=NO_MACS,
+    ),
+    "vit_small_patch32": Published(
+        top1=79.58,
+        image_size=384,
+        source=f"top-1: {README}",
+        remark="neither parameters nor multiply-adds are given",
+    ),
+    "vit_base_patch8": Published(
+        source="none", remark="neither the papers' tables nor the README's have it"
+    ),
+    "vit_base_patch16": Published(
+        params=86,
+        macs=55.4,
+        top1=85.49,
+        image_size=384,
+        source=f"parameters: the paper's table 1; {SWIN}; top-1: {README}",
+        params_note=HEADLESS,
+    ),
+    "vit_base_patch32": Published(
+        top1=83.59,
+        image_size=384,
+        source=f"top-1: {README}",
+        remark="neither parameters nor multiply-adds are given",
+    ),
+    "vit_large_patch14": Published(
+        source="none", remark="not in the paper: the shape of DINOv2's and others' image towers"
+    ),
     "vit_large_patch16": Published(
         params=307,
         macs=190.7,
-        top1=85.15,
+        top1=85.59,
         image_size=384,
-        note="the layers of Table 1 count 303.3 M, and 304.3 M with a classifier",
+        source=f"parameters: the paper's table 1; {SWIN}; top-1: {README}",
+        params_note="the layers of table 1 count 303.7 M, and 304.7 M with a classifier",
     ),
-    "vit_large_patch32": Published(top1=80.99, image_size=384),
-    "vit_huge_patch14": Published(params=632, top1=85.13, image_size=384),
-    "vit_giant_patch14": Published(params=1011, note=HEADLESS),
-    "vit_gigantic_patch14": Published(params=1843, note=HEADLESS),
+    "vit_large_patch32": Published(
+        top1=82.01,
+        image_size=384,
+        source="top-1: the official README, fine-tuned by its code",
+        remark="neither parameters nor multiply-adds are given",
+    ),
+    "vit_huge_patch14": Published(
+        params=632,
+        source="the paper's table 1",
+        remark="no multiply-adds are given; its 88.55 % is of weights from JFT-300M, which are not released",
+    ),
+    "vit_giant_patch14": Published(
+        params=1011,
+        source=ZHAI,
+        remark="neither multiply-adds nor weights are published; trained on JFT-3B",
+    ),
+    "vit_gigantic_patch14": Published(
+        params=1843,
+        source=ZHAI,
+        remark="neither multiply-adds nor weights are published; trained on JFT-3B",
+    ),
 }
 
 register_backbone(

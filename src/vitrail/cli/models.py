@@ -51,15 +51,21 @@ def run(argv: list[str]) -> int:
 
 
 def count(name: str) -> list[int]:
-    """[parameters, multiply-adds at the paper's size] of a model, on `meta`: no weights, no picture."""
+    """[parameters, multiply-adds] of a model built for the paper's size, on `meta`: no weights, no
+    picture."""
     import torch
 
     from vitrail.bench.macs import count_macs, count_params
     from vitrail.models import create_model
+    from vitrail.registry import backbone_entry
 
-    with torch.device("meta"):
-        model = create_model(name)
     size = paper_size(name)
+    # Position tables grow with the size that a model is built for.
+    fields: dict[str, Any] = (
+        {"image_size": size} if hasattr(backbone_entry(name).config, "image_size") else {}
+    )
+    with torch.device("meta"):
+        model = create_model(name, **fields)
     return [count_params(model), count_macs(model, size, size)]
 
 
@@ -68,6 +74,34 @@ def paper_size(name: str) -> int:
 
     entry = backbone_entry(name)
     return entry.published.image_size if entry.published else entry.preprocessing.size[0]
+
+
+def differences(name: str, counts: list[int]) -> list[tuple[str, str]]:
+    """(what, why) for each of our counts that lies beyond 0.5 % (parameters) or 1 % (multiply-adds) of the
+    published one; an empty "why" is one that nobody has explained.
+
+    A printed figure stands for all that it could be rounded from: 50 for 49.5 to 50.5, 2.3 for 2.25 to 2.35.
+    """
+    from vitrail.registry import backbone_entry
+
+    published = backbone_entry(name).published
+    if published is None:
+        return []
+    params, macs = counts[0] / 1e6, counts[1] / 1e9
+    found = []
+    for what, unit, ours, theirs, slack, note in (
+        ("parameters", "M", params, published.params, 0.005, published.params_note),
+        ("multiply-adds", "G", macs, published.macs, 0.01, published.macs_note),
+    ):
+        if theirs is None or abs(ours - theirs) <= slack * theirs:
+            continue
+        digits = len(f"{theirs:g}".partition(".")[2])
+        digits = max(digits, 1) if theirs < 10 else digits  # 4.0 is a float like 4
+        rounded = abs(ours - theirs) <= 0.5000001 * 10**-digits
+        gap = 100 * (ours - theirs) / theirs
+        figures = f"{what} {ours:.4g} {unit} against {theirs:g} {unit} ({gap:+.1f} %)"
+        found.append((figures, note or ("rounded there" if rounded else "")))
+    return found
 
 
 def stored_counts() -> dict[str, list[int]]:
@@ -99,7 +133,11 @@ def row(name: str, counts: list[int]) -> dict[str, Any]:
         "paper_params_m": published.params if published else None,
         "paper_macs_g": published.macs if published else None,
         "paper_top1": published.top1 if published else None,
-        "note": published.note if published else "",
+        "source": published.source if published else "",
+        "remark": published.remark if published else "",
+        "differences": [
+            f"{what}: {why or 'not explained'}" for what, why in differences(name, counts)
+        ],
         "weights": weight_sources(name),
     }
 
@@ -152,8 +190,9 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         "# Models",
         "",
         "Made by `vitrail models --markdown docs/models.md`; CI fails when it is stale.",
-        "Parameters and multiply-adds are counted from the model itself, with a head of 1000 classes,",
-        "at the size named; the paper's figures stand beside them. An empty cell: the paper gives none.",
+        "Parameters and multiply-adds are counted from the model itself, with a head of 1000 classes, built",
+        "for the size named; the authors' figures stand beside them. An empty cell: they give none, and the",
+        "second list below says why.",
         "",
         "| model | params M | paper | MACs G | paper | at px | strides | paper top-1 % | weights |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -171,13 +210,34 @@ def markdown(rows: list[dict[str, Any]]) -> str:
             "; ".join(r["weights"]),
         ]
         lines.append("| " + " | ".join(cells) + " |")
-    notes = [f"- `{r['name']}`: {r['note']}" for r in rows if r["note"]]
-    if notes:
-        lines += ["", "## Where a count differs from the paper's", "", *notes]
+    differ = [f"- `{r['name']}`: {line}" for r in rows for line in r["differences"]]
+    if differ:
+        lines += [
+            "",
+            "## Where a count differs from the authors'",
+            "",
+            "By more than 0.5 % of the parameters or 1 % of the multiply-adds.",
+            "",
+            *differ,
+        ]
+    lines += ["", "## Where the authors' figures stand", ""]
+    for (_, source, remark), group in _grouped(rows).items():
+        named = ", ".join(f"`{name}`" for name in group)
+        said = [text for text in ("" if source == "none" else source, remark) if text]
+        lines.append(f"- {named}: {'. '.join(text[0].upper() + text[1:] for text in said)}.")
     lines += ["", "## Where official code, paper and vitrail differ", ""]
     for title, text in departures({r["name"] for r in rows}):
         lines += [f"### {title}", "", text, ""]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _grouped(rows: list[dict[str, Any]]) -> dict[tuple[str, str, str], list[str]]:
+    """(family, source, remark) -> the models of which both are said, in the order of the table."""
+    groups: dict[tuple[str, str, str], list[str]] = {}
+    for r in rows:
+        if r["source"]:
+            groups.setdefault((r["family"], r["source"], r["remark"]), []).append(r["name"])
+    return groups
 
 
 def _cell(value: float | None) -> str:
