@@ -15,9 +15,11 @@ from safetensors.torch import load_file
 import vitrail
 from tests.train.children import run, run_many
 from tests.train.conftest import VIT, make_pictures, tiny_config
+from vitrail.data.augmentation import Augmentation
+from vitrail.data.plan import BatchPlan
 from vitrail.train.folder import RunFolder
 from vitrail.train.loop import train
-from vitrail.train.parallel import check_world, choose_workers
+from vitrail.train.parallel import check_shares, check_world, choose_workers
 from vitrail.train.state import read_header, states
 from vitrail_runtime.errors import InputError
 
@@ -88,6 +90,37 @@ def test_processes_that_cannot_share_a_batch_are_told_one_that_they_can(pictures
     with pytest.raises(InputError, match="2 processes in 4 parts each"):
         check_world(replace(config, accumulate=4), 2)
     check_world(replace(config, accumulate=3), 4)
+
+
+def plan_of(config, length: int = 10_000) -> BatchPlan:
+    scales = tuple((side, side) for side in config.sizes)
+    return BatchPlan(length=length, batch_size=config.batch_size, size=(32, 32), scales=scales)
+
+
+def test_every_size_of_a_run_must_be_shared_before_it_starts(pictures, tmp_path):
+    config = config_for(pictures, tmp_path, batch_size=96, sizes=(24, 32, 48))
+    assert plan_of(config).batch_sizes() == {(24, 24): 168, (32, 32): 96, (48, 48): 40}
+    check_shares(config, plan_of(config), 8)
+    said = "^3 processes cannot share batches of 40 pictures of 48 x 48 equally; take 2 processes, or other"
+    with pytest.raises(InputError, match=said):
+        check_shares(config, plan_of(config), 3)
+    config = replace(config, batch_size=18, sizes=(32, 24))
+    said = "3 processes.* 32 pictures of 24 x 24.*take --batch-size 27, the nearest that they can, or 2 "
+    with pytest.raises(InputError, match=said):
+        check_shares(config, plan_of(config), 3)
+    config = replace(config, batch_size=27)
+    check_shares(config, plan_of(config), 3)
+
+
+def test_pairs_of_mixup_need_even_shares(pictures, tmp_path):
+    config = config_for(pictures, tmp_path, batch_size=12)
+    check_shares(config, plan_of(config), 4)
+    config = replace(config, augmentation=Augmentation(mixup=0.8))
+    check_shares(config, plan_of(config), 2)
+    with pytest.raises(
+        InputError, match=r"even shares, as the pairs of MixUp.*--batch-size 8, .* 3 processes$"
+    ):
+        check_shares(config, plan_of(config), 4)
 
 
 def test_an_error_of_the_first_process_ends_all_and_is_told_once(pictures, tmp_path):

@@ -158,6 +158,10 @@ class BatchPlan:
             return np.sort(chosen)
         return chosen[_permutation(self.length, (self.seed, epoch, _AGAIN))]
 
+    def batch_sizes(self) -> dict[tuple[int, int], int]:
+        """Samples of a step by its (height, width); the last step of an epoch may have fewer."""
+        return dict(zip(self._sizes(), self._batch_sizes(), strict=True))
+
     def _sizes(self) -> tuple[tuple[int, int], ...]:
         return self.scales or (self.size,)
 

@@ -9,6 +9,7 @@ by its own share, and rank 0's running statistics are kept, because torch has no
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -19,8 +20,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from vitrail.data.plan import BatchPlan
 from vitrail.train.config import TrainConfig
 from vitrail.train.optim import is_block
+from vitrail.train.progress import counted
 from vitrail_runtime.errors import InputError
 
 T = TypeVar("T")
@@ -75,6 +78,47 @@ def check_world(config: TrainConfig, world: int) -> None:
             f"{world} processes{parts} cannot share a batch of {config.batch_size} equally; "
             f"the nearest batch size that they can is {nearest}: --batch-size {nearest}"
         )
+
+
+def check_shares(config: TrainConfig, plan: BatchPlan, world: int) -> None:
+    """Raise InputError unless the processes can share the batches of every size.
+
+    MixUp and CutMix pair neighbours of a share, so odd shares would make other pairs than one process does.
+    """
+    mixes = config.augmentation.mixup > 0 or config.augmentation.cutmix > 0
+    odd = _not_shared(plan, world, mixes)
+    if not odd:
+        return
+    batches = ", ".join(f"{n} pictures of {h} x {w}" for (h, w), n in odd.items())
+    how = "in even shares, as the pairs of MixUp and CutMix need" if mixes else "equally"
+    nearest = _nearest_batch_size(config, plan, world, mixes)
+    fewer = next(w for w in range(world - 1, 0, -1) if not _not_shared(plan, w, mixes))
+    they_can = f"--batch-size {nearest}, the nearest that they can, or " if nearest else ""
+    raise InputError(
+        f"{world} processes cannot share batches of {batches} {how}; take {they_can}"
+        f"{counted(fewer, 'process', 'processes')}" + (", or other --sizes" if config.sizes else "")
+    )
+
+
+def _not_shared(plan: BatchPlan, world: int, mixes: bool) -> dict[tuple[int, int], int]:
+    """The batches, by size, of which the processes cannot have equal shares, and even ones to mix."""
+    unit = 1 if world == 1 else 2 * world if mixes else world
+    return {size: n for size, n in plan.batch_sizes().items() if n % unit}
+
+
+def _nearest_batch_size(
+    config: TrainConfig, plan: BatchPlan, world: int, mixes: bool
+) -> int | None:
+    shares = world * config.accumulate
+    sizes = range(shares, 2 * config.batch_size + 1, shares)
+    for size in sorted(sizes, key=lambda n: (abs(n - config.batch_size), n)):
+        try:
+            other = replace(plan, batch_size=size, weights=None, strata=None)
+        except InputError:  # too large for the data, or too small for a scale
+            continue
+        if not _not_shared(other, world, mixes):
+            return size
+    return None
 
 
 def distribute(model: Any, config: TrainConfig, accelerator: Accelerator) -> nn.Module:

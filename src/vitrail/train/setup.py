@@ -22,6 +22,7 @@ from vitrail.train.ema import Ema
 from vitrail.train.folder import RunFolder, explained
 from vitrail.train.optim import create_optimizer
 from vitrail.train.parallel import (
+    check_shares,
     check_world,
     choose_workers,
     distribute,
@@ -175,6 +176,8 @@ def set_up(config: TrainConfig, accelerator: Accelerator, folder: RunFolder) -> 
     # A run that goes on has its own weights: where it started from need not be there any more.
     start = config if saved is None else replace(config, weights=None)
     model = build_model(start, train_data.classes).to(accelerator.device)
+    plan = build_plan(config, train_data, model.preprocessing.size, accelerator.num_processes)
+    check_shares(config, plan, accelerator.num_processes)
     if config.train_only == "head":
         model.backbone.requires_grad_(False)
     model = synchronised_batchnorm(model, accelerator)
@@ -186,7 +189,6 @@ def set_up(config: TrainConfig, accelerator: Accelerator, folder: RunFolder) -> 
         position, _ = read_header(saved)
         restore(read_state(saved), model, optimizer, ema)
 
-    plan = build_plan(config, train_data, model.preprocessing.size, accelerator.num_processes)
     per_epoch = [plan.steps(epoch) for epoch in range(config.epochs)]
     total = min(sum(per_epoch), config.max_steps or sum(per_epoch))
     warmup = min(round(config.warmup_epochs * sum(per_epoch) / config.epochs), total // 2)
