@@ -81,3 +81,26 @@ def test_multi_scale_recipes_have_batches_that_eight_processes_share(name):
     plan = BatchPlan(length=50_000, batch_size=config.batch_size, size=size, scales=scales)
     for batch in plan.batches(epoch=0):
         batch.part(rank=7, world=8)
+
+
+def test_mobilevit_draws_the_papers_five_sizes_and_warms_up_for_3000_updates():
+    config = recipe_config("mobilevit_s")
+    assert config.sizes == (160, 192, 256, 288, 320)
+    scales = tuple((side, side) for side in config.sizes)
+    plan = BatchPlan(length=1_281_167, batch_size=config.batch_size, size=(256, 256), scales=scales)
+    steps = sum(plan.steps(epoch) for epoch in range(4)) / 4  # of ImageNet
+    assert config.warmup_epochs * steps == pytest.approx(3000, rel=0.03)
+    assert (config.batch_size, config.warmup_lr, config.lr, config.min_lr) == (
+        1024,
+        2e-4,
+        2e-3,
+        2e-4,
+    )
+
+
+def test_narrower_mobilevitv2_take_higher_rates_and_less_decay():
+    widths = [recipe_config(f"mobilevitv2_{p:03d}") for p in range(50, 201, 25)]
+    assert [c.lr for c in widths] == [9e-3, 9e-3, 7.5e-3, 4.9e-3, 3.5e-3, 2.6e-3, 2e-3]
+    decays = [c.weight_decay for c in widths]
+    assert decays == [0.004, 0.008, 0.013, 0.02, 0.029, 0.039, 0.05]
+    assert all(c.min_lr == pytest.approx(c.lr / 10) for c in widths)

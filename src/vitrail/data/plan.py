@@ -204,7 +204,8 @@ def balanced_weights(labels: np.ndarray) -> np.ndarray:
 
 
 def square_scales(low: int, high: int, step: int = 32) -> tuple[tuple[int, int], ...]:
-    """((low, low), ..., (high, high)): the set of MobileViT is square_scales(160, 320)."""
+    """((low, low), ..., (high, high)), every `step` pixels. MobileViT's own set is not evenly spaced: 160,
+    192, 256, 288 and 320 (section 4.1), without 224."""
     if not 0 < low <= high or step < 1:
         raise InputError(
             f"scales need 0 < low <= high and step >= 1, but got {low}, {high}, {step}"

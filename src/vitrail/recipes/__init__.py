@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from vitrail.recipes.cifar10 import cifar10_efficientvit_m0, cifar10_vit_tiny
 from vitrail.recipes.cmt import cmt_b, cmt_s, cmt_ti, cmt_xs
-from vitrail.recipes.deepvit import deepvit_16b, deepvit_32b, deepvit_s
+from vitrail.recipes.deepvit import deepvit_16b, deepvit_24b, deepvit_32b, deepvit_l, deepvit_s
 from vitrail.recipes.deit import deit_small, deit_tiny
 from vitrail.recipes.digits import digits
 from vitrail.recipes.efficientnet import efficientnet_b0
@@ -51,7 +51,9 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
         efficientvit_m4,
         efficientvit_m5,
         deepvit_s,
+        deepvit_l,
         deepvit_16b,
+        deepvit_24b,
         deepvit_32b,
         cmt_ti,
         cmt_xs,

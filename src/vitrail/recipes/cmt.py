@@ -16,7 +16,7 @@ def cmt_ti() -> TrainConfig:
 
     Command: torchrun --nproc-per-node 8 -m vitrail train --recipe cmt_ti --data IMAGENET --out runs/cmt_ti.
     Cost: 800 epochs on eight GPUs (official README, which gives no time).
-    Expected: top-1 79.0 (official README; the paper's table 2 has 79.1).
+    Expected: top-1 79.0 (official README).
     """
     return replace(
         imagenet_deit("cmt_ti"),
