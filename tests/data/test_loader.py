@@ -1,5 +1,11 @@
 """Batches do not depend on who makes them."""
 
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -66,6 +72,35 @@ def test_workers_stay_over_epochs_and_epochs_differ(data):
     first, second, again = (list(loader.epoch(e)) for e in (0, 1, 0))
     assert not torch.equal(first[0].indices, second[0].indices)
     assert all(torch.equal(a.images, b.images) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_workers_is_left_to_the_run(data, number):
+    loader = TrainLoader(data, plan_of(data), EVERYTHING, workers=2)
+    batches = loader.epoch(0)
+    next(batches)
+    workers = multiprocessing.active_children()
+    for worker in workers:
+        os.kill(worker.pid, number)
+    assert len(list(batches)) == 3
+    assert all(worker.is_alive() for worker in workers)
+
+
+@pytest.mark.slow
+def test_a_program_ends_though_a_loader_with_workers_is_still_held(data):
+    """As a name of the module holds it, or the traceback of an error."""
+    lines = [
+        "import sys",
+        "from vitrail.data import open_data",
+        "from vitrail.data.loader import *",
+        "data = open_data(sys.argv[1], 'train')",
+        "plan = BatchPlan(length=len(data), batch_size=8, size=(8, 8))",
+        "batches = train_batches(data, plan, Augmentation(), epoch=0, workers=1)",
+        "next(batches)",
+    ]
+    root = str(data.source.root)
+    command = [sys.executable, "-c", "\n".join(lines), root]
+    assert subprocess.run(command, timeout=60, check=False).returncode == 0
 
 
 def test_a_batch_is_contiguous_bytes_with_the_labels_of_its_pictures(data):

@@ -4,7 +4,12 @@ What a batch holds never depends on the number of workers or processes: every ra
 sample's key.
 """
 
+import atexit
+import os
+import signal
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cache, partial
+from types import FrameType
 from typing import NamedTuple
 
 import numpy as np
@@ -194,6 +199,7 @@ class _Jobs:
                 num_workers=workers,
                 persistent_workers=True,
                 pin_memory=pin_memory,
+                worker_init_fn=partial(_leave_signals_to_the_run, _signals_are_the_runs()),
             )
 
     def run(self, jobs: Iterable) -> Iterator:
@@ -208,6 +214,28 @@ class _Jobs:
             return (self.dataset[job] for job in jobs)
         self.queue.jobs = jobs
         return self.loader
+
+
+@cache
+def _signals_are_the_runs() -> Tensor:
+    """One byte that this process and its workers share: 1, and 0 once the interpreter ends."""
+    flag = torch.ones(1, dtype=torch.uint8).share_memory_()
+    # Python ends with SIGTERM and a join for workers that still live, such as those that a traceback holds.
+    # Registered after multiprocessing's own, this comes before it.
+    atexit.register(flag.zero_)
+    return flag
+
+
+def _leave_signals_to_the_run(flag: Tensor, worker: int) -> None:
+    """Ctrl-C and a batch system's SIGTERM reach every process of a run, but the run decides when it stops:
+    it still needs its batch, and torch raises in the midst of an update when a worker dies."""
+
+    def on_terminate(number: int, frame: FrameType | None) -> None:
+        if not flag.item():
+            os._exit(128 + number)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, on_terminate)
 
 
 class _Queue:
