@@ -14,6 +14,8 @@ import torch
 from accelerate.state import AcceleratorState
 
 import vitrail.metrics  # noqa: F401  (imported once, by the server)
+from vitrail.data.images import ImageData
+from vitrail.train import loop
 from vitrail.train.config import TrainConfig
 from vitrail.train.loop import train
 from vitrail_runtime.errors import InputError
@@ -22,12 +24,13 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.train.children"])
 
 
-def run(config: TrainConfig, *, dies_at: str = "") -> int:
+def run(config: TrainConfig, *, dies_at: str = "", unreadable: str = "") -> int:
     """Train in a child, which writes stderr to OUT.stderr; the exit code. It may kill itself on the way.
 
     dies_at: "rename:N" at the N-th rename of a file (0 based), before it happens.
+    unreadable: "train:N" or "val:N": no picture of that split can be read after N updates.
     """
-    child = CONTEXT.Process(target=_child, args=(config, dies_at))
+    child = CONTEXT.Process(target=_child, args=(config, dies_at, unreadable))
     child.start()
     child.join()
     return child.exitcode
@@ -35,7 +38,7 @@ def run(config: TrainConfig, *, dies_at: str = "") -> int:
 
 def run_and_kill(config: TrainConfig, *, growths: int, delay: float) -> int:
     """Train in a child and kill it: some seconds after its log has grown so many times; the exit code."""
-    child = CONTEXT.Process(target=_child, args=(config, ""))
+    child = CONTEXT.Process(target=_child, args=(config,))
     child.start()
     metrics = Path(config.out) / "metrics.jsonl"
     seen = size = metrics.stat().st_size if metrics.is_file() else 0
@@ -51,13 +54,19 @@ def run_and_kill(config: TrainConfig, *, growths: int, delay: float) -> int:
     return child.exitcode
 
 
-def run_many(config: TrainConfig, world: int) -> list[int]:
-    """Train in `world` processes, as a launcher would start them; their exit codes."""
+def run_many(config: TrainConfig, world: int, *, unreadable: str = "") -> list[int]:
+    """Train in `world` processes, as a launcher would start them; their exit codes.
+
+    unreadable: as in `run`, in the last of them alone.
+    """
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     children = [
-        CONTEXT.Process(target=_rank, args=(config, rank, world, port)) for rank in range(world)
+        CONTEXT.Process(
+            target=_rank, args=(config, rank, world, port, unreadable * (rank == world - 1))
+        )
+        for rank in range(world)
     ]
     for child in children:
         child.start()
@@ -67,26 +76,31 @@ def run_many(config: TrainConfig, world: int) -> list[int]:
 
 
 def ask_to_stop(config: TrainConfig, number: int) -> int:
-    """Train in a child, send it a signal as soon as it has logged something; the exit code."""
-    child = CONTEXT.Process(target=_child, args=(config, ""))
+    """Train in a child, send it and its workers a signal once it has logged something; the exit code."""
+    child = CONTEXT.Process(target=_leader, args=(config,))
     child.start()
     metrics = Path(config.out) / "metrics.jsonl"
     while child.is_alive() and not (metrics.is_file() and metrics.stat().st_size):
         time.sleep(0.01)
-    os.kill(child.pid, number)
+    os.killpg(child.pid, number)
     child.join()
     return child.exitcode
 
 
-def _rank(config: TrainConfig, rank: int, world: int, port: int) -> None:
+def _leader(config: TrainConfig) -> None:
+    os.setpgid(0, 0)  # as a shell makes one group of a command's processes
+    _child(config)
+
+
+def _rank(config: TrainConfig, rank: int, world: int, port: int, unreadable: str) -> None:
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
     os.environ |= {name: str(value) for name, value in names.items()}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     AcceleratorState._reset_state(reset_partial_state=True)  # the parent was alone
-    _child(config, "")
+    _child(config, unreadable=unreadable)
 
 
-def _child(config: TrainConfig, dies_at: str) -> None:
+def _child(config: TrainConfig, dies_at: str = "", unreadable: str = "") -> None:
     # Processes that wait for each other would wait for ever: say where, and end.
     said = open(f"{config.out}.stderr", "a")  # noqa: SIM115  (the server's own is nobody's capture)
     os.dup2(said.fileno(), 2)
@@ -104,9 +118,28 @@ def _child(config: TrainConfig, dies_at: str) -> None:
             real(*args, **kwargs)
 
         os.replace = replace
+    if unreadable:
+        _lose(unreadable)
     try:
         result = train(config)
     except InputError as error:
         print(error, file=sys.stderr, flush=True)
         os._exit(2)
     os._exit(128 + result.signal if result.signal else 0)
+
+
+def _lose(unreadable: str) -> None:
+    split, _, count = unreadable.partition(":")
+    left, real_update, real_read = int(count), loop.update, ImageData.read_bytes
+
+    def update(*args) -> int:
+        nonlocal left
+        left -= 1
+        return real_update(*args)
+
+    def read_bytes(self, i: int) -> bytes:
+        if left <= 0 and self.split == split:
+            raise InputError(f"{self.where(i)} cannot be read")
+        return real_read(self, i)
+
+    loop.update, ImageData.read_bytes = update, read_bytes

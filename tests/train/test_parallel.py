@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 import vitrail
 from tests.train.children import run, run_many
 from tests.train.conftest import VIT, make_pictures, tiny_config
+from vitrail.cli import main
 from vitrail.data.augmentation import Augmentation
 from vitrail.data.plan import BatchPlan
 from vitrail.train.folder import RunFolder
@@ -128,6 +129,58 @@ def test_an_error_of_the_first_process_ends_all_and_is_told_once(pictures, tmp_p
     assert run_many(config, 2) == [0, 0]
     assert run_many(replace(config, lr=0.5), 2) == [2, 2]
     assert Path(f"{config.out}.stderr").read_text().count("holds another run") == 1
+
+
+@pytest.mark.parametrize(
+    "unreadable",
+    ["train:5", "val:3", pytest.param("val:3 fsdp", marks=pytest.mark.slow)],
+)
+def test_a_picture_that_one_process_cannot_read_leaves_the_run_saved(
+    pictures, tmp_path, alone, unreadable
+):
+    what, _, fsdp = unreadable.partition(" ")
+    config = config_for(pictures, tmp_path / "run", parallel=fsdp or "data", save_every=60.0)
+    assert run_many(config, 2, unreadable=what) == [2, 2]
+    said = Path(f"{config.out}.stderr").read_text()
+    assert said.count("cannot be read\nthe run is saved at update") == 1, "the first process tells"
+    assert "process 1 on " in said
+    assert run_many(config, 2) == [0, 0]
+    assert losses(tmp_path / "run") == pytest.approx(losses(alone), abs=1e-5)
+
+
+def test_a_mistake_that_all_processes_meet_is_told_once(pictures, tmp_path):
+    config = config_for(tmp_path / "nowhere", tmp_path / "run")
+    assert run_many(config, 2) == [2, 2]
+    assert Path(f"{config.out}.stderr").read_text().count("no such file") == 1
+    config = config_for(
+        pictures, tmp_path / "odd", augmentation=Augmentation(mixup=1), batch_size=6
+    )
+    assert run_many(config, 2) == [2, 2]
+    assert Path(f"{config.out}.stderr").read_text().count("cannot share batches of 6") == 1
+
+
+def test_a_mistake_in_the_command_is_told_by_the_first_process_of_a_machine(monkeypatch, capsys):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert main(["train", "--epochs", "3"]) == 2
+    assert capsys.readouterr().err == ""
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert main(["train", "--epochs", "3"]) == 2
+    assert "say which pictures" in capsys.readouterr().err
+
+
+def test_only_the_first_process_writes(pictures, tmp_path):
+    pytest.importorskip("tensorboard")
+    out = tmp_path / "run"
+    assert run_many(config_for(pictures, out, tensorboard=True, epochs=1, eval_every=1), 2) == [
+        0,
+        0,
+    ]
+    assert len(list((out / "tensorboard").iterdir())) == 1
+    assert [(row["kind"], row["step"]) for row in RunFolder(out).rows()] == [
+        ("train", 1),
+        ("train", 2),
+        ("eval", 2),
+    ]
 
 
 def test_a_cpu_run_reads_in_its_own_process_unless_told_otherwise(pictures, tmp_path):

@@ -1,20 +1,26 @@
 """A run that is killed, whenever, ends with the weights of one that is not, bit for bit."""
 
+import os
 import random
 import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from tests.train.children import ask_to_stop, run, run_and_kill
 from tests.train.conftest import VIT, tiny_config
+from vitrail.configuration import to_dict
 from vitrail.data.augmentation import Augmentation
 from vitrail.train.folder import RunFolder
 from vitrail.train.loop import train
-from vitrail.train.state import read_state, states
+from vitrail.train.state import read_header, read_state, states
 
 
 def config_for(data: Path, out: Path, **changes):
@@ -101,6 +107,48 @@ def test_a_signal_saves_the_run_which_then_goes_on(
     config = config_for(pictures, out, **changes)
     assert ask_to_stop(replace(config, save_every=60.0), number) == 128 + number
     assert len(states(out / "state")) == 1
+    assert run(config) == 0
+    assert same(out, uninterrupted)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_workers_too_saves_the_run(pictures, tmp_path, number):
+    config = config_for(pictures, tmp_path / "run", **VIT, epochs=500, workers=2, save_every=60.0)
+    assert ask_to_stop(config, number) == 128 + number
+    assert len(states(tmp_path / "run" / "state")) == 1
+    assert "worker" not in Path(f"{config.out}.stderr").read_text().replace("2 workers", "")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_command_stops_by_a_signal_to_its_group(pictures, tmp_path, number):
+    config = config_for(pictures, tmp_path / "run", **VIT, epochs=5000, workers=2, save_every=60.0)
+    (file := tmp_path / "run.yaml").write_text(yaml.safe_dump(to_dict(config)))
+    command = [sys.executable, "-m", "vitrail", "train", "--config", str(file)]
+    child = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    while child.poll() is None and not RunFolder(config.out).rows():
+        time.sleep(0.1)
+    os.killpg(child.pid, number)
+    _, said = child.communicate(timeout=120)
+    assert child.returncode == 128 + number, said
+    assert f"{signal.Signals(number).name}: stopped at update" in said
+    assert "Traceback" not in said
+    step = read_header(states(tmp_path / "run" / "state")[0])[0].step
+    assert step > 0
+    assert f"at update {step}, all saved; go on with: vitrail train" in said
+
+
+@pytest.mark.parametrize("unreadable", ["train:5", "val:7"])
+def test_a_picture_that_cannot_be_read_leaves_the_run_saved(
+    pictures, tmp_path, changes, uninterrupted, unreadable
+):
+    out = tmp_path / "run"
+    config = config_for(pictures, out, **changes)
+    assert run(replace(config, save_every=60.0), unreadable=unreadable) == 2
+    said = Path(f"{out}.stderr").read_text()
+    saved = 5 if unreadable == "train:5" else 8
+    assert "png cannot be read\nthe run is saved at update " + f"{saved}; put this right" in said
+    assert [p.name for p in states(out / "state")] == [f"step-{saved:08d}.safetensors"]
     assert run(config) == 0
     assert same(out, uninterrupted)
 

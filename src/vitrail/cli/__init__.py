@@ -48,7 +48,9 @@ def main(argv: list[str] | None = None) -> int:
         verb = importlib.import_module(f"vitrail.cli.{VERBS[argv[0]][0]}")
         return verb.run(argv[1:]) or 0
     except InputError as error:
-        print(f"vitrail: {error}", file=sys.stderr)
+        # Of the processes that a launcher started on this machine, the first one tells.
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"vitrail: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader of our output went away (| head)
         sys.stderr.close()

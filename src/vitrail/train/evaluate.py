@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from vitrail.data.images import ImageData
 from vitrail.data.loader import batch_indices, eval_batches
+from vitrail.train.agreement import share
 from vitrail_runtime.errors import InputError
 from vitrail_runtime.preprocess import Preprocessing
 
@@ -46,25 +47,34 @@ def evaluate(
     lookup = torch.tensor(label_map(data.classes, model.classes))
     metrics = ClassificationMetrics(len(model.classes), device)
     kept: list[tuple[Tensor, ...]] = []
+    problem: InputError | None = None
+    done = 0
     with eval_mode(model):
-        for batch in eval_batches(
-            data, preprocessing, batch_size, rank=rank, world=world, workers=workers
-        ):
-            labels = lookup[batch.labels]
-            logits = model(batch.images.to(device)).float()
-            metrics.update(logits, labels.to(device))
-            if predictions:
-                said = (logits.argmax(1).cpu(), logits.softmax(1).half().cpu())
-                kept.append((torch.as_tensor(batch.indices), labels, *said))
+        try:
+            for batch in eval_batches(
+                data, preprocessing, batch_size, rank=rank, world=world, workers=workers
+            ):
+                labels = lookup[batch.labels]
+                logits = model(batch.images.to(device)).float()
+                metrics.update(logits, labels.to(device))
+                done += 1
+                if predictions:
+                    said = (logits.argmax(1).cpu(), logits.softmax(1).half().cpu())
+                    kept.append((torch.as_tensor(batch.indices), labels, *said))
+        except InputError as error:  # the other processes learn of it below
+            problem = error
         if world > 1 and any(isinstance(p, DTensor) for p in model.parameters()):
             # Sharded weights are collected anew in every forward, by all processes together: whoever has
-            # fewer batches than the others goes along, else they wait for ever.
+            # fewer batches than the others, or cannot read on, goes along, else they wait for ever.
             counts = [
                 len(batch_indices(data, preprocessing, batch_size, r, world)) for r in range(world)
             ]
             nothing = torch.zeros(1, 3, *preprocessing.size, device=device)
-            for _ in range(max(counts) - counts[rank]):
+            for _ in range(max(counts) - done):
                 model(nothing)
+    shared = share(problem)
+    if shared is not None:
+        raise shared from problem
     scores = metrics.compute()
     scores["classes"] = list(model.classes)
     scores["per_class"] = dict(zip(model.classes, scores["per_class"], strict=True))

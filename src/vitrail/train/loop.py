@@ -3,8 +3,9 @@
 import math
 import signal
 import time
+from collections.abc import Iterator
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from vitrail.data.augment import mix
 from vitrail.data.loader import TrainBatch
+from vitrail.train.agreement import SharedError, share, told_once
 from vitrail.train.build import settled
 from vitrail.train.config import TrainConfig
 from vitrail.train.evaluate import evaluate
@@ -28,6 +30,7 @@ from vitrail.train.parallel import (
 from vitrail.train.replay import keep_batch
 from vitrail.train.schedule import learning_rate
 from vitrail.train.setup import Run, introduce, seed_update, set_up
+from vitrail_runtime.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -63,34 +66,83 @@ def train(config: TrainConfig) -> RunResult:
 
 
 def fit(run: Run, interrupt: Interrupt) -> RunResult:
-    """The loop itself: epochs of updates, each closed by an evaluation."""
+    """The loop, which leaves its state behind where a picture cannot be read: what was learnt is kept."""
+    try:
+        return loop(run, interrupt)
+    except SharedError as problem:
+        saved = ""
+        if run.at.step:
+            run.save_state()
+            saved = (
+                f"\nthe run is saved at update {run.at.step}; put this right and give the same command again "
+                f"to go on: vitrail train --config {run.folder.config}"
+            )
+        raise told_once(InputError(f"{problem}{saved}")) from problem
+
+
+def loop(run: Run, interrupt: Interrupt) -> RunResult:
+    """Epochs of updates, each closed by an evaluation.
+
+    Raises SharedError when a process cannot read a picture; `run.at` is then a position to go on from.
+    """
     config, at, asked = run.config, run.at, 0
     if at.finished:
         run.progress.say(f"{run.folder.path} is finished: {at.finished}")
     while not at.finished and not asked:
         run.begin_epoch()
-        for batch in run.batches():
+        batches = run.batches()
+        over = why_over(run)  # at once where the last evaluation of all could not be made
+        while not over and not asked and (batch := next_batch(run, batches)) is not None:
             asked = update(run, batch, interrupt)
             if at.step % config.log_every == 0:
                 run.log_training()
-            if at.step >= run.total_steps:
-                at.finished = "all epochs" if config.max_steps is None else "all steps"
-            elif run.share_done >= 1:
-                at.finished = "time limit"
-            if at.finished or asked:
-                break
-            if at.seconds - run.saved_at >= 60 * config.save_every:
+            over = why_over(run)
+            if not over and not asked and at.seconds - run.saved_at >= 60 * config.save_every:
                 run.save_state()
-        if at.batch == run.plan.steps(at.epoch) and (at.finished or not asked):
+        stood = replace(at)
+        if at.batch == run.plan.steps(at.epoch) and (over or not asked):
             at.epoch, at.batch = at.epoch + 1, 0
-        if at.finished or (at.batch == 0 and at.epoch % config.eval_every == 0):
-            score(run)
+        at.finished = over
+        if over or (at.batch == 0 and at.epoch % config.eval_every == 0):
+            try:
+                score(run)
+            except SharedError:
+                run.at = stood  # before the evaluation, which is then made first
+                raise
         if at.finished or asked:
             run.save_state()
     reason = at.finished or signal.Signals(asked).name
     return RunResult(
         run.folder.path, reason, 0 if at.finished else asked, at.step, at.best, at.seconds
     )
+
+
+def why_over(run: Run) -> str:
+    """Why no further update is to be made, or ""."""
+    if run.at.step >= run.total_steps:
+        return "all epochs" if run.config.max_steps is None else "all steps"
+    return "time limit" if run.share_done >= 1 else ""
+
+
+def next_batch(run: Run, batches: Iterator[TrainBatch]) -> TrainBatch | None:
+    """This process's share of the next batch, None behind the last one.
+
+    Raises SharedError, on every process, when any cannot read its share.
+    """
+    batch = problem = None
+    try:
+        batch = next(batches, None)
+    except InputError as error:
+        problem = error
+    if run.world > 1:
+        # A word before each update: the others must not wait in it for the gradients of one who cannot come.
+        (failed,) = mean_over_processes(run.accelerator, float(problem is not None))
+    else:
+        failed = problem is not None
+    shared = share(problem) if failed else None
+    if shared is not None:
+        raise shared from problem
+    return batch
 
 
 def update(run: Run, batch: TrainBatch, interrupt: Interrupt) -> int:

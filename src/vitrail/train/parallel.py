@@ -21,6 +21,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from vitrail.data.plan import BatchPlan
+from vitrail.train.agreement import told_once
 from vitrail.train.config import TrainConfig
 from vitrail.train.optim import is_block
 from vitrail.train.progress import counted
@@ -162,11 +163,9 @@ def on_main(accelerator: Accelerator, action: Callable[[], T]) -> T:
     if accelerator.num_processes > 1:
         dist.broadcast_object_list(answer, src=0)
     result, message = answer
-    if message is None:
-        return result
-    if accelerator.is_main_process:
-        raise InputError(message)
-    raise SystemExit(2)
+    if message is not None:
+        raise told_once(InputError(message))
+    return result
 
 
 def mean_over_processes(accelerator: Accelerator, *values: float | Tensor) -> list[float]:

@@ -16,6 +16,7 @@ from vitrail.configuration import from_dict, to_dict
 from vitrail.data.images import ImageData, open_data
 from vitrail.data.loader import TrainBatch, TrainLoader
 from vitrail.data.plan import BatchPlan, balanced_weights
+from vitrail.train.agreement import together
 from vitrail.train.build import build_model
 from vitrail.train.config import TrainConfig, differences
 from vitrail.train.ema import Ema
@@ -131,53 +132,55 @@ class Run:
     def _add_row(self, *, kind: str, **figures: Any) -> None:
         at = self.at
         row = {"kind": kind, "step": at.step, "epoch": at.epoch, "images": at.images}
-        if self.accelerator.is_main_process:
+
+        def add() -> None:
             with explained(self.folder):
                 self.folder.add_row(row | figures | {"seconds": round(at.seconds, 3)})
                 if self.scalars is not None:
                     self.scalars.add(kind, at.step, figures)
+
+        on_main(self.accelerator, add)
         at.rows += 1
 
     def save_state(self) -> None:
         """Write where the run stands, so that it can go on from here."""
         tensors = gather(self.model, self.optimizer, self.ema)
-        if self.accelerator.is_main_process:
+
+        def write() -> None:
             with explained(self.folder):
                 about = _identity(self.config, self.train_data, self.val_data)
                 write_state(self.folder.state, tensors, self.at, about, keep=self.config.keep)
+
+        on_main(self.accelerator, write)
         self.saved_at = self.at.seconds
 
     def save_model(self, names: list[str], scores: dict[str, Any]) -> None:
         """Write the model as it stands, with its scores and predictions, to folders of these names."""
         state = {key: whole(value) for key, value in self.model.state_dict().items()}
-        if not self.accelerator.is_main_process:
-            return
-        with torch.device("meta"):
-            model = build_model(replace(self.config, weights=None), self.train_data.classes)
-        model.load_state_dict(state, assign=True)
-        figures = {key: value for key, value in scores.items() if key != "predictions"}
-        for name in names:
-            with explained(self.folder), self.folder.replacing(name) as new:
-                models.save(model, new, metrics=figures)
-                np.savez_compressed(new / "predictions.npz", **scores["predictions"])
+
+        def write() -> None:
+            with torch.device("meta"):
+                model = build_model(replace(self.config, weights=None), self.train_data.classes)
+            model.load_state_dict(state, assign=True)
+            figures = {key: value for key, value in scores.items() if key != "predictions"}
+            for name in names:
+                with explained(self.folder), self.folder.replacing(name) as new:
+                    models.save(model, new, metrics=figures)
+                    np.savez_compressed(new / "predictions.npz", **scores["predictions"])
+
+        on_main(self.accelerator, write)
 
 
 def set_up(config: TrainConfig, accelerator: Accelerator, folder: RunFolder) -> Run:
     """Build everything and bring it to where the run in `folder` stopped, if one did."""
-    check_world(config, accelerator.num_processes)
-    if config.tensorboard:
-        check_tensorboard()
-    how: dict[str, Any] = {"skip_broken": config.skip_broken, "val_fraction": config.val_fraction}
-    train_data = open_data(config.data, "train", **how)
-    val_data = open_data(config.data, "val", classes=train_data.classes, **how)
+    train_data, val_data = together(lambda: open_splits(config, accelerator.num_processes))
     saved = on_main(accelerator, lambda: find_state(config, folder, train_data, val_data))
 
     torch.manual_seed(config.seed)
     # A run that goes on has its own weights: where it started from need not be there any more.
     start = config if saved is None else replace(config, weights=None)
-    model = build_model(start, train_data.classes).to(accelerator.device)
-    plan = build_plan(config, train_data, model.preprocessing.size, accelerator.num_processes)
-    check_shares(config, plan, accelerator.num_processes)
+    model, plan = together(lambda: build(start, train_data, accelerator.num_processes))
+    model = model.to(accelerator.device)
     if config.train_only == "head":
         model.backbone.requires_grad_(False)
     model = synchronised_batchnorm(model, accelerator)
@@ -186,8 +189,8 @@ def set_up(config: TrainConfig, accelerator: Accelerator, folder: RunFolder) -> 
     ema = Ema(model, config.ema) if config.ema else None
     position = Position()
     if saved is not None:
-        position, _ = read_header(saved)
-        restore(read_state(saved), model, optimizer, ema)
+        position, _ = together(lambda: read_header(saved))
+        restore(together(lambda: read_state(saved)), model, optimizer, ema)
 
     per_epoch = [plan.steps(epoch) for epoch in range(config.epochs)]
     total = min(sum(per_epoch), config.max_steps or sum(per_epoch))
@@ -228,6 +231,24 @@ def set_up(config: TrainConfig, accelerator: Accelerator, folder: RunFolder) -> 
         with explained(folder):
             run.scalars = Scalars(folder.path / "tensorboard", position.step)
     return run
+
+
+def open_splits(config: TrainConfig, world: int) -> tuple[ImageData, ImageData]:
+    """Training and validation pictures, after what can be checked without them."""
+    check_world(config, world)
+    if config.tensorboard:
+        check_tensorboard()
+    how: dict[str, Any] = {"skip_broken": config.skip_broken, "val_fraction": config.val_fraction}
+    train_data = open_data(config.data, "train", **how)
+    return train_data, open_data(config.data, "val", classes=train_data.classes, **how)
+
+
+def build(config: TrainConfig, data: ImageData, world: int) -> tuple[Any, BatchPlan]:
+    """The model, on the CPU, and the batches that its processes share."""
+    model = build_model(config, data.classes)
+    plan = build_plan(config, data, model.preprocessing.size, world)
+    check_shares(config, plan, world)
+    return model, plan
 
 
 def introduce(run: Run) -> None:

@@ -1,0 +1,62 @@
+"""What many processes do about a mistake that any of them met: all stop, one tells.
+
+Processes wait for each other in every collective, so one that leaves alone leaves the others waiting, or
+dying of a broken connection. Errors are therefore exchanged at points that all of them reach.
+"""
+
+import socket
+from collections.abc import Callable
+from typing import TypeVar, cast
+
+import torch.distributed as dist
+
+from vitrail_runtime.errors import InputError
+
+T = TypeVar("T")
+
+
+class SharedError(InputError):
+    """An InputError that every process raises at the same point: they may still act together."""
+
+
+def together(action: Callable[[], T]) -> T:
+    """What each process gets from its own `action`, in which none waits for another.
+
+    An InputError of any ends all: the first process tells it, the others leave with exit code 2.
+    """
+    result: T | None = None
+    problem: InputError | None = None
+    try:
+        result = action()
+    except InputError as error:
+        problem = error
+    shared = share(problem)
+    if shared is not None:
+        raise told_once(shared) from problem
+    return cast(T, result)
+
+
+def share(problem: InputError | None) -> SharedError | None:
+    """One error for all processes of what any of them met; None where none did. All must call it."""
+    if not _many():
+        return None if problem is None else SharedError(str(problem))
+    mine = None if problem is None else (str(problem), socket.gethostname())
+    met: list[tuple[str, str] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(met, mine)
+    if not any(met):
+        return None
+    texts = {m and m[0] for m in met}
+    if len(texts) == 1:
+        return SharedError(*texts)
+    return SharedError(
+        "\n".join(f"process {i} on {m[1]}: {m[0]}" for i, m in enumerate(met) if m is not None)
+    )
+
+
+def told_once(error: InputError) -> InputError | SystemExit:
+    """What to raise on every process for an error that all have: the first tells, the others are quiet."""
+    return SystemExit(2) if _many() and dist.get_rank() else error
+
+
+def _many() -> bool:
+    return dist.is_initialized() and dist.get_world_size() > 1
