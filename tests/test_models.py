@@ -237,6 +237,8 @@ def test_a_square_table_is_resampled_to_another_grid_of_as_many_patches():
     peer = timm.create_model("vit_tiny_patch16_224", depth=1)
     config = {"depth": 1, "image_size": (112, 448)}  # 7 x 28 patches instead of 14 x 14
     model = vitrail.create_model("vit_tiny_patch16", weights=peer.state_dict(), **config)
+    (said,) = model.weights_report.resampled
+    assert said == "backbone.pos_embed (1, 197, 192), to another grid of as many places"
     table = model.backbone.pos_embed.detach()
     assert not torch.equal(table, peer.pos_embed)
     peer.set_input_size((112, 448))

@@ -215,6 +215,29 @@ def test_other_class_names_of_equal_number_are_an_error_that_shows_both(toy, tmp
     assert "read model.safetensors in the folder" in str(load(model, tmp_path, toy))
 
 
+def test_the_names_of_a_transformers_folder_are_compared_too(toy, tmp_path):
+    model = classifier()
+    write_state(model.state_dict(), tmp_path / "model.safetensors")
+    labels = {"0": "ant, Formica rufa", "1": "bee", "2": "cat"}
+    (tmp_path / "config.json").write_text(json.dumps({"id2label": labels}))
+    model.classes = ("bee", "ant", "cat")
+    with pytest.raises(
+        InputError, match=r"3 classes ant, Formica rufa, bee, cat, but .* bee, ant, cat; "
+    ):
+        load(model, tmp_path, toy)
+    model.classes = ("Ant", "bee", "cat")
+    assert "calls its" not in str(load(model, tmp_path, toy))
+    model.classes = ("0", "1", "2")  # nobody named them: nothing to contradict, but worth saying
+    assert "the file calls its 3 classes ant, Formica rufa, bee, cat" in str(
+        load(model, tmp_path, toy)
+    )
+    (tmp_path / "config.json").write_text(
+        json.dumps({"id2label": {"0": "LABEL_0", "1": "LABEL_1", "2": "LABEL_2"}})
+    )
+    model.classes = ("ant", "bee", "dog")
+    load(model, tmp_path, toy)
+
+
 def test_a_model_on_meta_is_refused(toy):
     with torch.device("meta"):
         model = Toy(ToyConfig())

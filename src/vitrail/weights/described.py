@@ -32,7 +32,7 @@ def described(
         preprocessing = _from_transformers(preprocessor, default)
     architecture = config.get("architecture")
     return Described(
-        classes=_classes(config),
+        classes=class_list(config),
         architecture=architecture if isinstance(architecture, str) else "",
         preprocessing=preprocessing,
     )
@@ -85,8 +85,9 @@ def _numbers(mean: Any, std: Any) -> dict[str, Any]:
     }
 
 
-def _classes(config: Mapping[str, Any]) -> tuple[str, ...] | None:
-    """Names from our own config.json, transformers' id2label or timm's label_names."""
+def class_list(config: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """Class names in the order of the labels from our own config.json, transformers' id2label or timm's
+    label_names; None where there are none, or none that anybody gave."""
     names = config.get("classes") or config.get("label_names")
     labels = config.get("id2label")
     if isinstance(labels, Mapping) and all(str(i) in labels for i in range(len(labels))):

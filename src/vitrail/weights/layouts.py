@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from vitrail.registry import BackboneEntry, Layout, backbone_entry, list_backbones, unknown
+from vitrail.weights.described import class_list
 from vitrail.weights.files import Checkpoint, read_checkpoint
 from vitrail_runtime.errors import InputError
 
@@ -97,19 +99,19 @@ def load_weights(
     """
     checkpoint = read_checkpoint(source)
     own = model.state_dict()
-    if any(value.is_meta for value in own.values()):
-        raise InputError(
-            f"{entry.name} stands on the meta device and cannot take weights; build it on the CPU"
-        )
     # The parts of a classifier are "backbone" and "head"; a backbone has other names at the top.
     whole = all(key.startswith(("backbone.", "head.")) for key in own)
-    _check_classes(model, checkpoint, whole)
+    said = _compare_classes(model, checkpoint, whole)
     wanted = own if whole else {f"backbone.{key}": value for key, value in own.items()}
     best = best_fit(checkpoint.state, wanted, entry, config, layout)
     if best is None:
         raise InputError(_unrecognised(checkpoint, wanted, entry))
     if best.problems:
         raise InputError(_does_not_fit(checkpoint, wanted, entry, best))
+    if any(value.is_meta for value in own.values()):
+        raise InputError(
+            f"{entry.name} stands on the meta device and cannot take weights; build it on the CPU"
+        )
     ready = best.state if whole else {k.removeprefix("backbone."): v for k, v in best.state.items()}
     with torch.no_grad():
         for key, value in ready.items():
@@ -123,7 +125,7 @@ def load_weights(
         dropped_head=tuple(best.dropped_head),
         classes=best.classes,
         resampled=tuple(best.resampled),
-        notes=(*checkpoint.notes, *best.notes),
+        notes=(*checkpoint.notes, *best.notes, *said),
     )
     model.weights_report = report  # pyright: ignore[reportArgumentType] (no tensor, by design)
     return report
@@ -189,11 +191,16 @@ def _has(state: Mapping[str, Tensor], mark: str) -> bool:
     return mark in state
 
 
+# Of what resampling is made; renaming, joining and folding do without.
+RESAMPLING = {"matmul", "__matmul__", "__rmatmul__", "interpolate"}
+
+
 class Traced(Tensor):
-    """A tensor that knows which keys of a checkpoint it was made from, so that a key map stays a plain
-    function and the report can still tell what it did not use."""
+    """A tensor that knows which keys of a checkpoint it was made from, and whether by resampling, so that a
+    key map stays a plain function and the report can still tell what it did and what it did not use."""
 
     origin: frozenset[str] = frozenset()
+    resampled: bool = False
 
     @classmethod
     def __torch_function__(
@@ -201,9 +208,12 @@ class Traced(Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         out = super().__torch_function__(func, types, args, kwargs)
-        origin = frozenset().union(*(t.origin for t in _traced([args, kwargs])))
+        sources = list(_traced([args, kwargs]))
+        origin = frozenset().union(*(t.origin for t in sources))
+        resampled = getattr(func, "__name__", "") in RESAMPLING or any(t.resampled for t in sources)
         for tensor in _traced(out):
             tensor.origin = tensor.origin | origin
+            tensor.resampled = tensor.resampled or resampled
         return out
 
 
@@ -265,6 +275,10 @@ def lay_beside(
             fit.state[key] = value.as_subclass(Tensor)
             if before.get(key, tuple(value.shape)) != tuple(value.shape):
                 fit.resampled.append(f"{key} from {before[key]} to {tuple(value.shape)}")
+            elif isinstance(value, Traced) and value.resampled:
+                fit.resampled.append(
+                    f"{key} {tuple(value.shape)}, to another grid of as many places"
+                )
     if whole:
         _drop_head(fit, converted, wanted)
 
@@ -319,17 +333,32 @@ def _matches(key: str, patterns: Iterable[str]) -> bool:
     return any(fnmatch.fnmatchcase(key, pattern) for pattern in patterns)
 
 
-def _check_classes(model: nn.Module, checkpoint: Checkpoint, whole: bool) -> None:
-    """Equal number but other names: the head would answer with the wrong words."""
-    theirs, mine = checkpoint.config.get("classes"), getattr(model, "classes", None)
-    if not whole or not isinstance(theirs, list) or not mine or len(theirs) != len(mine):
-        return
-    if list(mine) != theirs:
+def _compare_classes(model: nn.Module, checkpoint: Checkpoint, whole: bool) -> list[str]:
+    """Compare the class names that the file's config.json gives with the model's, where they are as many.
+
+    Other names are an error: the head would answer with the wrong words. A model whose classes are only
+    numbered takes the head; the note that is returned says what the file calls them.
+    """
+    theirs, mine = class_list(checkpoint.config), getattr(model, "classes", None)
+    if not whole or theirs is None or not mine or len(theirs) != len(mine):
+        return []
+    if tuple(mine) == tuple(map(str, range(len(mine)))):
+        same = tuple(mine) == theirs
+        return (
+            [] if same else [f"the file calls its {len(theirs)} classes {listed(theirs, limit=3)}"]
+        )
+    if [_plain(name) for name in mine] != [_plain(name) for name in theirs]:
         raise InputError(
             f"{checkpoint.source} was trained for the {len(theirs)} classes {listed(theirs)}, but the "
-            f"model has the {len(mine)} classes {listed(mine)}; pass the same classes, or take the "
-            "backbone alone with weights={'backbone': ...}"
+            f"model has the {len(mine)} classes {listed(mine)}; pass the same classes in the same order, or "
+            "take the backbone alone with weights={'backbone': ...}"
         )
+    return []
+
+
+def _plain(name: str) -> str:
+    """ImageNet's "tench, Tinca tinca" and "tench" are one class."""
+    return name.split(",")[0].strip().casefold()
 
 
 def _unrecognised(
@@ -397,10 +426,22 @@ def look_alikes(state: Mapping[str, Tensor], family: str | None = None) -> list[
     return []
 
 
+class Uninitialised(TorchFunctionMode):
+    """Within it torch.nn.init does nothing: on `meta` that is most of the time that building takes."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
+
+
 def _laid_beside(shapes: Mapping[str, Tensor], name: str) -> Fit | None:
     """The best fit of these shapes to the backbone of a registered name."""
     entry = backbone_entry(name)
-    with torch.device("meta"):
+    with torch.device("meta"), Uninitialised():
         own = entry.cls(entry.config).state_dict()
     wanted = {f"backbone.{key}": value for key, value in own.items()}
     return best_fit(shapes, wanted, entry, entry.config)
