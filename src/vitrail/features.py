@@ -61,6 +61,11 @@ def check_images(images: Tensor, model: nn.Module, in_chans: int = 3) -> None:
             f"{name} takes {in_chans} channels, but got {images.shape[1]} in {tuple(images.shape)}; "
             "convert grey or alpha pictures to RGB first (vitrail.Predictor does)"
         )
+    # A traced size has no answer here, and none of its graphs is for nothing.
+    if not torch.compiler.is_compiling() and min(images.shape[2:]) < 1:
+        raise InputError(
+            f"{name} takes pictures of any size from 1 x 1 pixel, but got {tuple(images.shape)}"
+        )
     if not images.is_floating_point():
         raise InputError(
             f"{name} takes normalised floats, but got {images.dtype}; "

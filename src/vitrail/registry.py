@@ -151,6 +151,11 @@ def with_fields(name: str, config: Any, given: Mapping[str, Any]) -> Any:
     """`config` with some fields replaced. Raises InputError for a field that it does not have."""
     known = [f.name for f in fields(config)]
     for key in given:
+        if key == "image_size" and key not in known:
+            raise InputError(
+                f"{name} has no image_size: it takes pictures of any size as it is. What it is shown is a "
+                "matter of the preprocessing"
+            )
         if key not in known:
             raise unknown(f"config field of {name}", key, known)
     return replace(config, **given)

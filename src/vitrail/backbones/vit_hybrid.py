@@ -19,6 +19,7 @@ Paper and code: "s16" in `vit_tiny_r_s16_p8` is its authors' name. Its stem has 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -108,6 +109,13 @@ def pad_same(x: Tensor, kernel_size: int) -> Tensor:
     return F.pad(x, (right // 2, right - right // 2, down // 2, down - down // 2))
 
 
+class GroupNorm(nn.GroupNorm):
+    """torch's, without its refusal of a group of one value, which a picture of one pixel can come to."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return torch.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
+
+
 class Bottleneck(nn.Module):
     """1x1, 3x3 (with the stride) and 1x1 convolutions, each normed, around a residual.
     (B, C, H, W) -> (B, out, ceil(H / stride), ceil(W / stride))."""
@@ -119,13 +127,13 @@ class Bottleneck(nn.Module):
         if project:
             self.downsample = nn.Sequential()
             self.downsample.add_module("conv", StdConv(in_chans, out_chans, 1, stride))
-            self.downsample.add_module("norm", nn.GroupNorm(GROUPS, out_chans))
+            self.downsample.add_module("norm", GroupNorm(GROUPS, out_chans))
         self.conv1 = StdConv(in_chans, dim, 1)
-        self.norm1 = nn.GroupNorm(GROUPS, dim)
+        self.norm1 = GroupNorm(GROUPS, dim)
         self.conv2 = StdConv(dim, dim, 3, stride)
-        self.norm2 = nn.GroupNorm(GROUPS, dim)
+        self.norm2 = GroupNorm(GROUPS, dim)
         self.conv3 = StdConv(dim, out_chans, 1)
-        self.norm3 = nn.GroupNorm(GROUPS, out_chans)
+        self.norm3 = GroupNorm(GROUPS, out_chans)
         nn.init.zeros_(self.norm3.weight)  # each block starts as its shortcut
 
     def forward(self, x: Tensor) -> Tensor:
@@ -153,7 +161,7 @@ class ResNet(nn.Module):
         super().__init__()
         self.stem = nn.Sequential()
         self.stem.add_module("conv", StdConv(3, stem_width, 7, stride=2))
-        self.stem.add_module("norm", nn.GroupNorm(GROUPS, stem_width))
+        self.stem.add_module("norm", GroupNorm(GROUPS, stem_width))
         self.stages = nn.ModuleList()
         self.dim = stem_width
         for i, depth in enumerate(layers):
