@@ -187,7 +187,8 @@ def watched(
                     say(f"{count}/{total} pictures, {rate:.0f} images/s, {left:.0f} s left")
     finally:
         seconds = time.monotonic() - started
-        say(f"{count} pictures in {seconds:.1f} s, {count / max(seconds, 1e-9):.0f} images/s")
+        pictures = "1 picture" if count == 1 else f"{count} pictures"
+        say(f"{pictures} in {seconds:.1f} s, {count / max(seconds, 1e-9):.0f} images/s")
 
 
 def print_table(predictions: list["Prediction"], file: TextIO) -> None:
