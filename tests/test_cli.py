@@ -1,10 +1,15 @@
 """The command as a whole: its help, its table of models, its demo, and how it refuses."""
 
+import io
 import json
+import os
+import sys
 
 import pytest
+from PIL import Image
 
 from vitrail.cli import VERBS, main
+from vitrail.models import create_model, save
 
 
 def test_help_names_every_verb(capsys):
@@ -26,6 +31,43 @@ def test_an_unknown_verb_is_refused_with_the_closest(capsys):
     err = capsys.readouterr().err
     assert "did you mean 'train'" in err
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_names_that_are_no_text_are_printed_as_escapes(tmp_path, monkeypatch, encoding):
+    names = [os.fsdecode(b"caf\xe9"), "th\u00e9"]
+    root, run = tmp_path / "data", tmp_path / "run"
+    for i, name in enumerate(names):
+        for split in ("train", "val"):
+            (root / split / name).mkdir(parents=True)
+            file = root / split / name / os.fsdecode(b"\xff.png")
+            Image.new("RGB", (40, 33), (90 * i, 9, 200)).save(file)
+    (root / "val" / names[0] / os.fsdecode(b"\xfe.jpg")).write_bytes(b"gone")
+    model = create_model(
+        "efficientvit_m0", classes=names, dims=(16, 24, 32), depths=(1, 1, 1), key_dim=8
+    )
+    save(model, run)
+    picture = str(root / "val" / names[1] / os.fsdecode(b"\xff.png"))
+    commands = [
+        (["data", "check", str(root)], 1),
+        (["data", "show", str(root), "--out", str(tmp_path / "sheet.png")], 0),
+        (["eval", str(run), "--data", str(root), "--skip-broken"], 0),
+        (["eval", str(run), "--data", str(root), "--skip-broken", "--json"], 0),
+        (["predict", str(run), picture], 0),
+        (["predict", str(run), picture, "--json"], 0),
+    ]
+    said = []
+    for argv, code in commands:
+        stdout = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert main(argv) == code, argv
+        stdout.flush()
+        said.append(stdout.buffer.getvalue().decode(encoding))
+    assert "\\udcfe.jpg" in said[0]
+    assert "caf\\udce9" in said[2]
+    assert json.loads(said[3])["classes"] == names
+    assert json.loads((run / "eval.json").read_text("utf-8"))["classes"] == names
+    assert json.loads(said[5])["path"] == picture
 
 
 def test_models_prints_a_table(capsys):

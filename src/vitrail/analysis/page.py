@@ -77,7 +77,7 @@ class Page:
             f"<body><main>{body}</main></body></html>\n"
         )
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+        path.write_text(text, encoding="utf-8", errors="backslashreplace")
         return path
 
 

@@ -1,6 +1,7 @@
 """The `vitrail` command: one small file per verb; what is heavy is imported inside the verb."""
 
 import importlib
+import io
 import os
 import sys
 
@@ -32,6 +33,10 @@ def main(argv: list[str] | None = None) -> int:
     # Threads that spin for long at a barrier starve whoever they wait for once cores are shared with another
     # program; threads that never spin lose half of an idle machine. docs/benchmarks.md has the numbers.
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+    # A file's name may hold bytes that are no text, or letters that the terminal lacks: escapes stand for
+    # them, as they do on stderr.
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(HELP.format(verbs="\n".join(f"  {v:<8} {text}" for v, (_, text) in VERBS.items())))
         return 0

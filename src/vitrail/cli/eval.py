@@ -66,12 +66,12 @@ def run(argv: list[str]) -> None:
     folder = model_folder(Path(flags.run))
     scores = probe(flags, folder) if flags.probe else measure(flags, folder)
     about = {"model": flags.run, "data": flags.data, "split": flags.split, "probe": flags.probe}
-    text = json.dumps(about | scores, indent=2, ensure_ascii=False)
+    found = about | scores
     if Path(flags.run).is_dir():
         name = f"eval-{flags.probe}.json" if flags.probe else "eval.json"
-        write_text(Path(flags.run) / name, text + "\n")
+        write_text(Path(flags.run) / name, json.dumps(found, indent=2, ensure_ascii=False) + "\n")
     if flags.json:
-        print(text)
+        print(json.dumps(found, indent=2))  # in ASCII: whole on every terminal
     else:
         show(scores)
 

@@ -406,9 +406,12 @@ def write_state(
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a UTF-8 text file, atomically as `write_state`."""
+    """Write a UTF-8 text file, atomically as `write_state`.
+
+    Bytes of file names that are no text become escapes such as \\udcff, as JSON writes them too.
+    """
     with _replacing(Path(path)) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 @contextlib.contextmanager
