@@ -260,10 +260,10 @@ def broken_message(broken: Sequence[tuple[str, str]], total: int) -> str:
     lines = [f"  {where}: {what}" for where, what in broken[:SHOWN]]
     if len(broken) > SHOWN:
         lines.append(f"  ... and {len(broken) - SHOWN} more")
-    are = "picture is" if len(broken) == 1 else "pictures are"
+    are = "is" if len(broken) == 1 else "are"
     return "\n".join(
         [
-            f"{len(broken)} of {total} {are} broken:",
+            f"{len(broken)} of {total} pictures {are} broken:",
             *lines,
             "repair or remove them, or skip them with --skip-broken",
         ]
