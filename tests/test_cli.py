@@ -77,6 +77,17 @@ def test_models_prints_a_table(capsys):
     assert "12.47" in out
     assert "77.1" in out
     assert "6 models" in out
+    lines = out.splitlines()
+    assert "efficientvit_m0: --weights hf:timm/efficientvit_m0.r224_in1k" in lines
+    assert any(line.endswith("v1.0/efficientvit_m5.pth") for line in lines), "a broken address"
+
+
+def test_many_models_are_listed_without_their_weights(capsys):
+    assert main(["models", "vit_*"]) == 0
+    out = capsys.readouterr().out
+    assert "hf:" not in out
+    assert "released weights: vitrail models NAME" in out
+    assert max(map(len, out.splitlines())) <= 88
 
 
 def test_models_prints_json_lines(capsys):

@@ -8,7 +8,7 @@ import torch
 from vitrail.models import create_model, list_models
 from vitrail.registry import backbone_entry
 from vitrail.weights import hub
-from vitrail.weights.catalogue import RELEASED, weight_sources
+from vitrail.weights.catalogue import RELEASED, downloads, weight_sources
 from vitrail.weights.layouts import best_fit
 
 
@@ -31,7 +31,7 @@ def test_every_timm_name_is_one_that_timm_has(timm_configs):
 def test_every_file_of_dinov2_is_the_one_that_timm_converted(timm_configs):
     addresses = {cfg.url for cfg in timm_configs.values()}
     for name in ("vit_small_patch14_dinov2", "vit_giant_patch14_reg4_dinov2"):
-        assert weight_sources(name)[-1] in addresses
+        assert downloads(name)[-1] in addresses
 
 
 def test_every_source_is_a_hub_name_or_an_address():
@@ -44,12 +44,28 @@ def test_every_source_is_a_hub_name_or_an_address():
                 assert revision is None, "no invented revisions"
             else:
                 assert source.startswith("https://")
-                assert source.endswith(".pth")
+                assert source.endswith((".pth", "dvit_repo"))
 
 
 @pytest.mark.parametrize("name", list_models())
-def test_every_model_tells_its_sources(name):
-    assert isinstance(weight_sources(name), list)
+def test_what_is_listed_for_weights_can_be_given_as_weights(name):
+    assert all(hub.parse(source) for source in weight_sources(name))
+    assert set(weight_sources(name)).isdisjoint(downloads(name))
+    assert [*weight_sources(name), *downloads(name)] == list(RELEASED.get(name, ()))
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in RELEASED if any("download.pytorch.org" in d for d in downloads(n))]
+)
+def test_every_file_of_torchvisions_is_the_one_that_it_loads(name):
+    models = pytest.importorskip("torchvision").models
+    theirs = {
+        "mobilenetv2_100": "mobilenet_v2",
+        "mobilenetv3_large": "mobilenet_v3_large",
+        "mobilenetv3_small": "mobilenet_v3_small",
+    }.get(name, name)
+    addresses = {w.url for w in models.get_model_weights(theirs)}
+    assert set(downloads(name)) <= addresses
 
 
 @pytest.mark.slow

@@ -116,7 +116,7 @@ def row(name: str, counts: list[int]) -> dict[str, Any]:
 
     from vitrail.models import create_backbone
     from vitrail.registry import backbone_entry
-    from vitrail.weights.catalogue import weight_sources
+    from vitrail.weights.catalogue import downloads, weight_sources
 
     entry = backbone_entry(name)
     with torch.device("meta"):
@@ -139,10 +139,15 @@ def row(name: str, counts: list[int]) -> dict[str, Any]:
             f"{what}: {why or 'not explained'}" for what, why in differences(name, counts)
         ],
         "weights": weight_sources(name),
+        "downloads": downloads(name),
     }
 
 
+FEW = 12  # models whose weights are listed below the table
+
+
 def print_table(rows: list[dict[str, Any]]) -> None:
+    """The table, and for few models what their weights are called: addresses are too long for columns."""
     from rich.console import Console
     from rich.table import Table
 
@@ -150,14 +155,23 @@ def print_table(rows: list[dict[str, Any]]) -> None:
     table.add_column("model", no_wrap=True)
     for column in ("params M", "MACs G", "at px", "strides", "paper top-1"):
         table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("weights", overflow="fold")
     for r in rows:
         top1 = "" if r["paper_top1"] is None else f"{r['paper_top1']:.1f}"
         numbers = (f"{r['params_m']:.2f}", f"{r['macs_g']:.3g}", str(r["image_size"]))
-        table.add_row(r["name"], *numbers, _strides(r), top1, "; ".join(r["weights"]))
+        table.add_row(r["name"], *numbers, _strides(r), top1)
     console = Console() if sys.stdout.isatty() else Console(width=160)
     console.print(table)
     print(f"{len(rows)} models; every one classifies; vitrail train --model NAME trains it")
+    if len(rows) > FEW:
+        print("released weights: vitrail models NAME")
+        return
+    for r in rows:
+        for source in r["weights"]:
+            print(f"{r['name']}: --weights {source}")
+        for address in r["downloads"]:
+            print(f"{r['name']}: to download, then --weights FILE: {address}")
+        if not r["weights"] and not r["downloads"]:
+            print(f"{r['name']}: no released weights that we know of")
 
 
 def write_markdown(names: list[str], path: Path, *, check: bool) -> int:
@@ -192,7 +206,8 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         "Made by `vitrail models --markdown docs/models.md`; CI fails when it is stale.",
         "Parameters and multiply-adds are counted from the model itself, with a head of 1000 classes, built",
         "for the size named; the authors' figures stand beside them. An empty cell: they give none, and the",
-        "second list below says why.",
+        "second list below says why. `hf:` names go to `--weights` and `weights=` as they are, other",
+        "addresses are to be downloaded first.",
         "",
         "| model | params M | paper | MACs G | paper | at px | strides | paper top-1 % | weights |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -207,7 +222,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
             str(r["image_size"]),
             _strides(r),
             _cell(r["paper_top1"]),
-            "; ".join(r["weights"]),
+            "; ".join([*r["weights"], *r["downloads"]]),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     differ = [f"- `{r['name']}`: {line}" for r in rows for line in r["differences"]]

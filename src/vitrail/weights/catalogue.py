@@ -1,14 +1,14 @@
 """Where released weights of each model live: data for `vitrail models` and docs/models.md.
 
-"hf:" names go to `weights=` and `vitrail convert` as they are (with "@revision" to pin them); addresses of
-files are to be downloaded first. Weights keep their authors' licences, which their pages name.
+"hf:" names go to `weights=` and `vitrail convert` as they are (with "@revision" to pin them); addresses are
+to be downloaded first, and the file goes there. Weights keep their authors' licences, which their pages name.
 """
-
-from vitrail.registry import backbone_entry
 
 _EFFICIENTVIT = "https://github.com/xinyuliu-jeffrey/EfficientViT_Model_Zoo/releases/download/v1.0"
 _CMT = "https://github.com/ggjy/CMT.pytorch/releases/download/release-v1"
 _DINOV2 = "https://dl.fbaipublicfiles.com/dinov2"
+_DEEPVIT = "https://github.com/zhoudaquan/dvit_repo"  # its README links files of Google Drive
+_TORCHVISION = "https://download.pytorch.org/models"
 
 RELEASED: dict[str, tuple[str, ...]] = {  # name -> sources, the default first
     "vit_tiny_patch16": (
@@ -125,12 +125,78 @@ RELEASED: dict[str, tuple[str, ...]] = {  # name -> sources, the default first
     "cmt_xs": (f"{_CMT}/cmt_xs.pth",),
     "cmt_s": (f"{_CMT}/cmt_small.pth",),
     "cmt_b": (f"{_CMT}/cmt_base.pth",),
+    "deepvit_24b": (_DEEPVIT,),
+    "deepvit_32b": (_DEEPVIT,),
+    "deepvit_s": (_DEEPVIT,),
+    "deepvit_l": (_DEEPVIT,),
+    **{
+        f"efficientnet_b{i}": (
+            *((f"hf:timm/efficientnet_b{i}.{tag}",) if tag else ()),
+            f"{_TORCHVISION}/efficientnet_b{i}_{file}.pth",
+        )
+        for i, (tag, file) in enumerate(
+            (
+                ("ra_in1k", "rwightman-7f5810bc"),
+                ("ft_in1k", "rwightman-bac287d4"),
+                ("ra_in1k", "rwightman-c35c1473"),
+                ("ra2_in1k", "rwightman-b3899882"),
+                ("ra2_in1k", "rwightman-23ab8bcd"),
+                ("sw_in12k_ft_in1k", "lukemelas-1a07897c"),
+                ("", "lukemelas-24a108a5"),
+                ("", "lukemelas-c5b4e57e"),
+            )
+        )
+    },
+    **{
+        f"tf_efficientnet_b{i}": (
+            f"hf:timm/tf_efficientnet_b{i}.aa_in1k",
+            f"hf:timm/tf_efficientnet_b{i}.ap_in1k",
+        )
+        for i in range(8)
+    },
+    "mobilenetv1_100": ("hf:timm/mobilenetv1_100.ra4_e3600_r224_in1k",),
+    "mobilenetv1_125": ("hf:timm/mobilenetv1_125.ra4_e3600_r224_in1k",),
+    "mobilenetv2_050": ("hf:timm/mobilenetv2_050.lamb_in1k",),
+    "mobilenetv2_100": (
+        "hf:timm/mobilenetv2_100.ra_in1k",
+        f"{_TORCHVISION}/mobilenet_v2-b0353104.pth",
+        f"{_TORCHVISION}/mobilenet_v2-7ebf99e0.pth",
+    ),
+    "mobilenetv2_140": ("hf:timm/mobilenetv2_140.ra_in1k",),
+    "mobilenetv3_large": (
+        "hf:timm/mobilenetv3_large_100.ra_in1k",
+        "hf:timm/mobilenetv3_large_100.miil_in21k_ft_in1k",
+        f"{_TORCHVISION}/mobilenet_v3_large-8738ca79.pth",
+        f"{_TORCHVISION}/mobilenet_v3_large-5c1a4163.pth",
+    ),
+    "mobilenetv3_small": (
+        "hf:timm/mobilenetv3_small_100.lamb_in1k",
+        f"{_TORCHVISION}/mobilenet_v3_small-047dcff4.pth",
+    ),
+    "mobilenetv3_small_075": ("hf:timm/mobilenetv3_small_075.lamb_in1k",),
+    "mobilenetv3_small_050": ("hf:timm/mobilenetv3_small_050.lamb_in1k",),
+    **{
+        f"resnet{depth}": (
+            f"hf:timm/resnet{depth}.a1_in1k",
+            f"hf:timm/resnet{depth}.tv_in1k",
+            f"{_TORCHVISION}/resnet{depth}-{digest}.pth",
+        )
+        for depth, digest in (
+            (18, "f37072fd"),
+            (34, "b627a593"),
+            (50, "0676ba61"),
+            (101, "63fe2227"),
+            (152, "394f9c45"),
+        )
+    },
 }
 
 
 def weight_sources(name: str) -> list[str]:
-    """Sources of weights that `weights=` reads for a registered name; where none is listed here, what its
-    layouts say of theirs."""
-    if name in RELEASED:
-        return list(RELEASED[name])
-    return [layout.source for layout in backbone_entry(name).layouts.values() if layout.source]
+    """What `weights=` and --weights take for a registered name, the default first."""
+    return [source for source in RELEASED.get(name, ()) if source.startswith("hf:")]
+
+
+def downloads(name: str) -> list[str]:
+    """Addresses of files (or of a page that links them) whose downloaded copy `weights=` takes."""
+    return [source for source in RELEASED.get(name, ()) if not source.startswith("hf:")]
