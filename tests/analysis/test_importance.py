@@ -29,13 +29,34 @@ SMALL = {
         "num_heads": (4, 3, 2),
         "image_size": 224,
     },
+    "vit_tiny_r_s16_p8": {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 16},
 }
+WEIGHED = {  # families that are weighed and not made slimmer
+    "swin_tiny_patch4_window7": {"embed_dim": 16, "depths": (1, 1, 2), "num_heads": (1, 2, 4)},
+    "cmt_ti": {
+        "embed_dims": (16, 24, 32),
+        "depths": (1, 1, 2),
+        "num_heads": (1, 2, 4),
+        "sr_ratios": (4, 2, 1),
+        "stem_dim": 8,
+        "mlp_ratio": 2.0,
+    },
+    "mobilevit_xxs": {
+        "dims": (8, 8, 16, 16, 24),
+        "transformer_dims": (16, 24, 32),
+        "transformer_depths": (1, 2, 1),
+        "num_heads": 2,
+    },
+    "mobilevitv2_050": {"width_multiplier": 0.125, "transformer_depths": (1, 2, 1)},
+}
+HAVE_SIZE = [*SMALL, "cmt_ti"]
 
 
 def model(name, **more):
     """A small model in float64 with weights that do something everywhere."""
-    fields = SMALL[name] | more
-    fields.setdefault("image_size", 64)
+    fields = (SMALL | WEIGHED)[name] | more
+    if name in HAVE_SIZE:
+        fields.setdefault("image_size", 64)
     made = create_model(name, num_classes=3, **fields).double().eval()
     randomise(made)
     for key, value in made.state_dict().items():
@@ -82,6 +103,55 @@ def test_every_hidden_query_key_and_value_channel_is_a_slice_of_its_own(name):
     marks = (".qkv.", ".fc1.") if "efficientvit" not in name else (".qkvs.", ".dws.", ".pw1.")
     wanted = [k for k in state if any(m in k for m in marks) and "num_batches" not in k]
     assert sorted(covered) == sorted(wanted)
+
+
+@pytest.mark.parametrize(
+    ("name", "stages", "marks"),
+    [
+        ("swin_tiny_patch4_window7", [0, 1, 2], (".qkv.", ".fc1.")),
+        ("cmt_ti", [0, 1, 2], (".q.", ".k.", ".v.", "conv1.", "mlp.proj")),
+        ("mobilevit_xxs", [2, 3, 4], (".qkv.", ".fc1.")),
+        ("mobilevitv2_050", [2, 3, 4], (".qkv_proj.", ".fc1.")),
+    ],
+)
+def test_other_families_are_weighed_by_stage_and_part(name, stages, marks):
+    made = model(name)
+    found = importance(made, batches(1, 128, 192))  # several windows, patches and keys at the end
+    assert found.stages == stages
+    for stage in stages:
+        for part in ("Q", "K", "V", "FFN"):
+            scores = found.of(stage, part)
+            assert len(scores), (stage, part)
+            # A ReLU may silence some of MobileViTv2's.
+            assert (scores > 0).float().mean() > 0.5, (stage, part)
+    state = dict(made.state_dict())
+    covered = {rows.key for part in found.slices for rows in part.made_by}
+    blocks = [k for k in state if ".blocks." in k or ".transformer." in k]
+    wanted = [k for k in blocks if any(m in k for m in marks) and "num_batches" not in k]
+    assert sorted(covered) == sorted(k.removeprefix("backbone.") for k in wanted)
+
+
+@pytest.mark.parametrize("name", WEIGHED)
+def test_silent_values_and_hidden_channels_of_other_families_have_no_importance(name):
+    made = model(name)
+    state = made.state_dict()
+    quiet = [next(a for a in slices(made.backbone) if a.part == part) for part in ("V", "FFN")]
+    for part in quiet:
+        for rows in part.read_by:  # nobody reads channel 1
+            entries(state, rows).transpose(0, rows.dim)[1] = 0
+    found = importance(made, batches(1))
+    for part in quiet:
+        score = found.scores[[a.name for a in found.slices].index(part.name)]
+        assert score[1] == 0
+        assert (score > 0).float().mean() > 0.5
+
+
+@pytest.mark.parametrize("name", WEIGHED)
+def test_a_family_without_a_width_of_queries_is_not_made_slimmer_and_that_is_said(name):
+    made = model(name)
+    found = importance(made, batches(1))
+    with pytest.raises(InputError, match=f"{name} can be weighed, but not made slimmer"):
+        propose(made, found, keep=0.5)
 
 
 def test_importance_is_the_sum_of_gradient_times_weight():
@@ -195,8 +265,8 @@ def test_a_slim_model_is_saved_loaded_and_trained_like_any_other(name, tmp_path)
 
 
 def test_what_cannot_be_measured_or_planned_is_said():
-    with pytest.raises(InputError, match="channels of Swin are not known"):
-        importance(create_model("swin_tiny_patch4_window7", num_classes=3), batches(1))
+    with pytest.raises(InputError, match=r"MobileNetV1 has no queries.*swin, cmt, mobilevit"):
+        importance(create_model("mobilenetv1_025", num_classes=3), batches(1))
     with pytest.raises(InputError, match="that of a trained model"):
         importance(create_model("vit_tiny_patch16", num_classes=3).double(), batches(1))
     made = model("vit_tiny_patch16")

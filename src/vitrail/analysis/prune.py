@@ -18,6 +18,7 @@ from vitrail.models import ModelInfo, describe
 from vitrail.registry import backbone_entry
 from vitrail_runtime.errors import InputError
 
+SLIMMABLE = (ViTConfig, EfficientViTConfig)
 STEPS = {"QK": 4, "FFN": 8}  # widths are multiples of these, which kernels like
 
 
@@ -44,6 +45,11 @@ def propose(model: Classifier, found: Importance, keep: float) -> Slimming:
     """
     if not 0 < keep <= 1:
         raise InputError(f"the share of channels to keep must lie in (0, 1], but is {keep}")
+    if not isinstance(model.info.config, SLIMMABLE):
+        raise InputError(
+            f"{model.info.name} can be weighed, but not made slimmer: its config has no field for the width "
+            "of queries; take the ViT family (vit, deit, dinov2, deepvit, hybrids) or efficientvit"
+        )
     groups = _groups(found)
     shares = _shares(groups, keep)
     kept: dict[str, Tensor] = {}
@@ -70,12 +76,10 @@ def slim_config(config: Any, widths: Sequence[tuple[int, str, int, int]]) -> Any
         if isinstance(config, ViTConfig):
             (width,) = mine.values()
             fields |= {"qk_dim": width} if kind == "QK" else {"mlp_ratio": width / config.embed_dim}
-        elif isinstance(config, EfficientViTConfig):
+        else:
             each = tuple(mine[i] for i in range(len(config.dims)))
             ratios = tuple(w / dim for w, dim in zip(each, config.dims, strict=True))
             fields |= {"key_dim": each} if kind == "QK" else {"ffn_ratio": ratios}
-        else:
-            raise InputError(f"{type(config).__name__} has no fields for slimmer blocks")
     return replace(config, **fields)
 
 
