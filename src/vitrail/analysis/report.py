@@ -157,8 +157,8 @@ def advice(scored: Scored, ece: float, history: Sequence[dict[str, Any]]) -> lis
     sure = (~scored.right) & (scored.confidence > 0.9)
     if sure.any():
         said.append(
-            f"{int(sure.sum())} mistakes are made with over 90 % confidence: "
-            "check their labels below before training longer."
+            f"Mistakes made with over 90 % confidence: {int(sure.sum())}; check their labels below before "
+            "training longer."
         )
     gap = float(scored.confidence.mean() - scored.right.mean())
     if ece > 0.05:
@@ -312,13 +312,18 @@ def data_table(data: ImageData) -> str:
     heights, widths = data.sizes[:, 0], data.sizes[:, 1]
     rows = [
         ("pictures", f"{len(data):,}"),
-        ("classes", f"{len(data.classes)}, {counts.min():,} to {counts.max():,} pictures each"),
-        ("width", f"{widths.min()} to {widths.max()} px, median {int(np.median(widths))}"),
-        ("height", f"{heights.min()} to {heights.max()} px, median {int(np.median(heights))}"),
+        ("classes", f"{len(data.classes)}, {_range(counts)} pictures each"),
+        ("width", f"{_range(widths)} px, median {np.median(widths):.0f}"),
+        ("height", f"{_range(heights)} px, median {np.median(heights):.0f}"),
         ("left out as broken", f"{len(data.broken)}"),
         ("content hash", data.content_hash[:16]),
     ]
     return page.table(("", ""), rows)
+
+
+def _range(values: np.ndarray) -> str:
+    low, high = values.min(), values.max()
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
 def configuration(run: str | Path | None) -> list[str]:
