@@ -1,6 +1,6 @@
 import pytest
 
-from vitrail.cli import main
+from vitrail.cli import flags, main
 from vitrail.cli.train import effective_config, field_value
 from vitrail.recipes import RECIPES, recipe_config
 from vitrail.train.config import TrainConfig, differences, read_config
@@ -11,7 +11,8 @@ def test_defaults_yield_to_the_recipe_it_to_the_file_and_that_to_flags(tmp_path,
     monkeypatch.setitem(RECIPES, "three", lambda: TrainConfig(epochs=3, lr=3.0, batch_size=3))
     file = tmp_path / "run.yaml"
     file.write_text("lr: 4e-1\nbatch_size: 4\naugmentation: {flip: 0.25}\n")
-    config = effective_config("three", str(file), ["--batch-size", "5", "--data", "d"], [])
+    start = ["--recipe", "three", "--config", str(file)]
+    config = effective_config(*start[1::2], [*start, "--batch-size", "5", "--data", "d"])
     assert (config.epochs, config.lr, config.batch_size) == (3, 0.4, 5)
     assert config.augmentation.flip == 0.25
     assert config.augmentation.scale == TrainConfig().augmentation.scale
@@ -22,8 +23,18 @@ def test_flags_reach_nested_settings_and_the_models_own(tmp_path):
     config = effective_config(
         None,
         None,
-        ["--data", "d", "--augmentation.mixup", "0.2", "--sizes", "160", "192"],
-        ["drop_path_rate=0.1", "out_blocks=[1, 2]"],
+        [
+            "--data",
+            "d",
+            "--augmentation.mixup",
+            "0.2",
+            "--sizes",
+            "160",
+            "192",
+            "--model-fields",
+            "drop_path_rate=0.1",
+            "out_blocks=[1, 2]",
+        ],
     )
     assert config.augmentation.mixup == 0.2
     assert config.sizes == (160, 192)
@@ -55,11 +66,48 @@ def test_an_unknown_recipe_names_the_closest(monkeypatch):
         recipe_config("fine_tune_small")
 
 
-def test_an_unknown_flag_ends_with_code_two_and_the_closest_flag(capsys):
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (
+            ["train", "--data", "d", "--epoch", "3"],
+            "unknown flag '--epoch'; did you mean '--epochs'",
+        ),
+        (["train", "--augmentation.flop=1"], "did you mean '--augmentation.flip'"),
+        (["train", "--epochs", "many"], "--epochs INT: invalid literal for int()"),
+        (["train", "--data"], "--data STR: a value is missing; vitrail train --help"),
+        (["train", "--recipe"], "argument --recipe: expected one argument; vitrail train --help"),
+        (
+            ["train", "--sampling", "fair"],
+            "--sampling must be one of uniform, balanced, but is 'fair'",
+        ),
+        (["train", "--augmentation.flip", "2"], "flip is a probability in [0, 1], but is 2.0"),
+        (["train", "stray"], "unexpected 'stray'; vitrail train --help"),
+        (["eval"], "vitrail eval needs RUN and --data STR; vitrail eval --help"),
+    ],
+)
+def test_a_wrong_flag_is_told_as_any_other_mistake(argv, message, capsys):
+    assert main(argv) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("vitrail: ")
+    assert message in err
+
+
+def test_a_tyro_that_tells_nothing_of_its_errors_draws_its_own(capsys, monkeypatch):
+    monkeypatch.setattr(flags, "_errors", None)
     with pytest.raises(SystemExit) as stop:
         main(["train", "--data", "d", "--epoch", "3"])
     assert stop.value.code == 2
     assert "--epochs" in capsys.readouterr().err
+
+
+def test_help_lists_every_flag(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help", "--replay", "runs/a"])
+    said = capsys.readouterr().out
+    for flag in ("--recipe NAME", "--config FILE", "--model-fields FIELD", "--replay RUN"):
+        assert flag in said
+    assert "--augmentation.flip FLOAT" in said
 
 
 def test_training_without_data_asks_for_it(capsys):
@@ -68,7 +116,7 @@ def test_training_without_data_asks_for_it(capsys):
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("given", "message"),
     [
         (["--epochs", "0"], "epochs must be at least 1, but is 0"),
         (["--lr", "-1"], "lr must be at least 0, but is -1.0"),
@@ -85,15 +133,11 @@ def test_training_without_data_asks_for_it(capsys):
     ],
 )
 def test_a_number_out_of_range_is_refused_before_a_folder_is_made(
-    flags, message, tmp_path, capsys, monkeypatch
+    given, message, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
-    try:
-        code = main(["train", "--data", "d", "--out", "run", *flags])
-    except SystemExit as stop:  # tyro's own message, in a frame
-        code = stop.code
-    assert code == 2
-    assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert main(["train", "--data", "d", "--out", "run", *given]) == 2
+    assert f"vitrail: {message}" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

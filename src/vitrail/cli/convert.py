@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from vitrail.cli.flags import parse_flags
 from vitrail_runtime.errors import InputError
 
 
@@ -30,11 +31,7 @@ class ConvertFlags:
 
 
 def run(argv: list[str]) -> None:
-    flags = tyro.cli(
-        ConvertFlags,
-        args=argv,
-        prog="vitrail convert",
-    )
+    flags = parse_flags(ConvertFlags, argv, prog="vitrail convert")
     bare = flags.target.suffix == ".safetensors"
     if flags.target.exists() and not flags.overwrite:
         raise InputError(f"{flags.target} is there already; name another, or pass --overwrite")

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vitrail.cli.flags import parse_flags
 from vitrail_runtime.errors import InputError
 
 if TYPE_CHECKING:
@@ -62,10 +63,8 @@ def run(argv: list[str]) -> int | None:
 
 
 def make(argv: list[str]) -> None:
-    import tyro
-
     names, rest = _positional(argv)
-    flags = tyro.cli(MakeFlags, args=rest, prog="vitrail data make digits DIR")
+    flags = parse_flags(MakeFlags, rest, prog="vitrail data make digits DIR")
     if len(names) != 2 or names[0] != "digits":
         raise InputError("say what and where: vitrail data make digits DIR")
 
@@ -77,10 +76,8 @@ def make(argv: list[str]) -> None:
 
 
 def check(argv: list[str]) -> int:
-    import tyro
-
     names, rest = _positional(argv)
-    flags = tyro.cli(CheckFlags, args=rest, prog="vitrail data check SOURCE")
+    flags = parse_flags(CheckFlags, rest, prog="vitrail data check SOURCE")
     source = _one_source(names, "check")
 
     from vitrail.data.checkup import check as look_through
@@ -94,10 +91,8 @@ def check(argv: list[str]) -> int:
 
 
 def show(argv: list[str]) -> None:
-    import tyro
-
     names, rest = _positional(argv)
-    flags = tyro.cli(ShowFlags, args=rest, prog="vitrail data show SOURCE")
+    flags = parse_flags(ShowFlags, rest, prog="vitrail data show SOURCE")
     source = _one_source(names, "show")
 
     from vitrail.data.images import open_data, open_source

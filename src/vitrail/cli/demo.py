@@ -3,6 +3,8 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from vitrail.cli.flags import parse_flags
+
 
 @dataclass(frozen=True, kw_only=True)
 class DemoFlags:
@@ -15,9 +17,7 @@ class DemoFlags:
 
 
 def run(argv: list[str]) -> int:
-    import tyro
-
-    flags = tyro.cli(DemoFlags, args=argv, prog="vitrail demo")
+    flags = parse_flags(DemoFlags, argv, prog="vitrail demo")
     import numpy as np
 
     from vitrail.analysis.report import write_report

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from vitrail.cli.flags import parse_flags
 from vitrail.train.config import TrainConfig, read_config
 from vitrail_runtime.errors import InputError
 
@@ -50,7 +51,7 @@ class EvalFlags:
 
 
 def run(argv: list[str]) -> None:
-    flags = tyro.cli(EvalFlags, args=argv, prog="vitrail eval")
+    flags = parse_flags(EvalFlags, argv, prog="vitrail eval")
     if flags.probe is None and (flags.weights or flags.image_size):
         raise InputError("--weights and --image-size go with --probe; a trained model has its own")
     if flags.report is not None and flags.probe is not None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from vitrail.cli.flags import parse_flags
 from vitrail_runtime.errors import InputError
 
 if TYPE_CHECKING:
@@ -33,7 +34,6 @@ def run(argv: list[str]) -> int | None:
 
 
 def collapse(argv: list[str]) -> None:
-    import tyro
     from tyro.conf import FlagCreatePairsOff, Positional, arg
 
     @dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,7 @@ def collapse(argv: list[str]) -> None:
         json: bool = False
         """The numbers as JSON on stdout."""
 
-    flags = tyro.cli(FlagCreatePairsOff[CollapseFlags], args=argv, prog="vitrail inspect collapse")
+    flags = parse_flags(FlagCreatePairsOff[CollapseFlags], argv, prog="vitrail inspect collapse")
     if not -1 <= flags.threshold <= 1:
         raise InputError(
             f"--threshold is a cosine similarity, from -1 to 1, but is {flags.threshold}"
@@ -80,7 +80,6 @@ def collapse(argv: list[str]) -> None:
 
 
 def heads(argv: list[str]) -> None:
-    import tyro
     from tyro.conf import FlagCreatePairsOff, Positional, arg
 
     @dataclass(frozen=True, kw_only=True)
@@ -102,7 +101,7 @@ def heads(argv: list[str]) -> None:
         json: bool = False
         """The numbers as JSON on stdout."""
 
-    flags = tyro.cli(FlagCreatePairsOff[HeadsFlags], args=argv, prog="vitrail inspect heads")
+    flags = parse_flags(FlagCreatePairsOff[HeadsFlags], argv, prog="vitrail inspect heads")
     from vitrail.analysis.attention_page import heads_page, heads_words
 
     studies, shown, fresh = _study(flags)
@@ -111,7 +110,6 @@ def heads(argv: list[str]) -> None:
 
 
 def importance(argv: list[str]) -> None:
-    import tyro
     from tyro.conf import FlagCreatePairsOff, Positional, arg
 
     @dataclass(frozen=True, kw_only=True)
@@ -142,7 +140,7 @@ def importance(argv: list[str]) -> None:
         """Leave out pictures that cannot be read, instead of stopping."""
 
     prog = "vitrail inspect importance"
-    flags = tyro.cli(FlagCreatePairsOff[ImportanceFlags], args=argv, prog=prog)
+    flags = parse_flags(FlagCreatePairsOff[ImportanceFlags], argv, prog=prog)
     if flags.slim is not None and not 0 < flags.slim <= 1:
         raise InputError(f"--slim is the share to keep, above 0 and up to 1, but is {flags.slim}")
     if flags.count < 1:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vitrail.cli.flags import parse_flags
 from vitrail_runtime.errors import InputError
 
 
@@ -25,10 +26,8 @@ class ModelsFlags:
 
 
 def run(argv: list[str]) -> int:
-    import tyro
-
     patterns = [a for a in argv[:1] if not a.startswith("-")]
-    flags = tyro.cli(ModelsFlags, args=argv[len(patterns) :], prog="vitrail models [PATTERN]")
+    flags = parse_flags(ModelsFlags, argv[len(patterns) :], prog="vitrail models [PATTERN]")
     from vitrail.models import list_models
     from vitrail.registry import unknown
 

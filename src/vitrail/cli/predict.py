@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TextIO
 
+from vitrail.cli.flags import parse_flags
 from vitrail_runtime.errors import InputError
 
 if TYPE_CHECKING:
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
 
 
 def run(argv: list[str]) -> int:
-    import tyro
     from tyro.conf import FlagCreatePairsOff, Positional, arg
 
     @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ def run(argv: list[str]) -> int:
         batch_size: int = 16
         """Pictures per forward."""
 
-    flags = tyro.cli(FlagCreatePairsOff[PredictFlags], args=argv, prog="vitrail predict")
+    flags = parse_flags(FlagCreatePairsOff[PredictFlags], argv, prog="vitrail predict")
 
     from vitrail_runtime.pictures import find_pictures
 

@@ -3,30 +3,37 @@
 import argparse
 import os
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import yaml
 
 from vitrail_runtime.errors import InputError
 
+if TYPE_CHECKING:
+    from vitrail.train.config import TrainConfig
+
 DESCRIPTION = """Train or fine-tune a classifier. The same command goes on where the run in --out stopped.
 
---recipe NAME starts from a recipe's settings, --config FILE from a file's: defaults < recipe < file < flags.
---model-fields FIELD=VALUE ... sets fields of the model's own config, such as drop_path_rate=0.1.
---replay RUN looks at the batch that stopped a run with a loss that was not finite."""
+Settings come from the defaults, then --recipe, then --config, then the flags."""
+
+
+class StartParser(argparse.ArgumentParser):
+    """Finds the flags that say where the settings of all others come from."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; vitrail train --help tells what there is")
 
 
 def run(argv: list[str]) -> int:
-    first = argparse.ArgumentParser(prog="vitrail train", add_help=False, allow_abbrev=False)
+    first = StartParser(prog="vitrail train", add_help=False, allow_abbrev=False)
     for flag in ("--recipe", "--config", "--replay"):
         first.add_argument(flag)
-    first.add_argument("--model-fields", nargs="+", default=[])
-    given, flags = first.parse_known_args(argv)
-    if given.replay is not None:
+    given, _ = first.parse_known_args(argv)
+    if given.replay is not None and not {"-h", "--help"} & set(argv):
         return show_replay(given.replay)
-    config = effective_config(given.recipe, given.config, flags, given.model_fields)
+    config = effective_config(given.recipe, given.config, argv)
     from vitrail.train.loop import train
     from vitrail.train.progress import counted
 
@@ -58,23 +65,39 @@ def report_run(config: Any, folder: Path) -> Path:
         return write_report(folder / "report.html", model, data, predictions, run=folder)
 
 
-def effective_config(
-    recipe: str | None, file: str | None, flags: list[str], model_fields: list[str]
-) -> Any:
+def effective_config(recipe: str | None, file: str | None, argv: list[str]) -> "TrainConfig":
     """The configuration of a run: defaults < recipe < file < flags."""
-    import tyro
+    from tyro.conf import arg
 
+    from vitrail.cli.flags import parse_flags
     from vitrail.recipes import recipe_config
     from vitrail.train.config import TrainConfig, read_config
+
+    @dataclass(frozen=True, kw_only=True)
+    class TrainFlags:
+        recipe: Annotated[str | None, arg(metavar="NAME")] = None
+        """Start from the settings of a recipe (docs/training.md lists them)."""
+        config: Annotated[Path | None, arg(metavar="FILE")] = None
+        """Start from the settings in a YAML file, such as a run's config.yaml."""
+        model_fields: Annotated[tuple[str, ...], arg(metavar="FIELD=VALUE ...")] = ()
+        """Fields of the model's own config, such as drop_path_rate=0.1."""
+        replay: Annotated[Path | None, arg(metavar="RUN")] = None
+        """Train nothing; look at the batch that stopped a run with a loss that was not finite."""
+        settings: Annotated[TrainConfig, arg(name="")]
+        """Of the run."""
 
     config = TrainConfig() if recipe is None else recipe_config(recipe)
     if file is not None:
         config = read_config(file, config)
-    fields = config.model_fields | dict(map(field_value, model_fields))
-    config = replace(config, model_fields=fields)
-    config = tyro.cli(
-        TrainConfig, args=flags, default=config, prog="vitrail train", description=DESCRIPTION
+    flags = parse_flags(
+        TrainFlags,
+        argv,
+        prog="vitrail train",
+        description=DESCRIPTION,
+        default=TrainFlags(settings=replace(config, model_fields={})),
     )
+    model_fields = config.model_fields | dict(map(field_value, flags.model_fields))
+    config = replace(flags.settings, model_fields=model_fields)
     if not config.data:
         raise InputError("say which pictures to train on: vitrail train --data DIR")
     return config

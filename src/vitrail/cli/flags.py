@@ -1,0 +1,101 @@
+"""A verb's flags from a dataclass, by tyro; a wrong one is an InputError like any other mistake."""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar, get_args
+
+import tyro
+
+from vitrail.registry import unknown
+from vitrail_runtime.errors import InputError
+
+T = TypeVar("T")
+
+# Of tyro's unstable part, and the only way not to have its framed messages: where a later tyro has no such
+# hook, or reports something that is unknown here, the frame is what a person sees, also with exit code 2.
+_errors: Any = getattr(tyro, "_errors", None)
+
+
+def parse_flags(
+    kind: type[T],
+    argv: Sequence[str],
+    *,
+    prog: str,
+    description: str | None = None,
+    default: T | None = None,
+) -> T:
+    """An instance of the dataclass `kind` (or `tyro.conf` marker of one) from the command line.
+
+    Raises InputError for what does not fit, naming the closest flags; SystemExit(0) after --help.
+    """
+    more: dict[str, Any] = {} if default is None else {"default": default}
+    with _as_input_errors(kind):
+        return tyro.cli(kind, args=argv, prog=prog, description=description, **more)
+
+
+def flags_of(kind: Any, prefix: str = "--") -> list[str]:
+    """All flags of a dataclass: ["--data", "--augmentation.flip", ...]."""
+    kind, markers = _unmarked(kind)
+    names = []
+    for field in dataclasses.fields(kind):
+        inner, markers = _unmarked(field.type)
+        name = prefix + field.name.replace("_", "-")
+        if dataclasses.is_dataclass(inner):
+            nameless = any(getattr(m, "name", None) == "" for m in markers)
+            names += flags_of(inner, prefix if nameless else f"{name}.")
+        elif tyro.conf.Positional not in markers:
+            names.append(name)
+    return names
+
+
+def _unmarked(kind: Any) -> tuple[Any, tuple[Any, ...]]:
+    """X and the markers of Annotated[X, ...]."""
+    if hasattr(kind, "__metadata__"):
+        return get_args(kind)[0], kind.__metadata__
+    return kind, ()
+
+
+@contextlib.contextmanager
+def _as_input_errors(kind: Any) -> Iterator[None]:
+    if not hasattr(_errors, "on_parse_error"):
+        yield
+        return
+
+    def tell(event: Any) -> None:
+        text = _told(event, kind)
+        if text is not None:
+            raise InputError(text) from None
+
+    with _errors.on_parse_error(tell):
+        yield
+
+
+def _told(event: Any, kind: Any) -> str | None:
+    """What is wrong, in one message; None for an event that is not known here."""
+    help_hint = f"{event.prog} --help tells what there is"
+    match type(event).__name__:
+        case "UnrecognizedArgs":
+            wrong = [token.partition("=")[0] for token in event.tokens if token.startswith("-")]
+            if wrong:
+                return "\n".join(str(unknown("flag", flag, flags_of(kind))) for flag in wrong)
+            return f"unexpected {' '.join(map(repr, event.tokens))}; {help_hint}"
+        case "MissingArgs":
+            names = [_name(given.arg) for given in event.missing_arguments]
+            return f"{event.prog} needs {' and '.join(names)}; {help_hint}"
+        case "BadValue" if event.reason == "too_few_values":
+            return f"{_name(event.argument)}: a value is missing; {help_hint}"
+        case "InvalidChoice":
+            name, choices = event.argument.display_name(), ", ".join(event.choices)
+            return f"{name} must be one of {choices}, but is {event.value!r}"
+        case "InstantiationFailure" if event.argument is None:
+            return str(event.message)  # of the dataclass itself, which names the field
+        case "InstantiationFailure":
+            return f"{_name(event.argument)}: {event.message}"
+    return None
+
+
+def _name(argument: Any) -> str:
+    """ "--data STR", or "RUN" of what has no flag."""
+    metavar = str(argument.lowered.metavar)
+    return metavar if argument.is_positional() else f"{argument.display_name()} {metavar}"
