@@ -1,6 +1,7 @@
 """The report page: its statistics, its advice, and that it is written whole."""
 
 import json
+import os
 import re
 
 import numpy as np
@@ -18,6 +19,7 @@ from vitrail.analysis.report import (
 )
 from vitrail.analysis.saliency import attention_rollout, smooth_gradient
 from vitrail.cli import main
+from vitrail.cli.train import report_run
 from vitrail.data import open_data
 from vitrail.train.loop import train
 
@@ -132,3 +134,15 @@ def test_eval_holds_out_what_the_run_held_out(tmp_path, capsys):
     assert main(["eval", str(tmp_path / "run"), "--data", str(data), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["num_images"] == 24
     assert len(open_data(data, "val")) < 24
+
+
+def test_class_names_that_are_no_text_or_look_like_formulas_are_shown(tmp_path):
+    data = make_pictures(tmp_path / "data", train=2, val=1)
+    for split in ("train", "val"):
+        (data / split / "left").rename(data / split / os.fsdecode(b"caf\xe9"))
+        (data / split / "right").rename(data / split / r"a$\frac$")
+    config = tiny_config(data, tmp_path / "run", **VIT, epochs=1)
+    train(config)
+    text = report_run(config, tmp_path / "run").read_text(encoding="utf-8")
+    assert r"caf\udce9" in text
+    assert r"a$\frac$" in text

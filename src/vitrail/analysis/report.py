@@ -61,7 +61,9 @@ def write_report(
     """
     probabilities = np.asarray(predictions["probabilities"], np.float64)
     labels, predicted = (np.asarray(predictions[key]) for key in ("labels", "predicted"))
-    scored = Scored(probabilities, labels, predicted, model.classes)
+    # Bytes of a folder's name that are no text cannot be drawn: as escapes.
+    names = tuple(c.encode("utf-8", "backslashreplace").decode() for c in model.classes)
+    scored = Scored(probabilities, labels, predicted, names)
     history = read_history(Path(run)) if run is not None else []
     accuracy, n = float(scored.right.mean()), len(scored.labels)
     low, high = interval(int(scored.right.sum()), n)
@@ -217,8 +219,9 @@ def confusion_section(scored: Scored) -> tuple[str, str]:
     share = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
     ax.imshow(share, cmap="Blues", vmin=0, vmax=1)
     ax.grid(False)
-    ax.set_xticks(range(k), scored.classes, rotation=45, ha="right")
-    ax.set_yticks(range(k), scored.classes)
+    # A name is no formula, whatever dollar signs it has.
+    ax.set_xticks(range(k), scored.classes, rotation=45, ha="right", parse_math=False)
+    ax.set_yticks(range(k), scored.classes, parse_math=False)
     ax.set_xlabel("predicted")
     ax.set_ylabel("true")
     for t in range(k):
