@@ -1,4 +1,4 @@
-"""Eager inference against timm's same model with the same weights, batch 1 and 8, 224 x 224.
+"""Eager inference against timm's same model with the same weights, batch 1 and 8, at 224 (MobileViTs 256) px.
 
 python benchmarks/eager.py [--quick] [--models NAME ...] [--threads N] [--json FILE]
 """
@@ -6,7 +6,7 @@ python benchmarks/eager.py [--quick] [--models NAME ...] [--threads N] [--json F
 from functools import partial
 
 import torch
-from peers import PAIRS, add_models, pair
+from peers import PAIRS, SIZES, add_models, pair
 
 from vitrail.bench.harness import arguments, compare, report, threads
 
@@ -21,7 +21,7 @@ def main() -> None:
         for name in flags.models:
             ours, peer = pair(name, flags.device)
             for batch in (1, 8):
-                images = torch.randn(batch, 3, 224, 224, device=flags.device)
+                images = torch.randn(batch, 3, SIZES[name], SIZES[name], device=flags.device)
 
                 def run(model, images=images):
                     model(images)
@@ -37,7 +37,10 @@ def main() -> None:
                 )
                 print(f"{row.name}: {row.ratio:.3f}x", flush=True)
                 rows.append(row)
-        facts = {"what": "eager inference, 224 x 224, fp32", "clock": flags.clock}
+        facts = {
+            "what": "eager inference, 224 x 224 (MobileViTs: 256 x 256), fp32",
+            "clock": flags.clock,
+        }
         facts["peers"] = {name: f"timm {PAIRS[name]}" for name in flags.models}
         report(rows, json_file=flags.json, **facts)
 

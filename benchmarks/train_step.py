@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from peers import PAIRS, add_models, pair
+from peers import FEW, PAIRS, SIZES, add_models, pair
 from torch import Tensor, nn
 
 from vitrail.bench.harness import arguments, compare, report, threads
@@ -29,14 +29,14 @@ def step_of(model: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], No
 
 def main() -> None:
     parser = arguments(__doc__)
-    add_models(parser)
+    add_models(parser, FEW)
     flags = parser.parse_args()
     seconds = (20 if flags.quick else 160) / len(flags.models)
     batch = 8
     rows = []
     with threads(flags.threads):
         for name in flags.models:
-            images = torch.randn(batch, 3, 224, 224, device=flags.device)
+            images = torch.randn(batch, 3, SIZES[name], SIZES[name], device=flags.device)
             labels = torch.arange(batch, device=flags.device)
             steps = [step_of(model, images, labels) for model in pair(name, flags.device)]
             how = {"seconds": seconds, "clock": flags.clock, "min_rounds": 3, "warmup": 1}

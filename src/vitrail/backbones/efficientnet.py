@@ -30,6 +30,7 @@ from vitrail.layers.conv import (
     InvertedResidual,
     SqueezeExcite,
     absorb_eps,
+    fast_layout,
     init_conv_weights,
     make_divisible,
     run_stages,
@@ -170,7 +171,7 @@ class EfficientNet(nn.Module):
     def forward(self, images: Tensor, record: dict[str, Tensor] | None = None) -> Features:
         check_images(images, self)
         checkpointing = self.grad_checkpointing and self.training
-        x = self.stem(images)
+        x = self.stem(fast_layout(images))
         return Features(run_stages(x, self.stages, self.outputs, record, checkpointing))
 
 

@@ -29,6 +29,7 @@ from vitrail.layers.conv import (
     InvertedResidual,
     SqueezeExcite,
     absorb_eps,
+    fast_layout,
     init_conv_weights,
     make_divisible,
     run_stages,
@@ -180,7 +181,7 @@ class MobileNetV1(nn.Module):
     def forward(self, images: Tensor, record: dict[str, Tensor] | None = None) -> Features:
         check_images(images, self)
         checkpointing = self.grad_checkpointing and self.training
-        x = self.stem(images)
+        x = self.stem(fast_layout(images))
         return Features(run_stages(x, self.stages, self.outputs, record, checkpointing))
 
 
@@ -217,7 +218,7 @@ class MobileNetV2(nn.Module):
     def forward(self, images: Tensor, record: dict[str, Tensor] | None = None) -> Features:
         check_images(images, self)
         checkpointing = self.grad_checkpointing and self.training
-        x = self.stem(images)
+        x = self.stem(fast_layout(images))
         return Features(run_stages(x, self.stages, self.outputs, record, checkpointing))
 
 
@@ -274,7 +275,7 @@ class MobileNetV3(nn.Module):
     def forward(self, images: Tensor, record: dict[str, Tensor] | None = None) -> Features:
         check_images(images, self)
         checkpointing = self.grad_checkpointing and self.training
-        x = self.stem(images)
+        x = self.stem(fast_layout(images))
         return Features(run_stages(x, self.stages, self.outputs, record, checkpointing))
 
 

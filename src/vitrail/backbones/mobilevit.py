@@ -29,6 +29,7 @@ from vitrail.layers.conv import (
     ConvNormAct,
     ConvPoolHead,
     InvertedResidual,
+    fast_layout,
     init_conv_weights,
     make_divisible,
 )
@@ -146,8 +147,12 @@ class MobileViTBlock(nn.Module):
         """The inverse of `unfold`, to the shape of `like`."""
         batch, dim, height, width = like.shape
         p = self.patch_size
-        x = tokens.reshape(batch, p, p, height // p, width // p, dim).permute(0, 5, 3, 1, 4, 2)
-        return x.reshape(batch, dim, height, width)
+        x = tokens.reshape(batch, p, p, height // p, width // p, dim)
+        if torch.compiler.is_compiling():
+            return x.permute(0, 5, 3, 1, 4, 2).reshape(batch, dim, height, width)
+        # The same, but channels last in memory, as `fast_layout`: rows of channels are copied whole.
+        x = x.permute(0, 3, 1, 4, 2, 5).reshape(batch, height, width, dim)
+        return x.permute(0, 3, 1, 2)
 
 
 class MobileViT(nn.Module):
@@ -180,7 +185,7 @@ class MobileViT(nn.Module):
 
     def forward(self, images: Tensor, record: dict[str, Tensor] | None = None) -> Features:
         check_images(images, self)
-        x = self.stem(images)
+        x = self.stem(fast_layout(images))
         outputs = []
         for i, stage in enumerate(self.stages):
             for j, block in enumerate(stage.children()):

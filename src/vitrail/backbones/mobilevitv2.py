@@ -28,7 +28,13 @@ from torch import Tensor, nn
 
 from vitrail.features import Features, check_images, pyramid_specs
 from vitrail.layers.checkpoint import checkpointed
-from vitrail.layers.conv import ConvNormAct, InvertedResidual, init_conv_weights, make_divisible
+from vitrail.layers.conv import (
+    ConvNormAct,
+    InvertedResidual,
+    fast_layout,
+    init_conv_weights,
+    make_divisible,
+)
 from vitrail.layers.resize import resize_to_multiple
 from vitrail.registry import Layout, Published, Tensors, register_backbone, rename_keys
 from vitrail_runtime.preprocess import Preprocessing
@@ -173,7 +179,7 @@ class MobileViTV2(nn.Module):
 
     def forward(self, images: Tensor, record: dict[str, Tensor] | None = None) -> Features:
         check_images(images, self)
-        x = self.stem(images)
+        x = self.stem(fast_layout(images))
         outputs = []
         for i, stage in enumerate(self.stages):
             for j, block in enumerate(stage.children()):

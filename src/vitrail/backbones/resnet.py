@@ -18,6 +18,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from vitrail.features import Features, FeatureSpec, check_images
 from vitrail.layers.checkpoint import checkpointed
+from vitrail.layers.conv import fast_layout
 from vitrail.registry import Layout, Published, Tensors, register_backbone, rename_keys
 from vitrail_runtime.errors import InputError
 from vitrail_runtime.preprocess import Preprocessing
@@ -81,7 +82,7 @@ class ResNet(nn.Module):
 
     def forward(self, images: Tensor, record: dict[str, Tensor] | None = None) -> Features:
         check_images(images, self)
-        x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
+        x = self.maxpool(self.relu(self.bn1(self.conv1(fast_layout(images)))))
         stages = (self.layer1, self.layer2, self.layer3, self.layer4)
         checkpointing = self.grad_checkpointing and self.training
         maps = {}

@@ -36,6 +36,7 @@ from vitrail.backbones.vit import (
 )
 from vitrail.backbones.vit import from_timm as vit_from_timm
 from vitrail.features import pad_to_multiple
+from vitrail.layers.conv import fast_layout
 from vitrail.registry import Layout, Published, Tensors, register_backbone
 from vitrail_runtime.errors import InputError
 from vitrail_runtime.preprocess import Preprocessing
@@ -192,7 +193,8 @@ class HybridEmbed(nn.Module):
         self.proj = nn.Conv2d(self.resnet.dim, config.embed_dim, patch, patch)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.proj(pad_to_multiple(self.resnet(images), self.proj.stride[0]))
+        x = self.resnet(fast_layout(images))
+        return self.proj(pad_to_multiple(x, self.proj.stride[0]))
 
 
 class ViTHybrid(ViT):
