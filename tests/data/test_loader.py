@@ -5,12 +5,14 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
 import torch
 
 from tests.data.conftest import picture
+from vitrail.data import loader as loader_module
 from vitrail.data import open_data
 from vitrail.data.augment import Augmentation
 from vitrail.data.loader import TrainLoader, batch_indices, eval_batches, train_batches
@@ -72,6 +74,22 @@ def test_workers_stay_over_epochs_and_epochs_differ(data):
     first, second, again = (list(loader.epoch(e)) for e in (0, 1, 0))
     assert not torch.equal(first[0].indices, second[0].indices)
     assert all(torch.equal(a.images, b.images) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_a_worker_that_is_starting_is_left_to_the_run(data, number, monkeypatch):
+    ready = loader_module._leave_signals_to_the_run
+
+    def slowly(flag, worker):
+        time.sleep(worker)  # the second is a second behind
+        ready(flag, worker)
+
+    monkeypatch.setattr(loader_module, "_leave_signals_to_the_run", slowly)
+    batches = TrainLoader(data, plan_of(data), EVERYTHING, workers=2).epoch(0)
+    next(batches)
+    for worker in multiprocessing.active_children():
+        os.kill(worker.pid, number)
+    assert len(list(batches)) == 3
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

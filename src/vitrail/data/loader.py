@@ -8,6 +8,7 @@ import atexit
 import os
 import signal
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache, partial
 from types import FrameType
 from typing import NamedTuple
@@ -22,6 +23,8 @@ from vitrail.data.images import ImageData
 from vitrail.data.plan import Batch, BatchPlan
 from vitrail_runtime.errors import InputError
 from vitrail_runtime.preprocess import Preprocessing, decode_size, prepare, preprocessed_size
+
+STOPS = (signal.SIGINT, signal.SIGTERM)
 
 
 class TrainBatch(NamedTuple):
@@ -203,7 +206,9 @@ class _Jobs:
             )
 
     def run(self, jobs: Iterable) -> Iterator:
-        for result in self._results(jobs):
+        with _signals_wait():
+            results = iter(self._results(jobs))  # the first time, this starts the workers
+        for result in results:
             if isinstance(result, InputError):
                 self.loader = None  # else the traceback would keep the workers alive
                 raise result
@@ -226,6 +231,19 @@ def _signals_are_the_runs() -> Tensor:
     return flag
 
 
+@contextmanager
+def _signals_wait() -> Iterator[None]:
+    """Hold back signals while workers start: they inherit this, until they can leave them to the run."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _leave_signals_to_the_run(flag: Tensor, worker: int) -> None:
     """Ctrl-C and a batch system's SIGTERM reach every process of a run, but the run decides when it stops:
     it still needs its batch, and torch raises in the midst of an update when a worker dies."""
@@ -236,6 +254,8 @@ def _leave_signals_to_the_run(flag: Tensor, worker: int) -> None:
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, on_terminate)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
 
 
 class _Queue:
