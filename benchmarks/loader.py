@@ -170,7 +170,7 @@ def starting(data: Path, scratch: Path, quick: bool) -> Iterator[dict]:
         for what, (seconds, imports) in (("first", first), ("second", second)):
             yield {
                 "name": f"{what} start, {pictures:,} pictures in {name}",
-                "unit": f"s to the first batch, {imports:.1f} of them importing torch and torchvision",
+                "unit": f"s to the first batch, {imports:.1f} of them importing torch",
                 "ours": seconds,
                 "imports": imports,
                 "peer": None,

@@ -1,13 +1,16 @@
 """Training decodes faster than evaluation, to the same pixels."""
 
+import importlib
 import io
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from tests.data.conftest import picture
-from vitrail.data import open_data
+from vitrail.data import decoding, open_data
 from vitrail.data.decoding import read_pixels
 from vitrail_runtime.errors import InputError
 
@@ -75,3 +78,31 @@ def test_a_jpeg_that_breaks_inside_is_named(tmp_path, class_folders):
     data = open_data(root, "all")
     with pytest.raises(InputError, match=r"cat/000\.jpg"):
         read_pixels(data, 0, (64, 64))
+
+
+def test_without_torchcodec_a_warning_says_so_and_the_pixels_stay(data, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchcodec.decoders", None)
+    with pytest.warns(UserWarning, match=r"torchcodec cannot be loaded .*Pillow.*>= 0\.16"):
+        importlib.reload(decoding)
+    try:
+        assert decoding.decode_jpeg is None
+        for i in range(len(data)):
+            np.testing.assert_array_equal(
+                decoding.read_pixels(data, i, (64, 64)), data.read(i, (64, 64))
+            )
+    finally:
+        monkeypatch.undo()
+        importlib.reload(decoding)
+    assert decoding.decode_jpeg is not None
+
+
+def test_reading_pictures_imports_neither_torchvision_nor_dynamo():
+    """Each takes longer to import than everything else that a second start does."""
+    code = """if True:
+        import sys, vitrail.data.decoding, vitrail.data.loader
+        print([name for name in ("torchvision", "torch._dynamo") if name in sys.modules])
+    """
+    printed = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert printed.stdout.strip() == "[]"

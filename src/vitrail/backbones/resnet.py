@@ -13,8 +13,6 @@ the first 1x1, which costs ResNet-50 8 % more multiply-adds and gains about half
 from dataclasses import dataclass
 
 from torch import Tensor, nn
-from torchvision.models import resnet as torchvision_resnet
-from torchvision.ops import FrozenBatchNorm2d
 
 from vitrail.features import Features, FeatureSpec, check_images
 from vitrail.layers.checkpoint import checkpointed
@@ -48,6 +46,9 @@ class ResNet(nn.Module):
     """
 
     def __init__(self, config: ResNetConfig) -> None:
+        from torchvision.models import resnet as torchvision_resnet  # takes seconds to import
+        from torchvision.ops import FrozenBatchNorm2d
+
         super().__init__()
         if config.dilated_c5 and not config.bottleneck:
             raise InputError(
