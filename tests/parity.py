@@ -1,7 +1,5 @@
 """How tests compare a model of ours with its reference."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
@@ -35,8 +33,3 @@ def fill_by_key_map(
     """A state dict of ours, filled by the OFFICIAL keys of a fixture and carried over by the key map."""
     foreign = {k: torch.from_numpy(value(k, shape, gain)) for k, shape in keys.items()}
     return entry.layouts[layout].convert(foreign, entry.config)
-
-
-def eval_double(make: Callable[[], nn.Module]) -> nn.Module:
-    """A model in float64 and eval mode."""
-    return make().double().eval()

@@ -10,7 +10,7 @@ import torch
 import vitrail
 from tests.parity import randomise
 from vitrail import models, weights
-from vitrail.classifiers import Classifier, PooledHead
+from vitrail.models import build_classifier
 from vitrail.registry import backbone_entry, list_backbones
 from vitrail_runtime.errors import InputError
 
@@ -188,9 +188,7 @@ def test_an_unknown_name_lists_the_closest():
 def test_every_variant_builds_on_meta_and_loads_by_assignment(name):
     entry = backbone_entry(name)
     with torch.device("meta"):
-        backbone = entry.cls(entry.config)
-        head = (entry.tail or PooledHead)(entry.config, backbone.feature_specs, 3)
-        model = Classifier(backbone, head)
+        model = build_classifier(entry, entry.config, 3)
     # One number each, read again and again: the largest variants would fill the memory.
     state = {
         k: torch.zeros((), dtype=v.dtype, device="cpu").expand(v.shape)

@@ -73,30 +73,38 @@ def create_model(
     """
     entry = backbone_entry(name)
     names = class_names(classes, num_classes)
-    backbone = build_backbone(entry, config_fields)
-    tail = entry.tail or PooledHead
-    model = Classifier(backbone, tail(backbone.config, backbone.feature_specs, len(names)))
+    config = _configured(entry, config_fields)
+    model = build_classifier(entry, config, len(names))
     preprocessing = entry.preprocessing
     if "image_size" in config_fields:
         size = config_fields["image_size"]
         size = (size, size) if isinstance(size, int) else tuple(size)
         preprocessing = replace(preprocessing, size=size)
-    describe(model, ModelInfo(name, backbone.config, names, preprocessing))
+    describe(model, ModelInfo(name, config, names, preprocessing))
     part = _backbone_part(name, weights)
     if part is not None:
-        model.weights_report = weights_room.load_weights(
-            backbone, part, entry, config=backbone.config
-        )
+        model.weights_report = weights_room.load_weights(model.backbone, part, entry, config=config)
     elif weights is not None:
-        weights_room.load_weights(model, weights, entry, config=backbone.config)
+        weights_room.load_weights(model, weights, entry, config=config)
     return model
 
 
 def build_backbone(entry: BackboneEntry, config_fields: Mapping[str, Any]) -> Any:
     """The entry's backbone with some config fields replaced, freshly initialised."""
+    return entry.cls(_configured(entry, config_fields))
+
+
+def build_classifier(entry: BackboneEntry, config: Any, num_classes: int) -> Classifier:
+    """The entry's backbone of this config and its paper's tail, or the pooled head; freshly initialised."""
+    backbone = entry.cls(config)
+    tail = entry.tail or PooledHead
+    return Classifier(backbone, tail(config, backbone.feature_specs, num_classes))
+
+
+def _configured(entry: BackboneEntry, config_fields: Mapping[str, Any]) -> Any:
     config = with_fields(entry.name, entry.config, config_fields)
     check_choices(config, where=entry.name)
-    return entry.cls(config)
+    return config
 
 
 def class_names(classes: Sequence[str] | None, num_classes: int | None) -> tuple[str, ...]:
@@ -177,9 +185,7 @@ def load(folder: str | Path) -> Classifier:
     entry = backbone_entry(config["name"])
     cfg = from_dict(type(entry.config), config["config"], where=str(path))
     with torch.device("meta"):
-        backbone = entry.cls(cfg)
-        tail = entry.tail or PooledHead
-        model = Classifier(backbone, tail(cfg, backbone.feature_specs, len(config["classes"])))
+        model = build_classifier(entry, cfg, len(config["classes"]))
     own = model.state_dict()
     odd = [k for k in {**own, **state} if k not in own or k not in state]
     odd += [k for k in own if k in state and own[k].shape != state[k].shape]

@@ -6,16 +6,15 @@ from torch import nn
 
 import vitrail.backbones  # noqa: F401  (registers every backbone)
 from tests.parity import assert_close_to_peer, randomise
-from vitrail.classifiers import Classifier, PooledHead
+from vitrail.classifiers import Classifier
+from vitrail.models import build_classifier
 from vitrail.registry import backbone_entry
 
 
 def classifier(name: str, num_classes: int = 1000) -> Classifier:
     """Our classifier of a registered name, on the current default device."""
     entry = backbone_entry(name)
-    backbone = entry.cls(entry.config)
-    head = (entry.tail or PooledHead)(entry.config, backbone.feature_specs, num_classes)
-    return Classifier(backbone, head)
+    return build_classifier(entry, entry.config, num_classes)
 
 
 def ours_from(peer: nn.Module, name: str, layout: str, num_classes: int = 1000) -> Classifier:

@@ -17,7 +17,7 @@ from tests.parity import assert_close_to_peer, randomise
 from vitrail.backbones.vit import KeysValues, ViT, ViTConfig, ViTHead, pooled
 from vitrail.classifiers import Classifier
 from vitrail.layers.position import resample_positions, resize_patch_embedding
-from vitrail.models import create_backbone, create_model
+from vitrail.models import build_classifier, create_backbone, create_model
 from vitrail.packing import pack, to_patches
 from vitrail.registry import backbone_entry, list_backbones
 from vitrail_runtime.errors import InputError
@@ -39,12 +39,10 @@ def loaded(name: str, layout: str, state: dict[str, Tensor], **fields: Any) -> C
     """Our classifier in float64 with a foreign state, every key of it used."""
     entry = backbone_entry(name)
     config = replace(entry.config, **fields)
-    backbone = entry.cls(config)
     state = {key: tensor.double() for key, tensor in state.items()}
     converted = entry.layouts[layout].convert(state, config)
     classes = [v.shape[0] for k, v in converted.items() if k == "head.fc.weight"]
-    head = entry.tail(config, backbone.feature_specs, classes[0] if classes else 1)
-    model = Classifier(backbone, head).double().eval()
+    model = build_classifier(entry, config, classes[0] if classes else 1).double().eval()
     own = model.state_dict()
     spare = [k for k in converted if k not in own and not k.endswith("mask_token")]
     new = [k for k in own if k not in converted and (classes or k.startswith("backbone."))]
@@ -145,9 +143,7 @@ def test_every_variant_has_the_tensors_of_timms(name):
         classes = 0 if "dinov2" in name else 1000
         state = timm.create_model(timms_name(name), num_classes=classes).state_dict()
         entry = backbone_entry(name)
-        backbone = entry.cls(entry.config)
-        head = entry.tail(entry.config, backbone.feature_specs, 1000)
-        own = Classifier(backbone, head).state_dict()
+        own = build_classifier(entry, entry.config, 1000).state_dict()
     theirs = {k: v.shape for k, v in entry.layouts["timm"].convert(state, entry.config).items()}
     if not classes:
         own = {k: v for k, v in own.items() if k.startswith("backbone.")}

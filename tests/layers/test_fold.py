@@ -4,9 +4,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from tests.parity import randomise
-from vitrail.classifiers import Classifier, PooledHead
 from vitrail.layers.fold import fold_batchnorm
-from vitrail.models import build_backbone
+from vitrail.models import build_classifier
 from vitrail.registry import tiny_entries
 
 TINY = tiny_entries()
@@ -36,9 +35,7 @@ def picture(*shape: int) -> Tensor:
 @pytest.mark.parametrize("family", TINY)
 def test_every_family_folds_and_gives_the_same_logits_at_another_size(family):
     entry = TINY[family]
-    backbone = build_backbone(entry, {})
-    tail = entry.tail or PooledHead
-    model = Classifier(backbone, tail(backbone.config, backbone.feature_specs, 5)).eval()
+    model = build_classifier(entry, entry.config, 5).eval()
     randomise(model)
     folded = fold_batchnorm(model)
     for size in [(97, 130), (33, 20)]:

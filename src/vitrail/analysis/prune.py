@@ -13,8 +13,8 @@ from torch import Tensor
 from vitrail.analysis.importance import Importance, Rows, slices
 from vitrail.backbones.efficientvit import EfficientViTConfig
 from vitrail.backbones.vit import ViTConfig
-from vitrail.classifiers import Classifier, PooledHead
-from vitrail.models import ModelInfo, describe
+from vitrail.classifiers import Classifier
+from vitrail.models import ModelInfo, build_classifier, describe
 from vitrail.registry import backbone_entry
 from vitrail_runtime.errors import InputError
 
@@ -113,9 +113,7 @@ def prune(model: Classifier, plan: Slimming) -> Classifier:
     info: ModelInfo = model.info
     entry = backbone_entry(info.name)
     with torch.device("meta"):
-        backbone = entry.cls(plan.config)
-        head = (entry.tail or PooledHead)(plan.config, backbone.feature_specs, len(info.classes))
-        slim = Classifier(backbone, head)
+        slim = build_classifier(entry, plan.config, len(info.classes))
     slim.load_state_dict(state, assign=True)
     describe(slim, ModelInfo(info.name, plan.config, info.classes, info.preprocessing))
     return slim.train(model.training)
