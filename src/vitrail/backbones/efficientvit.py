@@ -19,9 +19,8 @@ distilled variant's second head is not built, and a file that has one is refused
 import functools
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +30,7 @@ from vitrail.features import Features, FeatureSpec, check_images, pyramid_specs
 from vitrail.layers.checkpoint import checkpointed
 from vitrail.layers.conv import ConvNormAct, SqueezeExcite, fast_layout
 from vitrail.layers.tables import cached_table
-from vitrail.registry import Layout, Published, register_backbone
+from vitrail.registry import Layout, Published, Tensors, register_backbone, rename_keys
 from vitrail_runtime.errors import InputError
 
 
@@ -129,6 +128,7 @@ _relu = functools.partial(nn.ReLU, inplace=True)
 def conv_norm(
     in_chans: int, out_chans: int, kernel_size: int = 1, *, depthwise: bool = False
 ) -> ConvNormAct:
+    """A convolution and its BatchNorm, without an activation. (B, C, H, W) -> (B, out, H, W)."""
     groups = in_chans if depthwise else 1
     return ConvNormAct(in_chans, out_chans, kernel_size, groups=groups, act=None)
 
@@ -359,7 +359,7 @@ class NormLinearHead(nn.Module):
     """The paper's tail: BatchNorm and a linear layer on the pooled last map. Features -> (B, K)."""
 
     def __init__(
-        self, config: EfficientViTConfig, specs: dict[str, FeatureSpec], num_classes: int
+        self, config: EfficientViTConfig, specs: Mapping[str, FeatureSpec], num_classes: int
     ) -> None:
         super().__init__()
         dim = config.dims[-1]
@@ -373,9 +373,9 @@ class NormLinearHead(nn.Module):
         return self.linear(self.bn(last.mean((2, 3))))
 
 
-def from_timm(state: dict[str, Tensor], config: EfficientViTConfig) -> dict[str, Tensor]:
+def from_timm(state: Tensors, config: EfficientViTConfig) -> Tensors:
     """timm's efficientvit_msra keys: each residual wraps its content as `m`."""
-    renames = (
+    rules = [
         (r"^(?=patch_embed\.|stages\.)", "backbone."),
         (r"\.downsample\.res1\.0\.m\.", ".downsample.dw0."),
         (r"\.downsample\.res1\.1\.m\.", ".downsample.ffn0."),
@@ -385,11 +385,13 @@ def from_timm(state: dict[str, Tensor], config: EfficientViTConfig) -> dict[str,
         (r"\.mixer\.m\.attn\.", ".attn."),
         (r"\.attn\.proj\.1\.", ".attn.proj."),
         (r"\.m\.", "."),
-    )
-    return _renamed(state, renames)
+    ]
+    # The index of the bias table is a function of the window here.
+    kept = {k: v for k, v in state.items() if not k.endswith("attention_bias_idxs")}
+    return rename_keys(kept, rules)
 
 
-def from_official(state: dict[str, Tensor], config: EfficientViTConfig) -> dict[str, Tensor]:
+def from_official(state: Tensors, config: EfficientViTConfig) -> Tensors:
     """The keys of github.com/microsoft/Cream, for classification and for detection."""
 
     def stage(match: re.Match[str]) -> str:
@@ -400,27 +402,16 @@ def from_official(state: dict[str, Tensor], config: EfficientViTConfig) -> dict[
             return f"stages.{index}.blocks.{item - 3}."
         return f"stages.{index}.downsample.{('res1', 'patchmerge', 'res2')[item]}."
 
-    renames = (
+    rules = [
         (r"^patch_embed\.(\d)\.", lambda m: f"patch_embed.conv{int(m[1]) // 2 + 1}."),
         (r"^blocks(\d)\.(\d+)\.", stage),
         (r"\.c\.", ".conv."),
         (r"^head\.l\.", "head.linear."),
-    )
-    return from_timm(_renamed(state, renames), config)
+    ]
+    return from_timm(rename_keys(state, rules), config)
 
 
-def _renamed(state: dict[str, Tensor], renames: Iterable[tuple[str, Any]]) -> dict[str, Tensor]:
-    out = {}
-    for key, value in state.items():
-        if key.endswith("attention_bias_idxs"):
-            continue  # a function of the window here
-        for pattern, new in renames:
-            key = re.sub(pattern, new, key)
-        out[key] = value
-    return out
-
-
-def fit_windows(state: dict[str, Tensor], config: EfficientViTConfig) -> dict[str, Tensor]:
+def fit_windows(state: Tensors, config: EfficientViTConfig) -> Tensors:
     """Resample each table of biases, a square over (|dy|, |dx|), to the window of its stage."""
     windows, state = config.windows(), dict(state)
     for key, table in state.items():

@@ -16,6 +16,7 @@ Pictures are scaled to [0, 1] and not normalised. A map whose sides are odd is r
 before unfolding and back after folding, as in the official code.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -24,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitrail.features import Features, FeatureSpec, check_images, pyramid_specs
-from vitrail.layers.checkpoint import checkpointed
+from vitrail.layers.attention import attend
 from vitrail.layers.conv import (
     ConvNormAct,
     ConvPoolHead,
@@ -32,7 +33,9 @@ from vitrail.layers.conv import (
     fast_layout,
     init_conv_weights,
     make_divisible,
+    run_stages,
 )
+from vitrail.layers.keys import join_rows
 from vitrail.layers.mlp import Mlp
 from vitrail.layers.resize import resize_to_multiple
 from vitrail.registry import Layout, Published, Tensors, register_backbone, rename_keys
@@ -76,7 +79,6 @@ class Attention(nn.Module):
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.scale = (dim // num_heads) ** -0.5
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
@@ -84,12 +86,7 @@ class Attention(nn.Module):
         batch, tokens, dim = x.shape
         qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, dim // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B * P, heads, N, D) each
-        if record is None:
-            out = F.scaled_dot_product_attention(q, k, v)
-        else:
-            weights = (self.scale * q @ k.transpose(-2, -1)).softmax(-1)
-            record[f"{name}.weights"] = weights
-            out = weights @ v
+        out = attend(q, k, v, None, record, name)
         return self.proj(out.transpose(1, 2).reshape(batch, tokens, dim))
 
 
@@ -167,6 +164,7 @@ class MobileViT(nn.Module):
         self.config = config
         self.grad_checkpointing = False
         self.feature_specs = pyramid_specs(config.dims[1:], first_stride=4)
+        self.outputs = dict(enumerate(self.feature_specs, start=1))  # all but the first stage's
         self.stem = ConvNormAct(3, config.stem_dim, 3, stride=2, act=_silu)
         self.stages = nn.ModuleList()
         in_chans = config.stem_dim
@@ -185,26 +183,19 @@ class MobileViT(nn.Module):
 
     def forward(self, images: Tensor, record: dict[str, Tensor] | None = None) -> Features:
         check_images(images, self)
+        checkpointing = self.grad_checkpointing and self.training
         x = self.stem(fast_layout(images))
-        outputs = []
-        for i, stage in enumerate(self.stages):
-            for j, block in enumerate(stage.children()):
-                name = f"stages.{i}.{j}"
-                args = (x, record, name) if isinstance(block, MobileViTBlock) else (x,)
-                if self.grad_checkpointing and self.training:
-                    x = checkpointed(block, *args)
-                else:
-                    x = block(*args)
-                if record is not None:
-                    record[name] = x
-            outputs.append(x)
-        return Features(dict(zip(self.feature_specs, outputs[1:], strict=True)))
+        return Features(
+            run_stages(
+                x, self.stages, self.outputs, record, checkpointing, recording=MobileViTBlock
+            )
+        )
 
 
 def mobilevit_head(
-    config: MobileViTConfig, specs: dict[str, FeatureSpec], num_classes: int
+    config: MobileViTConfig, specs: Mapping[str, FeatureSpec], num_classes: int
 ) -> ConvPoolHead:
-    """The classifier's tail."""
+    """The tail of Table 4: a 1x1 convolution to `head_dim` channels, pooling, a linear layer."""
     return ConvPoolHead(
         specs["c5"].channels, config.head_dim, num_classes, act=_silu, drop=config.head_drop_rate
     )
@@ -291,19 +282,8 @@ def from_huggingface(state: Tensors, config: MobileViTConfig) -> Tensors:
         (r"^conv_1x1_exp\.", "head.conv."),
         (r"^classifier\.", "head.fc."),
     ]
-    return reverse_stem(join_qkv(rename_keys(state, rules)))
-
-
-def join_qkv(state: Tensors) -> Tensors:
-    """Three projections `attn.query`, `attn.key`, `attn.value` as the rows of one, `attn.qkv`."""
-    out = dict(state)
-    for key in state:
-        if ".attn.query." in key:
-            parts = [
-                out.pop(key.replace(".query.", f".{part}.")) for part in ("query", "key", "value")
-            ]
-            out[key.replace(".query.", ".qkv.")] = torch.cat(parts)
-    return out
+    out = join_rows(rename_keys(state, rules), "attn.qkv", ("attn.query", "attn.key", "attn.value"))
+    return reverse_stem(out)
 
 
 register_backbone(

@@ -27,13 +27,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitrail.features import Features, check_images, pyramid_specs
-from vitrail.layers.checkpoint import checkpointed
 from vitrail.layers.conv import (
     ConvNormAct,
     InvertedResidual,
     fast_layout,
     init_conv_weights,
     make_divisible,
+    run_stages,
 )
 from vitrail.layers.resize import resize_to_multiple
 from vitrail.registry import Layout, Published, Tensors, register_backbone, rename_keys
@@ -160,6 +160,7 @@ class MobileViTV2(nn.Module):
         divisors = (16, 8, 8, 8, 8)
         dims = [make_divisible(d * width, div) for d, div in zip(DIMS, divisors, strict=True)]
         self.feature_specs = pyramid_specs(dims[1:], first_stride=4)
+        self.outputs = dict(enumerate(self.feature_specs, start=1))  # all but the first stage's
         in_chans = make_divisible(min(max(32 * width, 16), 64))
         self.stem = ConvNormAct(3, in_chans, 3, stride=2, act=_silu)
         self.stages = nn.ModuleList()
@@ -179,20 +180,13 @@ class MobileViTV2(nn.Module):
 
     def forward(self, images: Tensor, record: dict[str, Tensor] | None = None) -> Features:
         check_images(images, self)
+        checkpointing = self.grad_checkpointing and self.training
         x = self.stem(fast_layout(images))
-        outputs = []
-        for i, stage in enumerate(self.stages):
-            for j, block in enumerate(stage.children()):
-                name = f"stages.{i}.{j}"
-                args = (x, record, name) if isinstance(block, MobileViTV2Block) else (x,)
-                if self.grad_checkpointing and self.training:
-                    x = checkpointed(block, *args)
-                else:
-                    x = block(*args)
-                if record is not None:
-                    record[name] = x
-            outputs.append(x)
-        return Features(dict(zip(self.feature_specs, outputs[1:], strict=True)))
+        return Features(
+            run_stages(
+                x, self.stages, self.outputs, record, checkpointing, recording=MobileViTV2Block
+            )
+        )
 
 
 def from_timm(state: Tensors, config: MobileViTV2Config) -> Tensors:

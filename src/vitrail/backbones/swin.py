@@ -24,6 +24,7 @@ Where papers and codes differ:
   attn_every=n only every n-th block attends (a share of 1/n), the others keep their MLP alone.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -34,10 +35,11 @@ from torch import Tensor, nn
 from vitrail.features import Features, FeatureSpec, check_images, pad_to_multiple, pyramid_specs
 from vitrail.layers.attention import attend, map_to_tokens, tokens_to_map
 from vitrail.layers.checkpoint import checkpointed
+from vitrail.layers.keys import join_rows
 from vitrail.layers.mlp import Mlp
 from vitrail.layers.residual import DropPath, drop_path_schedule
 from vitrail.layers.tables import cached_table
-from vitrail.registry import Layout, Published, register_backbone
+from vitrail.registry import Layout, Published, Tensors, register_backbone, rename_keys
 from vitrail_runtime.errors import InputError
 from vitrail_runtime.preprocess import Preprocessing
 
@@ -372,10 +374,7 @@ def _init(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-# --- key maps of released files ---
-
-
-def resample(state: dict[str, Tensor], config: SwinConfig) -> dict[str, Tensor]:
+def resample(state: Tensors, config: SwinConfig) -> Tensors:
     """Bring the bias tables of another window to this one's, over the grid of offsets, bicubically as the
     official code does."""
     out, size = dict(state), 2 * config.window_size - 1
@@ -391,7 +390,7 @@ def resample(state: dict[str, Tensor], config: SwinConfig) -> dict[str, Tensor]:
 _COMPUTED = ("relative_position_index", "attn_mask")
 
 
-def from_timm(state: dict[str, Tensor], config: SwinConfig) -> dict[str, Tensor]:
+def from_timm(state: Tensors, config: SwinConfig) -> Tensors:
     """timm's keys are ours, but for the classifier tail."""
     out = {}
     for key, value in state.items():
@@ -401,78 +400,56 @@ def from_timm(state: dict[str, Tensor], config: SwinConfig) -> dict[str, Tensor]
     return out
 
 
-def from_official(state: dict[str, Tensor], config: SwinConfig) -> dict[str, Tensor]:
+# Where merging closes a stage, ours begins the next with it.
+_MERGING = (r"^layers\.(\d+)\.(?=downsample\.)", lambda m: f"layers.{int(m[1]) + 1}.")
+
+
+def from_official(state: Tensors, config: SwinConfig) -> Tensors:
     """Official keys: merging closes the stage before; the classifier is `head`."""
-    out = {}
-    for key, value in state.items():
-        parts = key.split(".")
-        if parts[0] == "layers" and parts[2] == "downsample":
-            parts[1] = str(int(parts[1]) + 1)
-        elif parts[0] == "head":
-            parts.insert(1, "fc")
-        out[".".join(parts)] = value
-    return from_timm(out, config)
+    return from_timm(rename_keys(state, [_MERGING, (r"^head\.", "head.fc.")]), config)
 
 
-def from_torchvision(state: dict[str, Tensor], config: SwinConfig) -> dict[str, Tensor]:
+def from_torchvision(state: Tensors, config: SwinConfig) -> Tensors:
     """features.0: patches; 1, 3, 5, 7: blocks; 2, 4, 6: merging."""
-    out = {}
-    for key, value in state.items():
-        parts = key.split(".")
-        if parts[0] == "head":
-            parts.insert(1, "fc")
-        elif parts[0] == "features":
-            number = int(parts[1])
-            if number == 0:
-                parts = ["patch_embed", {"0": "proj", "2": "norm"}[parts[2]], *parts[3:]]
-            elif number % 2 == 0:
-                parts = ["layers", str(number // 2), "downsample", *parts[2:]]
-            else:
-                parts = ["layers", str(number // 2), "blocks", *parts[2:]]
-                if parts[4] == "mlp":
-                    parts[5] = {"0": "fc1", "3": "fc2"}[parts[5]]
-        out[".".join(parts)] = value
+
+    def stage(match: re.Match[str]) -> str:
+        index = int(match[1])
+        return f"layers.{index // 2}.{'blocks' if index % 2 else 'downsample'}."
+
+    rules = [
+        (r"^features\.0\.0\.", "patch_embed.proj."),
+        (r"^features\.0\.2\.", "patch_embed.norm."),
+        (r"^features\.(\d+)\.", stage),
+        (r"\.mlp\.0\.", ".mlp.fc1."),
+        (r"\.mlp\.3\.", ".mlp.fc2."),
+        (r"^head\.", "head.fc."),
+    ]
+    return from_timm(rename_keys(state, rules), config)
+
+
+def from_hugging_face(state: Tensors, config: SwinConfig) -> Tensors:
+    """SwinForImageClassification, as released and as of transformers 5.x: query, key and value apart;
+    merging closes the stage before."""
+    rules = [
+        (r"^swin\.embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+        (r"^swin\.embeddings\.norm\.", "patch_embed.norm."),
+        (r"^swin\.layernorm\.", "norm."),
+        (r"^swin\.encoder\.", ""),
+        (r"^classifier\.", "head.fc."),
+        _MERGING,
+        (r"\.layernorm_before\.", ".norm1."),
+        (r"\.layernorm_after\.", ".norm2."),
+        (r"\.attention\.(?:self\.)?(?:(q)uery|(k)ey|(v)alue|([qkv])_proj)\.", r".attn.\1\2\3\4."),
+        (r"\.attention\.(?:self|relative_position_bias)\.", ".attn."),
+        (r"\.attention\.(?:output\.dense|o_proj)\.", ".attn.proj."),
+        (r"\.intermediate\.dense\.", ".mlp.fc1."),
+        (r"\.output\.dense\.", ".mlp.fc2."),
+    ]
+    out = join_rows(rename_keys(state, rules), "attn.qkv", ("attn.q", "attn.k", "attn.v"))
     return from_timm(out, config)
 
 
-_HUGGING_FACE = (  # in this order; the first three lines are names of newer transformers
-    ("attention.relative_position_bias.", "attention.self."),
-    ("attention.o_proj.", "attention.output.dense."),
-    ("mlp.fc1.", "intermediate.dense."),
-    ("mlp.fc2.", "output.dense."),
-    ("swin.embeddings.patch_embeddings.projection.", "patch_embed.proj."),
-    ("swin.embeddings.norm.", "patch_embed.norm."),
-    ("swin.encoder.", ""),
-    ("swin.layernorm.", "norm."),
-    ("classifier.", "head.fc."),
-    ("layernorm_before.", "norm1."),
-    ("layernorm_after.", "norm2."),
-    ("attention.self.", "attn."),
-    ("attention.output.dense.", "attn.proj."),
-    ("intermediate.dense.", "mlp.fc1."),
-    ("output.dense.", "mlp.fc2."),
-)
-
-
-def from_hugging_face(state: dict[str, Tensor], config: SwinConfig) -> dict[str, Tensor]:
-    """SwinForImageClassification: query, key and value apart; merging closes the stage before."""
-    out = {}
-    for key, value in state.items():
-        for old, new in (("q_proj", "query"), ("k_proj", "key"), ("v_proj", "value")):
-            key = key.replace(f"attention.{old}.", f"attention.self.{new}.")
-        for old, new in _HUGGING_FACE:
-            key = key.replace(old, new)
-        parts = key.split(".")
-        if "downsample" in parts:
-            parts[1] = str(int(parts[1]) + 1)
-        out[".".join(parts)] = value
-    for key in [k for k in out if ".attn.query." in k]:
-        three = [out.pop(key.replace(".query.", f".{n}.")) for n in ("query", "key", "value")]
-        out[key.replace(".query.", ".qkv.")] = torch.cat(three)
-    return from_timm(out, config)
-
-
-_INDEX = ("*.relative_position_index", "*.attn_mask")
+_INDEX = tuple(f"*.{name}" for name in _COMPUTED)
 
 TABLE = "the paper's table 1, as later papers quote it"
 README = "the official README"
@@ -486,7 +463,6 @@ register_backbone(
         depths=(2, 2, 2),
         num_heads=(2, 2, 4),
         window_size=3,
-        attn_every=1,
         drop_path_rate=0.1,
     ),
     tail=SwinTail,

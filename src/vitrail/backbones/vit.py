@@ -15,7 +15,6 @@ Dropout inside the blocks is left out: the recipes since DeiT use stochastic dep
 
 import itertools
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, cast
@@ -25,12 +24,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitrail.features import Features, FeatureSpec, check_images, level_name, pad_to_multiple
+from vitrail.layers.attention import attend
 from vitrail.layers.checkpoint import checkpointed
+from vitrail.layers.keys import join_rows
 from vitrail.layers.mlp import Mlp
 from vitrail.layers.position import resample_positions, resize_patch_embedding
 from vitrail.layers.residual import DropPath, LayerScale, drop_path_schedule
 from vitrail.packing import PackedFeatures, PackedImages, patch_grid
-from vitrail.registry import Layout, Published, Tensors, register_backbone
+from vitrail.registry import Layout, Published, Tensors, register_backbone, rename_keys
 from vitrail_runtime.errors import InputError
 from vitrail_runtime.preprocess import Preprocessing
 
@@ -226,11 +227,7 @@ class Attention(nn.Module):
         name: str = "",
     ) -> Tensor:
         """The core, for queries and keys of any number: (B, heads, N, D)."""
-        if record is None:
-            return F.scaled_dot_product_attention(q, k, v)
-        weights = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1)
-        record[f"{name}.weights"] = weights  # (B, heads, queries, keys)
-        return weights @ v
+        return attend(q, k, v, None, record, name)
 
     def heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, N, 3C) -> queries, keys, values, each (B, heads, N, D)."""
@@ -650,17 +647,9 @@ HUGGINGFACE_PARTS = {
 
 def from_huggingface(state: Tensors, config: ViTConfig) -> Tensors:
     """ViT, DeiT and DINOv2 (with and without registers) of transformers, as released and as of 5.x."""
-    ours = {}
-    for key, value in state.items():
-        for pattern, name in HUGGINGFACE_NAMES:
-            key = re.sub(pattern, name, key)
-        ours[key] = value
-    for i in range(config.depth):
-        for whole, parts in HUGGINGFACE_PARTS.items():
-            for leaf in ("weight", "bias"):
-                keys = [f"blocks.{i}.{part}.{leaf}" for part in parts]
-                if all(key in ours for key in keys):
-                    ours[f"blocks.{i}.{whole}.{leaf}"] = torch.cat([ours.pop(k) for k in keys])
+    ours = rename_keys(state, HUGGINGFACE_NAMES)
+    for whole, parts in HUGGINGFACE_PARTS.items():
+        ours = join_rows(ours, whole, parts)
     out = {k if k.startswith("head.") else f"backbone.{k}": v for k, v in ours.items()}
     return unambiguous_table(fold_class_position(out, config), config)
 

@@ -1,4 +1,4 @@
-"""The core of multi-head attention with a learnt bias, and the ways between tokens and maps."""
+"""The core of multi-head attention, and the ways between tokens and maps."""
 
 import torch
 import torch.nn.functional as F
@@ -14,10 +14,11 @@ def attend(
     name: str = "",
 ) -> Tensor:
     """softmax(q k^T / sqrt(D) + bias) v. q (B, heads, N, D), k and v (B, heads, M, D), bias broadcastable to
-    (B, heads, N, M) -> (B, heads, N, D). With `record` the weights are kept there as "name.weights"."""
-    # In graphs too the product is explicit: the memory order that the fused function returns depends on
-    # whether the bias asks for a gradient, and a graph may be traced again under another setting.
-    if record is None and not torch.compiler.is_compiling():
+    (B, heads, N, M) -> (B, heads, N, D). With `record` the weights (B, heads, N, M) are kept there as
+    "name.weights"."""
+    # With a bias the product is explicit in graphs too: the memory order that the fused function returns
+    # depends on whether the bias asks for a gradient, and a graph may be traced again under another setting.
+    if record is None and (bias is None or not torch.compiler.is_compiling()):
         if bias is not None and not torch.is_grad_enabled():
             # A view of a parameter still asks for a gradient, which the CPU's fast kernel does not give.
             bias = bias.detach()

@@ -173,17 +173,22 @@ def run_stages(
     outputs: Mapping[int, str],
     record: dict[str, Tensor] | None = None,
     checkpointing: bool = False,
+    *,
+    recording: type[nn.Module] | None = None,
 ) -> dict[str, Tensor]:
     """Pass `x` through stages of blocks. -> {outputs[i]: the map after stage i}.
 
     record: takes every block's map as "stages.I.J". checkpointing: recompute blocks in the backward pass.
+    recording: the class of blocks that have more to record; called as block(x, record, "stages.I.J").
     """
     maps = {}
     for i, stage in enumerate(stages):
         for j, block in enumerate(stage.children()):
-            x = checkpointed(block, x) if checkpointing else block(x)
+            name = f"stages.{i}.{j}"
+            args = (x, record, name) if recording and isinstance(block, recording) else (x,)
+            x = checkpointed(block, *args) if checkpointing else block(*args)
             if record is not None:
-                record[f"stages.{i}.{j}"] = x
+                record[name] = x
         if i in outputs:
             maps[outputs[i]] = x
     return maps
