@@ -48,17 +48,17 @@ def pyramid_specs(dims: Sequence[int], first_stride: int) -> dict[str, FeatureSp
     return {level_name(s): FeatureSpec(d, s) for d, s in zip(dims, strides, strict=True)}
 
 
-def check_images(images: Tensor, model: nn.Module, in_chans: int = 3) -> None:
-    """Raise InputError unless `images` is a (B, in_chans, H, W) float batch."""
+def check_images(images: Tensor, model: nn.Module) -> None:
+    """Raise InputError unless `images` is a (B, 3, H, W) float batch."""
     name = type(model).__name__
     if images.ndim != 4:
         raise InputError(
-            f"{name} takes images of shape (batch, {in_chans}, height, width), but got "
+            f"{name} takes images of shape (batch, 3, height, width), but got "
             f"{images.ndim} axes {tuple(images.shape)}; add a batch axis with images[None]"
         )
-    if images.shape[1] != in_chans:
+    if images.shape[1] != 3:
         raise InputError(
-            f"{name} takes {in_chans} channels, but got {images.shape[1]} in {tuple(images.shape)}; "
+            f"{name} takes 3 channels, but got {images.shape[1]} in {tuple(images.shape)}; "
             "convert grey or alpha pictures to RGB first (vitrail.Predictor does)"
         )
     # A traced size has no answer here, and none of its graphs is for nothing.

@@ -1,4 +1,4 @@
-"""One file per paper. Importing this package registers every backbone."""
+"""One file per paper, and the key maps that the ViTs share. Importing this package registers every backbone."""
 
 import importlib
 import pkgutil

@@ -115,11 +115,10 @@ class Stem(nn.Sequential):
     """Three 3x3 convolutions, the first of stride 2; GELU, then BatchNorm, after each.
     (B, 3, H, W) -> (B, C, ceil(H / 2), ceil(W / 2))."""
 
-    def __init__(self, in_chans: int, dim: int) -> None:
+    def __init__(self, dim: int) -> None:
         layers: list[nn.Module] = []
-        for stride in (2, 1, 1):
+        for in_chans, stride in ((3, 2), (dim, 1), (dim, 1)):
             layers += [nn.Conv2d(in_chans, dim, 3, stride, 1), nn.GELU(), nn.BatchNorm2d(dim)]
-            in_chans = dim
         super().__init__(*layers)
 
 
@@ -298,15 +297,15 @@ def _thinned(grid: Grid, sr_ratio: int) -> Grid:
 class CMT(nn.Module):
     """images (B, 3, H, W) -> maps "c2".."c5"."""
 
-    def __init__(self, config: CMTConfig, in_chans: int = 3) -> None:
+    def __init__(self, config: CMTConfig) -> None:
         super().__init__()
         self.config = config
         self.grad_checkpointing = False
         self.feature_specs = pyramid_specs(config.embed_dims, first_stride=4)
-        self.stem = Stem(in_chans, config.stem_dim) if config.stem else None
+        self.stem = Stem(config.stem_dim) if config.stem else None
         rates = iter(drop_path_schedule(config.drop_path_rate, sum(config.depths)))
         stages = []
-        width = config.stem_dim if config.stem else in_chans
+        width = config.stem_dim if config.stem else 3
         for i, dim in enumerate(config.embed_dims):
             patch_embed = PatchEmbed(width, dim, 2 if i or config.stem else 4)
             stages.append(

@@ -28,12 +28,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitrail.backbones.vit import (
-    TIMM_MARKS,
     Attention,
     Block,
     ViT,
     ViTConfig,
     ViTHead,
+)
+from vitrail.backbones.vit_keys import (
+    TIMM_MARKS,
     from_timm,
     resample_to,
 )

@@ -15,13 +15,16 @@ from torch import Tensor, nn
 
 from vitrail.backbones.vit import (
     BASE,
-    HUGGINGFACE_EMBEDDING,
     SMALL,
-    TIMM_MARKS,
     TINY,
     ViT,
     ViTConfig,
     ViTHead,
+)
+from vitrail.backbones.vit import LAYOUTS as VIT_LAYOUTS
+from vitrail.backbones.vit_keys import (
+    HUGGINGFACE_EMBEDDING,
+    TIMM_MARKS,
     from_huggingface,
     from_timm,
     resample_to,
@@ -78,24 +81,14 @@ def deit_tail(config: ViTConfig, specs: Mapping[str, FeatureSpec], num_classes: 
 
 LAYOUTS = {
     "timm": Layout(from_timm, TIMM_MARKS, source="DeiT's official files, timm"),
-    "huggingface_plain": Layout(
-        from_huggingface,
-        (f"vit.{HUGGINGFACE_EMBEDDING}", "vit.embeddings.position_embeddings"),
-        may_leave=("vit.pooler.*",),
-        source="Hugging Face ViTForImageClassification",
-    ),
+    "huggingface_plain": VIT_LAYOUTS["huggingface"],
     "huggingface": Layout(
         from_huggingface,
         (f"deit.{HUGGINGFACE_EMBEDDING}", "deit.embeddings.distillation_token"),
         may_leave=("deit.pooler.*",),
         source="Hugging Face DeiTForImageClassificationWithTeacher",
     ),
-    "huggingface_base": Layout(
-        from_huggingface,
-        (HUGGINGFACE_EMBEDDING, "embeddings.position_embeddings", "layernorm.weight"),
-        may_leave=("pooler.*",),
-        source="Hugging Face DeiTModel",
-    ),
+    "huggingface_base": replace(VIT_LAYOUTS["huggingface_base"], source="Hugging Face DeiTModel"),
 }
 
 README = "the official README"

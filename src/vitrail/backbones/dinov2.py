@@ -18,13 +18,15 @@ from dataclasses import replace
 
 from vitrail.backbones.vit import (
     BASE,
-    HUGGINGFACE_EMBEDDING,
     LARGE,
     SMALL,
-    TIMM_MARKS,
     ViT,
     ViTConfig,
     ViTHead,
+)
+from vitrail.backbones.vit_keys import (
+    HUGGINGFACE_EMBEDDING,
+    TIMM_MARKS,
     fold_class_position,
     from_huggingface,
     from_timm,

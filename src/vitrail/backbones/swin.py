@@ -177,10 +177,10 @@ def _axis_shift(count: int, shift: int) -> int:
 class PatchEmbed(nn.Module):
     """Patches by a strided projection, normed. (B, 3, H, W) -> (B, h * w, C), h, w."""
 
-    def __init__(self, in_chans: int, embed_dim: int, patch_size: int) -> None:
+    def __init__(self, embed_dim: int, patch_size: int) -> None:
         super().__init__()
         self.patch_size = patch_size
-        self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, patch_size)
+        self.proj = nn.Conv2d(3, embed_dim, patch_size, patch_size)
         self.norm = nn.LayerNorm(embed_dim)
 
     def forward(self, images: Tensor) -> tuple[Tensor, int, int]:
@@ -304,13 +304,13 @@ class SwinStage(nn.Module):
 class Swin(nn.Module):
     """images (B, 3, H, W) -> maps "c2".."c5", which are not normed: the classifier tail does that."""
 
-    def __init__(self, config: SwinConfig, in_chans: int = 3) -> None:
+    def __init__(self, config: SwinConfig) -> None:
         super().__init__()
         self.config = config
         self.grad_checkpointing = False
         dims = [config.embed_dim * 2**i for i in range(len(config.depths))]
         self.feature_specs = pyramid_specs(dims, first_stride=config.patch_size)
-        self.patch_embed = PatchEmbed(in_chans, config.embed_dim, config.patch_size)
+        self.patch_embed = PatchEmbed(config.embed_dim, config.patch_size)
         rates = drop_path_schedule(config.drop_path_rate, sum(config.depths))
         stages = []
         index = 0  # of the block in the network

@@ -16,6 +16,7 @@ Paper and code: "s16" in `vit_tiny_r_s16_p8` is its authors' name. Its stem has 
 8 x 8, so a token stands for 32 x 32 pixels.
 """
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -27,14 +28,13 @@ from vitrail.backbones.vit import (
     BASE,
     LARGE,
     SMALL,
-    TIMM_MARKS,
     TINY,
     ViT,
     ViTConfig,
     ViTHead,
-    resample_to,
 )
-from vitrail.backbones.vit import from_timm as vit_from_timm
+from vitrail.backbones.vit_keys import TIMM_MARKS, resample_to
+from vitrail.backbones.vit_keys import from_timm as vit_from_timm
 from vitrail.features import pad_to_multiple
 from vitrail.layers.conv import fast_layout
 from vitrail.registry import Layout, Published, Tensors, register_backbone
@@ -126,9 +126,8 @@ class Bottleneck(nn.Module):
         dim = out_chans // 4
         self.downsample = None
         if project:
-            self.downsample = nn.Sequential()
-            self.downsample.add_module("conv", StdConv(in_chans, out_chans, 1, stride))
-            self.downsample.add_module("norm", GroupNorm(GROUPS, out_chans))
+            conv, norm = StdConv(in_chans, out_chans, 1, stride), GroupNorm(GROUPS, out_chans)
+            self.downsample = nn.Sequential(OrderedDict(conv=conv, norm=norm))
         self.conv1 = StdConv(in_chans, dim, 1)
         self.norm1 = GroupNorm(GROUPS, dim)
         self.conv2 = StdConv(dim, dim, 3, stride)
@@ -144,25 +143,13 @@ class Bottleneck(nn.Module):
         return F.relu(self.norm3(self.conv3(x)) + shortcut, inplace=True)
 
 
-class Stage(nn.Module):
-    """Bottlenecks one after another."""
-
-    def __init__(self, blocks: nn.Sequential) -> None:
-        super().__init__()
-        self.blocks = blocks
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.blocks(x)
-
-
 class ResNet(nn.Module):
     """(B, 3, H, W) -> (B, dim, ceil(H / stride), ceil(W / stride))."""
 
     def __init__(self, layers: Sequence[int], stem_width: int) -> None:
         super().__init__()
-        self.stem = nn.Sequential()
-        self.stem.add_module("conv", StdConv(3, stem_width, 7, stride=2))
-        self.stem.add_module("norm", GroupNorm(GROUPS, stem_width))
+        conv, norm = StdConv(3, stem_width, 7, stride=2), GroupNorm(GROUPS, stem_width)
+        self.stem = nn.Sequential(OrderedDict(conv=conv, norm=norm))
         self.stages = nn.ModuleList()
         self.dim = stem_width
         for i, depth in enumerate(layers):
@@ -171,7 +158,7 @@ class ResNet(nn.Module):
                 stride = 2 if i and not j else 1
                 blocks.append(Bottleneck(self.dim, dim, stride, project=not j))
                 self.dim = dim
-            self.stages.append(Stage(blocks))
+            self.stages.append(nn.Sequential(OrderedDict(blocks=blocks)))
 
     def forward(self, images: Tensor) -> Tensor:
         x = F.relu(self.stem(images), inplace=True)
