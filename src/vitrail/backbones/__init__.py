@@ -1,4 +1,4 @@
-"""One file per paper, and the key maps that the ViTs share. Importing this package registers every backbone."""
+"""One file per paper, and the key maps that the ViTs share. Importing the package registers all backbones."""
 
 import importlib
 import pkgutil

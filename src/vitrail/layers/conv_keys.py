@@ -1,7 +1,7 @@
 """How timm and torchvision name the parts of an inverted residual, for the key maps of its papers."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import product
 
 from vitrail.registry import Tensors
@@ -21,7 +21,7 @@ _TIMM_PLAIN = {
     "conv_pw": "project.conv",
     "bn2": "project.bn",
 }
-_TIMM_CONV = {"conv": "conv", "bn1": "bn"}  # V3's last stage
+_TIMM_CONV = {"conv": "conv", "bn1": "bn"}  # MobileNetV3's last stage
 _TIMM_SE = {"se.conv_reduce": "se.fc1", "se.conv_expand": "se.fc2"}
 
 
@@ -73,3 +73,10 @@ def torchvision_stages(state: Tensors, places: Mapping[str, str], inner: str) ->
         if path in stem:
             renamed[key] = f"{stem[path]}.{leaf}"
     return {renamed.get(key, key): value for key, value in state.items()}
+
+
+def counted_through(depths: Sequence[int]) -> dict[str, str]:
+    """`places` where torchvision counts the blocks of all stages through:
+    {"features.1": "stages.0.0", "features.2": "stages.1.0", ...}."""
+    blocks = [f"stages.{i}.{j}" for i, depth in enumerate(depths) for j in range(depth)]
+    return {f"features.{n}": block for n, block in enumerate(blocks, 1)}

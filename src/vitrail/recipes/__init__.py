@@ -20,7 +20,7 @@ from vitrail.recipes.efficientvit import (
     efficientvit_m5,
 )
 from vitrail.recipes.finetune import finetune_small
-from vitrail.recipes.mobilenet import mobilenetv3_large
+from vitrail.recipes.mobilenetv3 import mobilenetv3_large
 from vitrail.recipes.mobilevit import mobilevit_s, mobilevit_xs, mobilevit_xxs
 from vitrail.recipes.mobilevitv2 import (
     mobilevitv2_050,
