@@ -37,6 +37,29 @@ def test_file_and_label_are_found_by_name_or_by_place(table):
         f"{'xy'[i % 2]},5,pictures/{i}.jpg\n" for i in range(10)
     )
     assert open_data(table(swapped), "all").classes == ("x", "y")
+    turned = "what,file\n" + "".join(f"{'xy'[i % 2]},pictures/{i}.jpg\n" for i in range(10))
+    assert open_data(table(turned), "all").classes == ("x", "y")
+
+
+def test_no_column_is_taken_for_the_label_by_chance(table):
+    text = "filename,width,height,target\n" + "".join(
+        f"pictures/{i}.jpg,{30 + i % 2},20,{'ab'[i % 2]}\n" for i in range(10)
+    )
+    with pytest.raises(
+        InputError, match=r"cannot tell which of the columns filename, width, .* call them"
+    ):
+        open_data(table(text), "all")
+    assert open_data(table(text.replace("target", "label")), "all").classes == ("a", "b")
+
+
+def test_another_separator_is_named(table):
+    text = "file,label\n" + rows()
+    with pytest.raises(InputError, match=r"separated by semicolons; save it with commas$"):
+        open_data(table(text.replace(",", ";")), "all")
+    with pytest.raises(
+        InputError, match=r"separated by tabs; save it with commas, or call it \.tsv"
+    ):
+        open_data(table(text.replace(",", "\t")), "all")
 
 
 def test_tabs_a_byte_order_mark_and_quotes_are_read(table):
@@ -63,7 +86,7 @@ def test_a_split_column_is_followed_and_else_val_is_cut(table):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "must have a header"),
+        ("", "is empty; expected a header such as file,label"),
         ("file,label\n", "has a header but no rows"),
         (rows(), "has no header: its first line names the picture pictures/0.jpg"),
         ("file,label\n" + rows() + "gone.jpg,a\n", "1 of 11 files that do not exist below .*: gone.jpg"),

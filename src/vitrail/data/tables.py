@@ -1,7 +1,8 @@
 """A table of file and label: .csv, or .tsv with tabs, with a header.
 
-The columns `file` (or filename, path, image) and `label` (or class) are taken, else the first two; a column
-`split` says train, val or test of each row. Files are relative to the table's folder.
+The columns `file` (or filename, path, image) and `label` (or class) are taken; of two columns with other
+names the first is the file. A column `split` says train, val or test of each row. Files are relative to the
+table's folder.
 """
 
 import csv
@@ -121,17 +122,35 @@ def _read_rows(path: Path) -> Iterator[tuple[int, str, str, str]]:
 
 def _columns(header: list[str], path: Path) -> tuple[int, int, int | None]:
     if len(header) < 2:
-        raise InputError(
-            f"{path} must have a header with columns such as file,label, but its first line is "
-            f"{header[0] if header else 'empty'!r}"
-        )
+        raise InputError(_no_columns(header, path))
     if os.path.splitext(header[0])[1].lower() in IMAGE_SUFFIXES:
         raise InputError(
             f"{path} has no header: its first line names the picture {header[0]}; put file,label above it"
         )
     lower = [h.lower() for h in header]
-    file_at = next((lower.index(c) for c in FILE_COLUMNS if c in lower), 0)
-    label_at = next((lower.index(c) for c in LABEL_COLUMNS if c in lower), 1)
-    if file_at == label_at:
-        raise InputError(f"{path}: cannot tell file from label in the header {', '.join(header)}")
-    return file_at, label_at, lower.index("split") if "split" in lower else None
+    split_at = lower.index("split") if "split" in lower else None
+    file_at = next((lower.index(c) for c in FILE_COLUMNS if c in lower), None)
+    label_at = next((lower.index(c) for c in LABEL_COLUMNS if c in lower), None)
+    others = [i for i in range(len(header)) if i not in (file_at, label_at, split_at)]
+    # A guess among several would train on a width, or a date, as if it were the class.
+    if file_at is None and (label_at is not None or len(others) == 2):
+        file_at = others.pop(0) if others else None
+    if label_at is None and len(others) == 1:
+        label_at = others[0]
+    if file_at is None or label_at is None:
+        raise InputError(
+            f"{path}: cannot tell which of the columns {', '.join(header)} is the file and which the label; "
+            "call them file and label"
+        )
+    return file_at, label_at, split_at
+
+
+def _no_columns(header: list[str], path: Path) -> str:
+    if not header:
+        return f"{path} is empty; expected a header such as file,label, and a line for each picture"
+    wanted = f"{path} must have a header with columns such as file,label, but its first line is {header[0]!r}"
+    for mark, name in ((";", "semicolons"), ("\t", "tabs")):
+        if mark in header[0]:
+            what = "save it with commas" + (", or call it .tsv" if mark == "\t" else "")
+            return f"{wanted}: it is separated by {name}; {what}"
+    return wanted
