@@ -186,6 +186,13 @@ WRONG = {
         "says '3', but classes.txt has classes 0 to 2",
     ),
     "a negative label": ([member("x.jpg", encoded(1)), member("x.cls", b"-1")], "says '-1'"),
+    "a label of bytes": ([member("x.jpg", encoded(1)), member("x.cls", b"\xff\0")], "holds no label"),
+    "a label of two lines": ([member("x.jpg", encoded(1)), member("x.cls", b"1\n2")], "holds no label"),
+    "a label without end": ([member("x.jpg", encoded(1)), member("x.cls", b"9" * 5000)], "no label"),
+    "a key with dots": (
+        [member("x.v1.jpg", encoded(1)), member("x.v1.cls", b"1")],
+        r"x\.v1\.cls labels no picture, because a key ends at its first dot",
+    ),
     "a picture twice": ([*samples(50, 1), *samples(50, 1)], "'s050' is there twice"),
     "a key of another shard": (samples(3, 1), r"'s003' is also in train-000000\.tar"),
     "a path upwards": ([member("../x.jpg", encoded(1))], r"'\.\./x\.jpg' points outside the shard"),
@@ -255,6 +262,20 @@ def test_class_names_must_be_one_a_line(shards):
     (shards / "classes.txt").write_text("cat\n\ndog\n")
     with pytest.raises(InputError, match="one class name a line"):
         open_data(shards, "train")
+
+
+def test_class_names_that_are_no_text_are_refused(shards):
+    (shards / "classes.txt").write_bytes(b"k\xe4tz\ndog\nowl\n")
+    with pytest.raises(InputError, match=r"classes\.txt cannot be read as UTF-8"):
+        open_data(shards, "train")
+
+
+def test_shards_without_a_labelled_picture_say_what_was_expected(tmp_path):
+    write_shard(
+        tmp_path / "train-0.tar", [member("x.seg.jpg", encoded(1)), member("x.json", b"{}")]
+    )
+    with pytest.raises(InputError, match=r"holds no train picture; expected members KEY\.jpg"):
+        open_data(tmp_path, "train")
 
 
 def test_shards_read_in_workers_give_the_same_pictures(shards):

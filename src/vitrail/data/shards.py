@@ -25,6 +25,7 @@ from vitrail_runtime.errors import InputError
 
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 MEMBER_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+LONGEST_LABEL = 200  # characters; more is a file of something else
 OPEN_FILES = 256  # per process; a set of thousands of shards must not meet the limit of the system
 CHUNK = 2**22
 
@@ -100,6 +101,11 @@ class Shards:
                 seen[key] = shard
                 place = (number, offset, size)
                 yield key, name, place, self.read(key, place)
+        if not seen:
+            raise InputError(
+                f"{self.name} holds no {split or 'labelled'} picture; expected members KEY.jpg (.png, .webp) "
+                "and KEY.cls, where a key ends at its first dot"
+            )
 
     def read(self, key: str, place: Place) -> bytes:
         number, offset, size = place
@@ -161,6 +167,11 @@ class Shards:
                         if key in labels:
                             raise InputError(f"{shard}: sample {key!r} has two labels")
                         labels[key] = self._label(tar, member, shard)
+                    elif ending.endswith(".cls"):
+                        raise InputError(
+                            f"{shard}: {member.name} labels no picture, because a key ends at its first dot; "
+                            f"expected {stem}.jpg and {stem}.cls"
+                        )
                 # tarfile takes a damaged header for the end.
                 _check_end(plain, tar.offset, shard)
         except tarfile.TarError as error:
@@ -177,9 +188,17 @@ class Shards:
     def _label(self, tar: tarfile.TarFile, member: tarfile.TarInfo, shard: Path) -> str:
         file = tar.extractfile(member)
         assert file is not None  # a regular file, checked above
-        text = file.read(4096).decode("utf-8", "replace").strip()
+        try:
+            text = file.read(4 * LONGEST_LABEL + 2).decode("utf-8").strip()
+        except UnicodeDecodeError:
+            text = "\0"
         if not text:
             raise InputError(f"{shard}: {member.name} is empty; expected a class's index or name")
+        if not text.isprintable() or len(text) > LONGEST_LABEL:
+            raise InputError(
+                f"{shard}: {member.name} holds no label; expected a class's index or name, as UTF-8 text of "
+                f"one line and at most {LONGEST_LABEL} characters"
+            )
         if self._declared is None:
             return text
         if text.isascii() and text.isdecimal() and int(text) < len(self._declared):
@@ -223,7 +242,11 @@ def _declared_splits(folder: Path) -> dict[str, str]:
 
 
 def _read_classes(path: Path) -> tuple[str, ...]:
-    names = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines())
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read as UTF-8 text: {error}") from error
+    names = tuple(line.strip() for line in text.splitlines())
     while names and not names[-1]:
         names = names[:-1]
     if "" in names or len(set(names)) < len(names):
