@@ -8,7 +8,9 @@ from PIL import Image
 
 from tests.data.conftest import picture
 from vitrail.cli import main
+from vitrail.data import open_data
 from vitrail.data.checkup import check
+from vitrail_runtime.errors import InputError
 
 
 @pytest.fixture
@@ -76,6 +78,18 @@ def test_imbalance_missing_classes_and_small_pictures_are_reported(class_folders
     assert "warning: pictures with a side under 32 pixels: 35" in out
     assert "... and 25 more" in out
     assert "ready" not in out
+
+
+def test_what_a_training_would_refuse_is_an_error_of_the_check(class_folders, tmp_path):
+    few = class_folders({"": {"cat": 5, "dog": 1, "owl": 2}}, tmp_path / "few")
+    (found,) = check(few).errors.values()
+    assert found == ["dog (1); add some, or give a val split"]
+    with pytest.raises(
+        InputError, match=r"1 of 3 classes have too few pictures to hold out .*: dog;"
+    ):
+        open_data(few, "val")
+    measured = class_folders({"val": {"cat": 5, "dog": 1}}, tmp_path / "measured")
+    assert check(measured).errors == {"no train split; a model is trained on one": ["there is val"]}
 
 
 def test_the_finding_comes_as_json_too(root, capsys):

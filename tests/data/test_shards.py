@@ -264,6 +264,16 @@ def test_class_names_must_be_one_a_line(shards):
         open_data(shards, "train")
 
 
+def test_an_archive_beside_the_folders_it_held_is_not_taken_for_shards(shards):
+    (shards / "cat").mkdir()
+    assert len(open_data(shards, "all")) == 36, "shards with a split's name are meant"
+    for path in shards.glob("t*.tar*"):
+        path.unlink()
+    write_shard(shards / "flowers.tar", samples(0, 12))
+    with pytest.raises(InputError, match=r"both tar files \(flowers\.tar\) and folders \(cat\)"):
+        open_data(shards, "all")
+
+
 def test_class_names_that_are_no_text_are_refused(shards):
     (shards / "classes.txt").write_bytes(b"k\xe4tz\ndog\nowl\n")
     with pytest.raises(InputError, match=r"classes\.txt cannot be read as UTF-8"):

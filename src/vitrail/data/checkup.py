@@ -11,13 +11,14 @@ import scipy.sparse.csgraph
 import scipy.spatial
 from PIL import Image
 
-from vitrail.data.images import open_source
+from vitrail.data.images import hold_out, open_source
 from vitrail.data.index import Index, Place, Source, digest, read_index
 from vitrail_runtime.errors import InputError
 from vitrail_runtime.preprocess import decode
 
 IMBALANCE = 10.0  # largest class over smallest from which it is worth a word
 SMALL = 32  # pixels of the short side, likewise
+VAL_FRACTION = 0.2  # held out for validation where no val split is, as in training by default
 LOOK_SIDE = 8  # pictures are compared as thumbnails of this many pixels a side,
 LOOK_APART = 4.0  # and look the same up to this mean difference of 255
 
@@ -71,8 +72,8 @@ def check(source: str | Path) -> Checkup:
     errors: dict[str, list[str]] = defaultdict(list)
     warnings: dict[str, list[str]] = defaultdict(list)
     summaries, seen = [], []
-    for split in opened.splits():
-        index = read_index(opened, split)
+    indexes = {split: read_index(opened, split) for split in opened.splits()}
+    for split, index in indexes.items():
         pictures = list(_look_through(opened, split, index, errors))
         seen += pictures
         summaries.append(_summary(split, index, classes))
@@ -84,6 +85,7 @@ def check(source: str | Path) -> Checkup:
                 f"{index.sizes[i][0]} x {index.sizes[i][1]}"
                 for i in small.tolist()
             ]
+    _check_splits(indexes, errors)
     if len(classes) < 2:
         errors["one class only; a classifier needs at least two"].append(", ".join(classes))
     _compare(seen, errors, warnings)
@@ -169,6 +171,22 @@ def _check_classes(
             f"{summary.name}: {largest} has {max(counts) / min(counts):.0f} times as many pictures as "
             f"{smallest} ({max(counts)} and {min(counts)})"
         )
+
+
+def _check_splits(indexes: dict[str, Index], errors: dict[str, list[str]]) -> None:
+    """A training needs pictures of every class to learn from, and others to be measured on."""
+    if not {"train", ""} & indexes.keys():
+        errors["no train split; a model is trained on one"].append(f"there is {', '.join(indexes)}")
+    elif "val" not in indexes:
+        (learnt,) = (index for split, index in indexes.items() if split in ("train", ""))
+        good = [i for i in range(len(learnt)) if i not in learnt.problems]
+        names = np.array([learnt.names[i] for i in good])
+        kinds, labels = np.unique(names, return_inverse=True)
+        held = hold_out(labels, [learnt.digests[i] for i in good], VAL_FRACTION, seed=0)
+        for name in sorted(set(kinds) - (set(names[held]) & set(names[~held]))):
+            errors["classes with too few pictures to hold out some for validation"].append(
+                f"{name} ({(names == name).sum()}); add some, or give a val split"
+            )
 
 
 def _compare(

@@ -12,7 +12,7 @@ import numpy as np
 from vitrail.data import hub
 from vitrail.data.folders import ClassFolders
 from vitrail.data.index import Index, Source, digest, read_index
-from vitrail.data.shards import Shards, is_shard
+from vitrail.data.shards import Shards, is_shard, split_of
 from vitrail.data.tables import Table, is_table
 from vitrail_runtime.errors import InputError
 from vitrail_runtime.preprocess import decode
@@ -131,7 +131,14 @@ def open_data(
     if cut:
         held_out = hold_out(data.labels, data.digests, val_fraction, seed)
         unsure = int(contradictory(data.labels, data.digests).sum())
-        data = _select(data, np.flatnonzero(held_out if split == "val" else ~held_out))
+        kept = held_out if split == "val" else ~held_out
+        few = [names[i] for i in np.setdiff1d(data.labels, data.labels[kept]).tolist()]
+        if few:
+            raise InputError(
+                f"{source} has no val split, and {len(few)} of {len(names)} classes have too few pictures to "
+                f"hold out some of them: {_shown(few)}; add some, or give a val split"
+            )
+        data = _select(data, np.flatnonzero(kept))
         part = "the training pictures" if have != ("",) else "the pictures"
         notes.append(
             f"{source} has no val split: {val_fraction:.0%} of {part} of each class are held out as val "
@@ -152,6 +159,8 @@ def open_source(source: str | Path) -> Source:
     """The kind of storage that a path or name stands for."""
     if str(source).startswith(hub.PREFIX):
         return hub.HubDataset(str(source))
+    if not str(source):
+        raise InputError("no data set is named: give a folder, a table, a shard or hf:owner/name")
     path = Path(source)
     if not path.exists():
         raise InputError(f"{source}: no such file or folder{_nearest(path)}")
@@ -164,9 +173,17 @@ def open_source(source: str | Path) -> Source:
             f"{source} is a file, but neither a table (.csv, .tsv) nor a shard (.tar, .tar.gz); "
             "give a folder of class folders or shards, or a table of file and label"
         )
-    if any(is_shard(p) for p in path.iterdir()):
-        return Shards(path)
-    return ClassFolders(path)
+    entries = sorted(p for p in path.iterdir() if not p.name.startswith("."))
+    shards = [p.name for p in entries if is_shard(p)]
+    if not shards:
+        return ClassFolders(path)
+    folders = [p.name for p in entries if p.is_dir()]
+    if folders and not any(split_of(name) for name in shards):  # an archive beside what was in it
+        raise InputError(
+            f"{source} holds both tar files ({_shown(shards)}) and folders ({_shown(folders)}); move away "
+            "those that are not the data set, or give the shard itself"
+        )
+    return Shards(path)
 
 
 def hold_out(labels: np.ndarray, digests: Sequence[str], fraction: float, seed: int) -> np.ndarray:

@@ -41,7 +41,7 @@ class Shards:
         declared = _declared_splits(folder)
         by_split: dict[str, list[str]] = {}
         for shard in found:
-            by_split.setdefault(declared.get(shard.name, _split_of(shard.name)), []).append(
+            by_split.setdefault(declared.get(shard.name, split_of(shard.name)), []).append(
                 shard.name
             )
         for name in declared.keys() - {s.name for s in found}:
@@ -221,7 +221,8 @@ def _is_gzip(shard: Path) -> bool:
     return shard.suffix.lower() != ".tar"
 
 
-def _split_of(name: str) -> str:
+def split_of(name: str) -> str:
+    """The split that a shard's name begins with, or ""."""
     word = name.partition(".")[0].replace("_", "-").partition("-")[0].lower()
     return SPLIT_NAMES.get(word, "")
 
