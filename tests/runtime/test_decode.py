@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vitrail_runtime.decoding import MAX_PIXELS_VARIABLE, decode, read_size
 from vitrail_runtime.errors import InputError
-from vitrail_runtime.preprocess import MAX_PIXELS_VARIABLE, decode, read_size
 
 
 def gradient(height, width):

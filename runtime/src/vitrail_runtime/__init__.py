@@ -1,5 +1,6 @@
 """What runs a vitrail model without PyTorch: preprocessing, predictions, finishing."""
 
+from vitrail_runtime.decoding import decode, read_size
 from vitrail_runtime.errors import InputError
 from vitrail_runtime.finish import finish_classification
 from vitrail_runtime.pictures import find_pictures
@@ -7,11 +8,9 @@ from vitrail_runtime.prediction import Prediction
 from vitrail_runtime.preprocess import (
     Geometry,
     Preprocessing,
-    decode,
     decode_size,
     prepare,
     preprocessed_size,
-    read_size,
 )
 
 __all__ = [

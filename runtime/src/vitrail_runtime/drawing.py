@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from vitrail_runtime.decoding import Source, decode, name_of, read_size
 from vitrail_runtime.errors import InputError
-from vitrail_runtime.preprocess import Source, decode, name_of, read_size
 
 if TYPE_CHECKING:
     from vitrail_runtime.prediction import Prediction

@@ -4,8 +4,8 @@ import glob
 import os
 from pathlib import Path
 
+from vitrail_runtime.decoding import IMAGE_SUFFIXES
 from vitrail_runtime.errors import InputError
-from vitrail_runtime.preprocess import IMAGE_SUFFIXES
 
 
 def find_pictures(source: str | os.PathLike[str]) -> list[Path]:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vitrail_runtime.preprocess import Source
+from vitrail_runtime.decoding import Source
 
 
 @dataclass(eq=False)
