@@ -1,7 +1,7 @@
 """Recognising whose keys a checkpoint has, and loading it with an account of every key."""
 
 import fnmatch
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from vitrail.registry import BackboneEntry, Layout, backbone_entry, list_backbones, unknown
 from vitrail.weights.described import class_list
 from vitrail.weights.files import Checkpoint, read_checkpoint
+from vitrail.weights.traced import Traced, trace, traced
 from vitrail_runtime.errors import InputError
 
 # BatchNorm counts its batches, but with a momentum nothing reads the count.
@@ -191,48 +192,6 @@ def _has(state: Mapping[str, Tensor], mark: str) -> bool:
     return mark in state
 
 
-# Of what resampling is made; renaming, joining and folding do without.
-RESAMPLING = {"matmul", "__matmul__", "__rmatmul__", "interpolate"}
-
-
-class Traced(Tensor):
-    """A tensor that knows which keys of a checkpoint it was made from, and whether by resampling, so that a
-    key map stays a plain function and the report can still tell what it did and what it did not use."""
-
-    origin: frozenset[str] = frozenset()
-    resampled: bool = False
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        out = super().__torch_function__(func, types, args, kwargs)
-        sources = list(_traced([args, kwargs]))
-        origin = frozenset().union(*(t.origin for t in sources))
-        resampled = getattr(func, "__name__", "") in RESAMPLING or any(t.resampled for t in sources)
-        for tensor in _traced(out):
-            tensor.origin = tensor.origin | origin
-            tensor.resampled = tensor.resampled or resampled
-        return out
-
-
-def _traced(value: Any) -> Iterator[Traced]:
-    if isinstance(value, Traced):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _traced(item)
-    elif isinstance(value, dict):
-        yield from _traced(list(value.values()))
-
-
-def _trace(key: str, value: Tensor) -> Tensor:
-    traced = value.detach().as_subclass(Traced)
-    traced.origin = frozenset([key])
-    return traced
-
-
 def lay_beside(
     state: Mapping[str, Tensor],
     wanted: Mapping[str, Tensor],
@@ -244,12 +203,11 @@ def lay_beside(
     layout = OURS if name == "vitrail" else entry.layouts[name]
     whole = any(key.startswith("head.") for key in wanted)
     fit = Fit(name, {})
-    traced = {key: _trace(key, value) for key, value in state.items()}
+    theirs: dict[str, Tensor] = {key: trace(key, value) for key, value in state.items()}
     if name == "vitrail" and not any(key.startswith("backbone.") for key in state):
-        traced = {f"backbone.{key}": value for key, value in traced.items()}
+        theirs = {f"backbone.{key}": value for key, value in theirs.items()}
     try:
-        converted = layout.convert(traced, config)
-        # A pure renaming hands out the same tensor object: that is fine, but twice is a copy.
+        converted = layout.convert(theirs, config)
         before = {key: tuple(value.shape) for key, value in converted.items()}
         if entry.resample is not None:
             converted = entry.resample(converted, config)
@@ -257,34 +215,53 @@ def lay_beside(
         fit.failure = f"{type(error).__name__}: {error}"
         fit.extra = sorted(state)
         return fit
+    reached = _take(fit, converted, before, wanted)
+    if whole:
+        _drop_head(fit, converted, wanted)
+    _find_new(fit, converted, wanted, layout)
+    heads = _sources(v for k, v in converted.items() if k.startswith("head."))
+    for key in state:
+        if key not in reached:
+            fine = _matches(key, (*layout.may_leave, COUNTERS)) or (not whole and key in heads)
+            (fit.left if fine else fit.extra).append(key)
+    return fit
 
-    reached: set[str] = set()  # the file's keys that arrived somewhere in the model
-    for key, value in converted.items():
-        sources = value.origin if isinstance(value, Traced) else frozenset()
-        if key not in wanted:
-            continue
-        reached |= sources
+
+def _take(
+    fit: Fit,
+    converted: Mapping[str, Tensor],
+    before: Mapping[str, tuple[int, ...]],
+    wanted: Mapping[str, Tensor],
+) -> frozenset[str]:
+    """Take what has the model's key and shape, and note what does not. -> keys of the file that arrived.
+
+    before: shapes as the key map left them, by which what was resampled since is known.
+    """
+    arrived = {key: value for key, value in converted.items() if key in wanted}
+    for key, value in arrived.items():
         fit.matched += 1
+        mine, theirs = tuple(wanted[key].shape), tuple(value.shape)
         if value.dtype not in FLOATS and wanted[key].is_floating_point():
             kinds = f"{wanted[key].dtype} in the model, {value.dtype} in the file"
             fit.shapes.append(f"{key}: {kinds}".replace("torch.", ""))
-        elif value.shape != wanted[key].shape:
-            mine, theirs = tuple(wanted[key].shape), tuple(value.shape)
+        elif theirs != mine:
             fit.shapes.append(f"{key}: {mine} in the model, {theirs} in the file")
         else:
             fit.state[key] = value.as_subclass(Tensor)
-            if before.get(key, tuple(value.shape)) != tuple(value.shape):
-                fit.resampled.append(f"{key} from {before[key]} to {tuple(value.shape)}")
+            if before.get(key, theirs) != theirs:
+                fit.resampled.append(f"{key} from {before[key]} to {theirs}")
             elif isinstance(value, Traced) and value.resampled:
-                fit.resampled.append(
-                    f"{key} {tuple(value.shape)}, to another grid of as many places"
-                )
-    if whole:
-        _drop_head(fit, converted, wanted)
+                fit.resampled.append(f"{key} {theirs}, to another grid of as many places")
+    return _sources(arrived.values())
 
+
+def _find_new(
+    fit: Fit, converted: Mapping[str, Tensor], wanted: Mapping[str, Tensor], layout: Layout
+) -> None:
+    """Sort the model's keys that the file does not have into those that may be new and the missing."""
     head_in_file = any(key.startswith("head.") for key in converted)
     for key in wanted:
-        if key in fit.state or key in fit.dropped_head or key in converted:
+        if key in converted or key in fit.dropped_head:
             continue
         allowed = _matches(key, (*layout.may_be_new, COUNTERS))
         # A file without any head (self-supervised weights) leaves the model's as it was initialised.
@@ -292,18 +269,11 @@ def lay_beside(
             fit.new.append(key)
         else:
             fit.missing.append(key)
-    heads = {
-        source
-        for key, value in converted.items()
-        if key.startswith("head.") and isinstance(value, Traced)
-        for source in value.origin
-    }
-    for key in state:
-        if key in reached:
-            continue
-        fine = _matches(key, (*layout.may_leave, COUNTERS)) or (not whole and key in heads)
-        (fit.left if fine else fit.extra).append(key)
-    return fit
+
+
+def _sources(values: Iterable[Tensor]) -> frozenset[str]:
+    """The keys of the file that tensors were made from."""
+    return frozenset().union(*(t.origin for t in traced(list(values))))
 
 
 def _drop_head(fit: Fit, converted: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
