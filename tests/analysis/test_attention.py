@@ -25,12 +25,21 @@ from vitrail.analysis.attention_page import (
     heads_page,
     heads_words,
 )
-from vitrail.models import build_backbone
 from vitrail.registry import tiny_entries
 from vitrail_runtime.errors import InputError
 from vitrail_runtime.preprocess import Preprocessing
 
-WITH_ATTENTION = ("vit", "deit", "dinov2", "deepvit", "cmt", "swin", "efficientvit", "mobilevit")
+WITH_ATTENTION = (
+    "vit",
+    "deit",
+    "dinov2",
+    "vithybrid",
+    "deepvit",
+    "cmt",
+    "swin",
+    "efficientvit",
+    "mobilevit",
+)
 
 
 def maps(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -43,7 +52,8 @@ def picture(height: int = 64, width: int = 96) -> torch.Tensor:
 
 def tiny(family: str) -> torch.nn.Module:
     torch.manual_seed(0)
-    return build_backbone(tiny_entries()[family], {}).eval()
+    entry = tiny_entries()[family]
+    return entry.cls(entry.config).eval()
 
 
 def test_equal_maps_are_similar_by_one_and_orthogonal_ones_by_zero():
