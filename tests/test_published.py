@@ -18,8 +18,9 @@ def test_every_figure_has_a_source_and_every_gap_a_reason(name):
 
 @pytest.mark.parametrize("name", list_models())
 def test_counts_equal_the_authors_or_the_difference_is_explained(name):
-    unexplained = [what for what, why in differences(name, stored_counts()[name]) if not why]
-    assert not unexplained
+    counts = stored_counts()
+    assert name in counts, "not counted yet: vitrail models --markdown docs/models.md"
+    assert not [what for what, why in differences(name, counts[name]) if not why]
 
 
 @pytest.mark.slow

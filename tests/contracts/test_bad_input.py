@@ -17,12 +17,9 @@ TINY = tiny_entries()
 FAMILIES: dict[str, list[str]] = {}
 for known in list_backbones():
     FAMILIES.setdefault(backbone_entry(known).family, []).append(known)
-PAIRS = [
-    (a, b)
-    for names in FAMILIES.values()
-    for a, b in zip(names, [*names[1:], names[0]], strict=True)
-]
-FIRST = [(names[0], names[1]) for names in FAMILIES.values()]
+SISTERS = [names for names in FAMILIES.values() if len(names) > 1]
+PAIRS = [(a, b) for names in SISTERS for a, b in zip(names, [*names[1:], names[0]], strict=True)]
+FIRST = [(names[0], names[1]) for names in SISTERS]
 
 
 @pytest.mark.parametrize("family", TINY)
