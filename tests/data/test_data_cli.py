@@ -99,6 +99,22 @@ def test_the_finding_comes_as_json_too(root, capsys):
     assert found["splits"][0]["per_class"] == {"cat": 5, "dog": 4}
 
 
+def test_flags_may_stand_before_the_source(root, tmp_path, capsys):
+    assert main(["data", "check", "--json", str(root)]) == 0
+    assert json.loads(capsys.readouterr().out)["source"] == str(root)
+    assert main(["data", "show", "--out", str(tmp_path / "sheet.png"), str(root)]) == 0
+
+
+def test_the_sheet_counts_what_a_training_holds_out(class_folders, tmp_path, capsys):
+    root = class_folders({"train": {"cat": 10, "dog": 10}, "test": {"cat": 2, "dog": 2}})
+    assert main(["data", "show", str(root), "--out", str(tmp_path / "sheet.png")]) == 0
+    said = capsys.readouterr().out
+    assert "no val split: 20% of the training pictures" in said
+    assert "train: 16 pictures" in said
+    assert "val: 4 pictures" in said
+    assert "test: 4 pictures" in said
+
+
 def test_a_contact_sheet_is_drawn_for_few_classes_and_for_many(
     root, class_folders, tmp_path, capsys
 ):

@@ -1,9 +1,12 @@
 """vitrail data make|check|show: make the embedded data set, look at one's own."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
 
 from vitrail.cli.flags import parse_flags
 from vitrail_runtime.errors import InputError
@@ -25,6 +28,8 @@ SHOWN = 10  # places named for each finding
 class MakeFlags:
     """Write the embedded handwritten digits as class folders with train, val and test."""
 
+    what: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="digits DIR")]
+    """The data set, and where it goes."""
     seed: int = 0
     """Of the splits, and of colours, sizes and places."""
 
@@ -36,6 +41,8 @@ class CheckFlags:
     Exit code 0: nothing that spoils a training; 1: something does.
     """
 
+    sources: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="SOURCE")]
+    """A folder of class folders or of tar shards, a .csv of file and label, or hf:owner/name@revision."""
     json: bool = False
     """The whole finding as JSON, on stdout."""
 
@@ -44,6 +51,8 @@ class CheckFlags:
 class ShowFlags:
     """Draw a contact sheet: class names, counts, sizes, and pictures of the first split."""
 
+    sources: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="SOURCE")]
+    """A folder of class folders or of tar shards, a .csv of file and label, or hf:owner/name@revision."""
     out: Path = Path("sheet.png")
     """Where to write it."""
     split: str | None = None
@@ -63,8 +72,8 @@ def run(argv: list[str]) -> int | None:
 
 
 def make(argv: list[str]) -> None:
-    names, rest = _positional(argv)
-    flags = parse_flags(MakeFlags, rest, prog="vitrail data make digits DIR")
+    flags = parse_flags(MakeFlags, argv, prog="vitrail data make")
+    names = flags.what
     if len(names) != 2 or names[0] != "digits":
         raise InputError("say what and where: vitrail data make digits DIR")
 
@@ -76,9 +85,8 @@ def make(argv: list[str]) -> None:
 
 
 def check(argv: list[str]) -> int:
-    names, rest = _positional(argv)
-    flags = parse_flags(CheckFlags, rest, prog="vitrail data check SOURCE")
-    source = _one_source(names, "check")
+    flags = parse_flags(CheckFlags, argv, prog="vitrail data check")
+    source = _one_source(flags.sources, "check")
 
     from vitrail.data.checkup import check as look_through
 
@@ -91,16 +99,21 @@ def check(argv: list[str]) -> int:
 
 
 def show(argv: list[str]) -> None:
-    names, rest = _positional(argv)
-    flags = parse_flags(ShowFlags, rest, prog="vitrail data show SOURCE")
-    source = _one_source(names, "show")
+    flags = parse_flags(ShowFlags, argv, prog="vitrail data show")
+    source = _one_source(flags.sources, "show")
+    if flags.out.is_dir():
+        raise InputError(
+            f"--out {flags.out} is a folder; name a picture, such as {flags.out / 'sheet.png'}"
+        )
 
     from vitrail.data.images import open_data, open_source
     from vitrail.data.sheet import contact_sheet
 
     have = open_source(source).splits()
     wanted = [flags.split] if flags.split else ["all"] if have == ("",) else []
-    wanted += [s for s in have if s and s not in wanted]
+    # As a training sees them: without a val split, a part of train is val.
+    splits_there = ("train", "val", "test") if "train" in have else have
+    wanted += [s for s in splits_there if s in (*have, "val") and s and s not in wanted]
     classes = open_source(source).classes()
     splits = [open_data(source, s, classes=classes, skip_broken=True) for s in wanted]
     sheet = contact_sheet(splits, Path(source).name or str(source), seed=flags.seed)
@@ -109,6 +122,8 @@ def show(argv: list[str]) -> None:
         sheet.save(flags.out)
     except (OSError, ValueError) as error:
         raise InputError(f"{flags.out} cannot be written: {error}") from error
+    for note in dict.fromkeys(n for data in splits for n in data.notes):
+        print(note)
     for data in splits:
         print(f"{data.split}: {len(data):,} pictures of {len(data.classes)} classes")
         for where, what in data.broken[:SHOWN]:
@@ -118,7 +133,8 @@ def show(argv: list[str]) -> None:
 
 def report(found: "Checkup") -> list[str]:
     """The finding as lines for a terminal."""
-    lines = [f"{found.source}: {len(found.classes)} classes"]
+    classes = len(found.classes)
+    lines = [f"{found.source}: {classes} {'class' if classes == 1 else 'classes'}"]
     for split in found.splits:
         lines += _split_lines(split)
     for mark, findings in (("ERROR", found.errors), ("warning", found.warnings)):
@@ -134,21 +150,16 @@ def report(found: "Checkup") -> list[str]:
 
 def _split_lines(split: "SplitSummary") -> list[str]:
     counts = sorted(split.per_class.values())
+    each = f"{counts[0]:,}" + (f" to {counts[-1]:,}" if counts[-1] > counts[0] else "")
     sizes = " / ".join(f"{h} x {w}" for h, w in (split.smallest, split.median, split.largest))
     return [
-        f"  {split.name}: {split.pictures:,} pictures, {counts[0]:,} to {counts[-1]:,} a class",
+        f"  {split.name}: {split.pictures:,} pictures, {each} a class",
         f"    height x width, smallest / median / largest: {sizes}; "
         f"longest shape {split.most_elongated:.1f} : 1",
     ]
 
 
-def _positional(argv: list[str]) -> tuple[list[str], list[str]]:
-    """Leading arguments without dashes, and the rest."""
-    count = next((i for i, a in enumerate(argv) if a.startswith("-")), len(argv))
-    return argv[:count], argv[count:]
-
-
-def _one_source(names: list[str], action: str) -> str:
+def _one_source(names: Sequence[str], action: str) -> str:
     if len(names) != 1:
         given = f"got {', '.join(names)}" if names else "got none"
         raise InputError(f"vitrail data {action} takes one SOURCE, but {given}")
