@@ -2,6 +2,7 @@ import pytest
 
 from vitrail.cli import flags, main
 from vitrail.cli.train import effective_config, field_value
+from vitrail.data.augmentation import Augmentation
 from vitrail.recipes import RECIPES, recipe_config
 from vitrail.train.config import TrainConfig, differences, read_config
 from vitrail_runtime.errors import InputError
@@ -82,6 +83,10 @@ def test_an_unknown_recipe_names_the_closest(monkeypatch):
             "--sampling must be one of uniform, balanced, but is 'fair'",
         ),
         (["train", "--augmentation.flip", "2"], "flip is a probability in [0, 1], but is 2.0"),
+        (["train", "--max-steps", "few"], "--max-steps {None}|INT: invalid literal for int()"),
+        (["train", "--epoch", "-1"], "unknown flag '--epoch'; did you mean '--epochs'"),
+        (["train", "--resize", "sqush"], "one of None, crop, fit, native, squash, but is"),
+        (["train", "--augmentation.mixup", "nan"], "mixup must not be negative, but is nan"),
         (["train", "stray"], "unexpected 'stray'; vitrail train --help"),
         (["eval"], "vitrail eval needs RUN and --data STR; vitrail eval --help"),
     ],
@@ -91,6 +96,7 @@ def test_a_wrong_flag_is_told_as_any_other_mistake(argv, message, capsys):
     err = capsys.readouterr().err
     assert err.startswith("vitrail: ")
     assert message in err
+    assert len(err.splitlines()) == 1
 
 
 def test_a_tyro_that_tells_nothing_of_its_errors_draws_its_own(capsys, monkeypatch):
@@ -121,6 +127,12 @@ def test_training_without_data_asks_for_it(capsys):
         (["--epochs", "0"], "epochs must be at least 1, but is 0"),
         (["--lr", "-1"], "lr must be at least 0, but is -1.0"),
         (["--lr", "nan"], "lr must be at least 0, but is nan"),
+        (["--lr", "inf"], "lr must be at least 0, but is inf (give a finite number)"),
+        (["--image-size", "0"], "image_size must be at least 1, but is 0"),
+        (["--crop-pct", "2"], "crop_pct must be above 0 and at most 1, but is 2.0"),
+        (["--val-fraction", "1"], "val_fraction must be above 0 and below 1, but is 1.0"),
+        (["--sizes", "32", "-5"], "sizes must be at least 1 pixel, but are (32, -5)"),
+        (["--seed", str(2**63)], "seed must be at least 0 and at most 9223372036854775807"),
         (["--keep", "0"], "keep must be at least 1, but is 0"),
         (["--max-minutes", "0"], "max_minutes must be at least 0.001, but is 0"),
         (["--ema", "1"], "ema must be at least 0 and below 1, but is 1.0 (0 is off"),
@@ -144,6 +156,14 @@ def test_a_number_out_of_range_is_refused_before_a_folder_is_made(
 def test_settings_that_do_not_change_the_result_are_no_difference():
     ours = TrainConfig(workers=4, out="a", keep=7, lr=1.0)
     assert differences(ours, TrainConfig(out="b")) == ["lr: 0.001 there, 1.0 now"]
+
+
+def test_of_nested_settings_only_those_that_differ_are_told():
+    ours = TrainConfig(augmentation=Augmentation(flip=0.0), model_fields={"depth": 2})
+    assert differences(ours, TrainConfig()) == [
+        "model_fields.depth: None there, 2 now",
+        "augmentation.flip: 0.5 there, 0.0 now",
+    ]
 
 
 def test_a_model_field_that_is_no_yaml_is_an_input_error():

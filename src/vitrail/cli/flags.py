@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar, get_args
 
@@ -76,7 +77,7 @@ def _told(event: Any, kind: Any) -> str | None:
     help_hint = f"{event.prog} --help tells what there is"
     match type(event).__name__:
         case "UnrecognizedArgs":
-            wrong = [token.partition("=")[0] for token in event.tokens if token.startswith("-")]
+            wrong = [t.partition("=")[0] for t in event.tokens if _is_flag(t)]
             if wrong:
                 return "\n".join(str(unknown("flag", flag, flags_of(kind))) for flag in wrong)
             return f"unexpected {' '.join(map(repr, event.tokens))}; {help_hint}"
@@ -86,13 +87,23 @@ def _told(event: Any, kind: Any) -> str | None:
         case "BadValue" if event.reason == "too_few_values":
             return f"{_name(event.argument)}: a value is missing; {help_hint}"
         case "InvalidChoice":
-            name, choices = event.argument.display_name(), ", ".join(event.choices)
-            return f"{name} must be one of {choices}, but is {event.value!r}"
+            # tyro keeps the choices of a flag that may be None in a set, which has no order.
+            choices = sorted(event.choices) if "None" in event.choices else event.choices
+            name = event.argument.display_name()
+            return f"{name} must be one of {', '.join(choices)}, but is {event.value!r}"
         case "InstantiationFailure" if event.argument is None:
             return str(event.message)  # of the dataclass itself, which names the field
         case "InstantiationFailure":
-            return f"{_name(event.argument)}: {event.message}"
+            # Of a union, a line for each part: the last is that of the part beside None.
+            *_, line = str(event.message).splitlines()
+            reason = re.sub(r"^- <class '.*?'>: ", "", line)
+            return f"{_name(event.argument)}: {reason}"
     return None
+
+
+def _is_flag(token: str) -> bool:
+    """Whether a token means a flag: -1 and -.5 are values of an unknown one."""
+    return token.startswith("-") and not token[1:2].isdigit() and token[1:2] != "."
 
 
 def _name(argument: Any) -> str:

@@ -1,5 +1,6 @@
 """What is done to a training picture, as a configuration. No torch here; `vitrail.data.augment` does it."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -75,5 +76,5 @@ class Augmentation:
         if not 0 <= self.color_jitter <= 1:
             raise InputError(f"color_jitter must lie in [0, 1], but is {self.color_jitter}")
         for name in ("padding", "randaugment_ops", "randaugment_std", "mixup", "cutmix"):
-            if getattr(self, name) < 0:
+            if not 0 <= getattr(self, name) < math.inf:  # so is NaN refused
                 raise InputError(f"{name} must not be negative, but is {getattr(self, name)}")

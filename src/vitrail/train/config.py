@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -39,6 +39,8 @@ class Range(NamedTuple):
     hint: str = ""  # what to give instead
 
     def holds(self, value: float) -> bool:
+        if math.isinf(value):
+            return False
         if value == self.low:
             return not self.above
         return self.low < value < self.high or (value == self.high and not self.below)
@@ -51,6 +53,9 @@ class Range(NamedTuple):
 
 
 RANGES = {
+    "val_fraction": Range(0, 1, above=True, below=True),
+    "image_size": Range(1),
+    "crop_pct": Range(0, 1, above=True),
     "epochs": Range(1),
     "max_steps": Range(1),
     "max_minutes": Range(0.001),  # the share of it that is over divides by it
@@ -68,7 +73,7 @@ RANGES = {
     "clip_grad": Range(0, above=True, hint="None is off"),  # to a norm of 0 nothing would be learnt
     "label_smoothing": Range(0, 1, below=True, hint="0 is off"),
     "ema": Range(0, 1, below=True, hint="0 is off, 0.9999 is usual"),  # 1 would keep the start
-    "seed": Range(0),
+    "seed": Range(0, 2**63 - 1),  # what torch's generators take
     "eval_every": Range(1),
     "early_stopping": Range(1),
     "keep_every": Range(1),
@@ -186,19 +191,29 @@ class TrainConfig:
         for name, allowed in RANGES.items():
             value = getattr(self, name)
             if value is not None and not allowed.holds(value):  # so is NaN refused
-                hint = f" ({allowed.hint})" if allowed.hint else ""
+                hint = allowed.hint or ("give a finite number" if math.isinf(value) else "")
+                hint = f" ({hint})" if hint else ""
                 raise InputError(f"{name} must be {allowed}, but is {value}{hint}")
+        if not all(side >= 1 for side in self.sizes):
+            raise InputError(f"sizes must be at least 1 pixel, but are {self.sizes}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise InputError(f"betas must be from 0 to below 1, but are {self.betas}")
 
 
 def differences(ours: TrainConfig, theirs: TrainConfig) -> list[str]:
     """What makes two configurations different runs: "lr: 0.001 here, 0.002 there" lines."""
+    a, b = to_dict(ours), to_dict(theirs)
+    return _differences({k: v for k, v in a.items() if k not in OUTWARD}, b)
+
+
+def _differences(ours: Mapping[str, Any], theirs: Mapping[str, Any], inside: str = "") -> list[str]:
     lines = []
-    for f in fields(TrainConfig):
-        a, b = to_dict(ours)[f.name], to_dict(theirs)[f.name]
-        if f.name not in OUTWARD and a != b:
-            lines.append(f"{f.name}: {b!r} there, {a!r} now")
+    for name in dict.fromkeys((*ours, *theirs)):
+        a, b = ours.get(name), theirs.get(name)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            lines += _differences(a, b, f"{inside}{name}.")
+        elif a != b and (inside or name in ours):
+            lines.append(f"{inside}{name}: {b!r} there, {a!r} now")
     return lines
 
 
