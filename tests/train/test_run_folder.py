@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -58,6 +59,24 @@ def test_what_does_not_change_the_result_may_differ(stopped):
     moved = replace(stopped, workers=1, log_every=3, keep=1)
     assert train(moved).steps == 8
     assert len(states(Path(stopped.out) / "state")) == 1
+
+
+def test_models_without_a_state_are_not_written_over(pictures, tmp_path):
+    config = tiny_config(pictures, tmp_path / "run", **VIT, epochs=1)
+    train(config)
+    shutil.rmtree(tmp_path / "run" / "state")
+    best = (tmp_path / "run" / "best" / "model.safetensors").read_bytes()
+    with pytest.raises(InputError, match=r"(?s)best, last.*other settings:\n  lr: .*--out"):
+        train(replace(config, lr=0.5))
+    assert (tmp_path / "run" / "best" / "model.safetensors").read_bytes() == best
+    assert train(config).steps == 4, "a run that died before its first state starts over"
+    shutil.rmtree(tmp_path / "run" / "state")
+    (tmp_path / "run" / "report.html").write_text("done")
+    with pytest.raises(InputError, match="a finished run whose state is gone; give another --out"):
+        train(config)
+    (tmp_path / "run" / "config.yaml").unlink()
+    with pytest.raises(InputError, match="it is no run folder"):
+        train(config)
 
 
 def test_a_state_of_a_newer_version_is_refused(stopped):
@@ -130,6 +149,24 @@ def test_a_full_disk_while_saving_a_model_leaves_the_old_one(stopped, monkeypatc
     assert sorted(p.name for p in folder.path.iterdir() if p.name.startswith(".")) == []
 
 
+def test_a_disk_that_is_full_from_the_start_is_one_message(tmp_path, monkeypatch):
+    monkeypatch.setattr(folder_module.os, "write", full_disk)
+    with (
+        pytest.raises(InputError, match=r"cannot write to the run folder .*run: .*No space left"),
+        RunFolder(tmp_path / "run").locked(),
+    ):
+        pass
+
+
+def test_a_disk_that_fills_while_a_model_is_written_says_what_is_safe(
+    pictures, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("vitrail.weights.files.save_file", full_disk)
+    config = tiny_config(pictures, tmp_path / "run", **VIT, epochs=1)
+    with pytest.raises(InputError, match=r"No space left.*no state was saved yet; free some space"):
+        train(config)
+
+
 @pytest.mark.parametrize("moment", ["new written", "old moved away", "new in place"])
 def test_a_crash_while_a_model_is_replaced_leaves_a_whole_one(tmp_path, moment):
     folder = RunFolder(tmp_path)
@@ -173,3 +210,7 @@ def test_a_folder_that_cannot_be_made_is_an_input_error(pictures, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot write to the run folder"):
         train(tiny_config(pictures, tmp_path / "file" / "run", **VIT))
+    with pytest.raises(
+        InputError, match=r"file is a file; a run needs a folder, give another --out"
+    ):
+        train(tiny_config(pictures, tmp_path / "file", **VIT))

@@ -49,11 +49,11 @@ class RunFolder:
                 "training runs on Linux and macOS, not on Windows itself; there, use the Windows Subsystem "
                 "for Linux (wsl --install)"
             )
-        try:
+        if self.path.exists() and not self.path.is_dir():
+            raise InputError(f"{self.path} is a file; a run needs a folder, give another --out")
+        with self._writable():
             self.path.mkdir(parents=True, exist_ok=True)
             lock = open(self.path / "lock", "a+")  # noqa: SIM115  (held as long as the run)
-        except OSError as error:
-            raise InputError(f"cannot write to the run folder {self.path}: {error}") from error
         with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -63,11 +63,19 @@ class RunFolder:
                 raise InputError(
                     f"{self.path} is in use by {holder}; wait for it, stop it, or give another --out"
                 ) from error
-            lock.truncate(0)
-            lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-            lock.flush()
-            self._recover()
+            with self._writable():
+                lock.truncate(0)
+                # Unbuffered: what a full disk refused must not be tried again when the file is closed.
+                os.write(lock.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
+                self._recover()
             yield
+
+    @contextmanager
+    def _writable(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise InputError(f"cannot write to the run folder {self.path}: {error}") from error
 
     def write_config(self, config: TrainConfig) -> None:
         text = yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
@@ -93,6 +101,10 @@ class RunFolder:
     def add_row(self, row: Mapping[str, Any]) -> None:
         with open(self.metrics, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
+
+    def models(self) -> list[str]:
+        """Names of the model folders in it: best, last, ..."""
+        return sorted(path.parent.name for path in self.path.glob("*/model.safetensors"))
 
     @contextmanager
     def replacing(self, name: str) -> Iterator[Path]:
@@ -129,7 +141,11 @@ def explained(folder: RunFolder) -> Iterator[None]:
     """Turn a failed write into a message that says what is safe and how to go on."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, InputError) as error:
+        if isinstance(error, InputError) and not isinstance(
+            error.__cause__, (OSError, SafetensorError)
+        ):
+            raise
         saved = states(folder.state)
         safe = f"the state in {saved[0]} is complete" if saved else "no state was saved yet"
         full = getattr(error, "errno", None) == errno.ENOSPC or "space" in str(error).lower()

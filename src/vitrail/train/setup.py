@@ -18,7 +18,7 @@ from vitrail.data.loader import TrainBatch, TrainLoader
 from vitrail.data.plan import BatchPlan, balanced_weights
 from vitrail.train.agreement import together
 from vitrail.train.build import build_model
-from vitrail.train.config import TrainConfig, differences
+from vitrail.train.config import TrainConfig, differences, read_config
 from vitrail.train.ema import Ema
 from vitrail.train.folder import RunFolder, explained
 from vitrail.train.optim import create_optimizer
@@ -350,10 +350,33 @@ def find_state(
         raise InputError(
             "\n".join(problems) + f"\nno whole state is left; delete {folder.state} to start over"
         )
-    if folder.metrics.is_file():
-        folder.keep_rows(0)  # stopped before the first state: starts over
-    folder.write_config(config)
+    keep_models(config, folder)
+    with explained(folder):
+        if folder.metrics.is_file():
+            folder.keep_rows(0)  # stopped before the first state: starts over
+        folder.write_config(config)
     return None
+
+
+def keep_models(config: TrainConfig, folder: RunFolder) -> None:
+    """Raise InputError where a start from nothing would write over models that it would not make again.
+
+    A run that died before its first state may have evaluated: the same settings make the same models.
+    """
+    models = folder.models()
+    if not models:
+        return
+    there = f"{folder.path} holds models ({', '.join(models)}), but no state to go on from"
+    todo = f"give another --out; to start from its weights, --weights {folder.path / models[0]} as well"
+    if not folder.config.is_file():
+        raise InputError(f"{there}, and no config.yaml: it is no run folder; {todo}")
+    if (folder.path / "report.html").is_file():
+        raise InputError(f"{there}: a finished run whose state is gone; {todo}")
+    settings = differences(config, read_config(folder.config))
+    if settings:
+        raise InputError(
+            f"{there}, of a run with other settings:\n  " + "\n  ".join(settings) + f"\n{todo}"
+        )
 
 
 def _identity(config: TrainConfig, train_data: ImageData, val_data: ImageData) -> dict[str, Any]:
