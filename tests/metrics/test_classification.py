@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -27,6 +29,13 @@ def test_scores_are_those_counted_by_hand():
     assert second["recall"] == 1.0
     assert second["precision"] == 0.5
     assert third == {"precision": 0.0, "recall": 0.0, "f1": 0.0, "support": 1}
+
+
+def test_a_loss_that_is_no_number_is_not_left_out():
+    metrics = ClassificationMetrics(3)
+    metrics.update(LOGITS, LABELS)
+    metrics.update(torch.tensor([[float("nan"), 0.0, 0.0]]), torch.tensor([0]))
+    assert math.isnan(metrics.compute()["loss"])
 
 
 def test_batches_of_any_size_give_the_same_scores():

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 import vitrail
 from tests.train.conftest import CLASSES, VIT, make_pictures, tiny_config
+from vitrail.cli import main
 from vitrail.data import open_data
 from vitrail.data.augmentation import Augmentation
 from vitrail.train.config import TrainConfig
@@ -19,7 +20,7 @@ from vitrail.train.evaluate import evaluate, label_map
 from vitrail.train.folder import RunFolder
 from vitrail.train.loop import train
 from vitrail.train.probe import extract_features
-from vitrail.train.replay import replay
+from vitrail.train.replay import replay, verdict
 from vitrail.train.setup import build_plan
 from vitrail_runtime.errors import InputError
 from vitrail_runtime.preprocess import Preprocessing
@@ -159,7 +160,9 @@ def test_a_time_limit_ends_the_run_with_its_evaluation(pictures, tmp_path):
     assert result.best is not None
 
 
-def test_a_loss_that_is_not_finite_stops_with_a_batch_that_can_be_run_again(pictures, tmp_path):
+def test_a_loss_that_is_not_finite_stops_with_a_batch_that_can_be_run_again(
+    pictures, tmp_path, capsys
+):
     config = tiny_config(
         pictures,
         tmp_path / "run",
@@ -174,7 +177,46 @@ def test_a_loss_that_is_not_finite_stops_with_a_batch_that_can_be_run_again(pict
     found = replay(tmp_path / "run")
     assert not math.isfinite(found["loss"] + found["gradient_norm"])
     assert found["weights"] == [], "what was kept is from before the weights broke"
-    assert 0 < found["step"] < 8
+    assert 0 < found["step"] <= 8
+    assert main(["train", "--replay", str(tmp_path / "run")]) == 0
+    said = capsys.readouterr().out
+    assert "weights that are not finite: none" in said
+    assert f"of {found['num_pictures']}\n" in said
+    kept = tmp_path / "run" / "nonfinite.safetensors"
+    kept.write_bytes(kept.read_bytes()[:1000])
+    with pytest.raises(InputError, match=r"nonfinite\.safetensors is not whole"):
+        replay(tmp_path / "run")
+
+
+def test_a_replay_says_whose_fault_it_is():
+    found = {
+        "weights": [],
+        "pictures": [],
+        "num_pictures": 8,
+        "loss": math.nan,
+        "loss_fp32": math.nan,
+    }
+    assert "the pictures are not to blame" in verdict(found | {"weights": ["head.weight"]})
+    assert "--precision fp32" in verdict(found | {"loss_fp32": 2.0})
+    assert "look at these pictures" in verdict(found | {"pictures": ["a.jpg"]})
+    assert "too large for this batch" in verdict(found)
+
+
+def test_a_model_whose_answers_are_no_numbers_is_not_saved(pictures, tmp_path, monkeypatch):
+    config = tiny_config(pictures, tmp_path / "run", **VIT, epochs=3)
+
+    def evaluate_worse(model, *args, **kwargs):
+        if (tmp_path / "run" / "best").exists():
+            next(model.head.parameters()).data.fill_(math.nan)
+        return evaluate(model, *args, **kwargs)
+
+    monkeypatch.setattr("vitrail.train.loop.evaluate", evaluate_worse)
+    said = r"(?s)after step 8 .* not finite; weights that are not: 1 \(head\..*\)\nbest and last .*--lr"
+    with pytest.raises(InputError, match=said):
+        train(config)
+    for name in ("best", "last"):
+        model = vitrail.load(tmp_path / "run" / name)
+        assert all(p.isfinite().all() for p in model.parameters())
 
 
 def test_only_a_run_that_kept_a_batch_can_be_replayed(learned):

@@ -117,13 +117,16 @@ def field_value(text: str) -> tuple[str, Any]:
 
 
 def show_replay(folder: str) -> int:
-    from vitrail.train.replay import replay
+    from vitrail.train.replay import replay, some, verdict
 
     found = replay(folder)
     print(f"update {found['step']}: loss {found['loss']}, gradient norm {found['gradient_norm']}")
     print(f"in full precision: loss {found['loss_fp32']}")
-    print("weights that are not finite: " + (", ".join(found["weights"]) or "none"))
-    print("pictures whose loss is not finite: " + (", ".join(found["pictures"]) or "none"))
+    print(f"weights that are not finite: {some(found['weights'])}")
+    print(
+        f"pictures whose loss is not finite: {some(found['pictures'], 20)} of {found['num_pictures']}"
+    )
+    print(verdict(found))
     return 0
 
 

@@ -1,5 +1,6 @@
 """Classification scores: thin over torchmetrics."""
 
+import math
 from typing import Any
 
 import torch
@@ -24,7 +25,8 @@ class ClassificationMetrics:
 
     def __init__(self, num_classes: int, device: torch.device | str = "cpu") -> None:
         each: dict[str, Any] = {"num_classes": num_classes, "average": None}
-        self.loss = MeanMetric().to(device)
+        # NaN stays NaN; by default it would be left out of the mean, with a warning.
+        self.loss = MeanMetric(nan_strategy=math.nan).to(device)
         self.scores = MetricCollection(
             {
                 "top1": MulticlassAccuracy(num_classes, average="micro"),

@@ -27,7 +27,7 @@ from vitrail.train.parallel import (
     processes,
     share_buffers,
 )
-from vitrail.train.replay import keep_batch
+from vitrail.train.replay import keep_batch, not_finite
 from vitrail.train.schedule import learning_rate
 from vitrail.train.setup import Run, introduce, seed_update, set_up
 from vitrail_runtime.errors import InputError
@@ -229,6 +229,8 @@ def score(run: Run) -> None:
             world=run.world,
             predictions=True,
         )
+        if not math.isfinite(scores["loss"]):
+            raise not_finite(run)
         names = ["last"]
         if at.best is None or scores["top1"] > at.best:
             at.best, at.best_step, at.stale = scores["top1"], at.step, 0

@@ -1,12 +1,14 @@
 """A loss that stopped being finite: the batch and the weights are kept, and can be run again."""
 
 import json
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -21,6 +23,10 @@ if TYPE_CHECKING:
     from vitrail.train.setup import Run
 
 NAME = "nonfinite.safetensors"
+HELPS = (
+    "what usually helps: a lower --lr, a longer --warmup-epochs, --clip-grad 1, --precision fp32; it is "
+    "another run then, with another --out"
+)
 
 
 def keep_batch(run: "Run", batch: TrainBatch, images: Tensor, targets: Tensor) -> InputError:
@@ -48,19 +54,42 @@ def keep_batch(run: "Run", batch: TrainBatch, images: Tensor, targets: Tensor) -
         f"the last state, from before it, is {saved[0]}" if saved else "no state was saved before"
     )
     return InputError(
-        f"loss or gradient is not finite at step {at.step} (epoch {at.epoch}, batch {batch.step}); "
-        f"the batch and the weights are kept in {path}, {state}\n"
+        f"loss or gradient is not finite at step {at.step + 1} (epoch {at.epoch + 1}, batch "
+        f"{batch.step + 1}); the batch and the weights are kept in {path}, {state}\n"
         f"look at it with: vitrail train --replay {run.folder.path}\n"
-        "what usually helps: a lower --lr, a longer --warmup-epochs, --clip-grad 1, --precision fp32"
+        f"{HELPS}"
     )
+
+
+def not_finite(run: "Run") -> InputError:
+    """What to say of a model whose answers are no numbers. It is not saved; what stands there stays."""
+    weights = _broken({k: whole(v) for k, v in run.model.state_dict().items()})
+    models = run.folder.models()
+    before = f"{' and '.join(models)} in {run.folder.path} are from before it; " if models else ""
+    return InputError(
+        f"after step {run.at.step} (epoch {run.epochs_done:.1f}) the loss on the validation pictures is "
+        f"not finite; weights that are not: {some(weights)}\n{before}{HELPS}"
+    )
+
+
+def _broken(state: Mapping[str, Tensor]) -> list[str]:
+    return [key for key, value in state.items() if not value.isfinite().all()]
+
+
+def some(names: Sequence[str], most: int = 5) -> str:
+    """ "none", or how many there are, and a few of them."""
+    if not names:
+        return "none"
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return f"{len(names):,} ({', '.join(names[:most])}{more})"
 
 
 def replay(path: str | Path) -> dict[str, Any]:
     """Run the kept batch of a stopped run again, on the CPU, share by share as it was trained.
 
-    Returns `step`, the `loss` and `gradient_norm` as trained and the `loss_fp32` in full precision, names of
-    `weights` that are not finite, and `pictures` whose own loss is not. Raises InputError when the folder
-    keeps no batch.
+    Returns the number of the update (`step`, from 1), the `loss` and `gradient_norm` as trained and the
+    `loss_fp32` in full precision, names of `weights` that are not finite, and `pictures` whose own loss is
+    not, of `num_pictures`. Raises InputError when the folder keeps no batch.
     """
     from vitrail.train.build import build_model
     from vitrail.train.setup import seed_update
@@ -70,10 +99,15 @@ def replay(path: str | Path) -> dict[str, Any]:
     if not file.is_file():
         raise InputError(f"{folder.path} keeps no batch: there is no {NAME} in it")
     config = replace(read_config(folder.config), weights=None)
-    with safe_open(file, framework="pt") as kept:
-        about = json.loads(kept.metadata()["vitrail"])
-        # An open file is no mapping: `in kept` would fail.
-        tensors = {key: kept.get_tensor(key) for key in kept.keys()}  # noqa: SIM118
+    try:
+        with safe_open(file, framework="pt") as kept:
+            about = json.loads(kept.metadata()["vitrail"])
+            # An open file is no mapping: `in kept` would fail.
+            tensors = {key: kept.get_tensor(key) for key in kept.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise InputError(
+            f"{file} is not whole ({error}); train again to keep the batch anew"
+        ) from error
     weights = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
     model = build_model(config, tuple(about["classes"]))
     count = about["world"]
@@ -103,10 +137,30 @@ def replay(path: str | Path) -> dict[str, Any]:
         full = losses(False).mean().item() if config.precision == "bf16" else each.mean().item()
     bad = (~each.isfinite()).nonzero().flatten().tolist()
     return {
-        "step": about["step"],
+        "step": about["step"] + 1,
         "loss": each.mean().item(),
         "gradient_norm": torch.cat(gradients).norm().item(),
         "loss_fp32": full,
-        "weights": [k for k, v in weights.items() if not v.isfinite().all()],
+        "weights": _broken(weights),
         "pictures": [about["pictures"][i] for i in bad],
+        "num_pictures": len(about["pictures"]),
     }
+
+
+def verdict(found: Mapping[str, Any]) -> str:
+    """What the numbers of `replay` say about the cause, and what to do."""
+    if found["weights"]:
+        return (
+            "the weights were broken before this batch: an earlier update was too large, and the pictures "
+            "are not to blame; a lower --lr, a longer --warmup-epochs or --clip-grad 1"
+        )
+    if math.isfinite(found["loss_fp32"]) and not math.isfinite(found["loss"]):
+        return "full precision helps: --precision fp32"
+    if 0 < len(found["pictures"]) < found["num_pictures"]:
+        return (
+            "look at these pictures; if they are as they should be, a lower --lr or --clip-grad 1"
+        )
+    return (
+        "the numbers grew too large for this batch: a lower --lr, a longer --warmup-epochs or "
+        "--clip-grad 1"
+    )
