@@ -4,12 +4,15 @@ import dataclasses
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from vitrail.registry import unknown
 from vitrail_runtime.errors import InputError
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance  # exists for type checkers alone
+
+T = TypeVar("T", bound="DataclassInstance")
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -29,7 +32,7 @@ def from_dict(cls: type[T], data: Mapping[str, Any], *, where: str = "") -> T:
             f"{where} must be a mapping of keys to values, but is {type(data).__name__}"
         )
     hints = typing.get_type_hints(cls)
-    known = {f.name: f for f in dataclasses.fields(cls) if f.init}  # pyright: ignore[reportArgumentType]
+    known = {f.name: f for f in dataclasses.fields(cls) if f.init}
     for key in data:
         if key not in known:
             raise unknown(f"key in {where}", str(key), known)
@@ -81,8 +84,8 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         if value not in args:
             raise InputError(f"{where} is {value!r}, but must be one of {list(args)}")
         return value
-    if dataclasses.is_dataclass(hint):
-        return from_dict(hint, value, where=where)  # pyright: ignore[reportArgumentType]
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        return from_dict(hint, value, where=where)
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
             raise InputError(f"{where} is {value!r}, but must be a list")

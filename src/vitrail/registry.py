@@ -69,11 +69,9 @@ class BackboneEntry:
 
     name: str
     family: str  # the class's name in lower case: what the tiny config is filed under
-    cls: Callable[[Any], Any]  # config -> backbone
+    cls: type[Any]  # called with a config
     config: Any
-    tail: (
-        Callable[..., Any] | None
-    )  # (config, feature_specs, num_classes) -> head; None: pooled head
+    tail: Callable[..., Any] | None  # (config, feature_specs, num_classes); None: the pooled head
     layouts: Mapping[str, Layout] = field(default_factory=dict)
     resample: Callable[[Tensors, Any], Tensors] | None = None  # see register_backbone
     preprocessing: Preprocessing = Preprocessing()
@@ -85,7 +83,7 @@ _TINY: dict[str, BackboneEntry] = {}
 
 
 def register_backbone(
-    cls: Callable[[Any], Any],
+    cls: type[Any],
     variants: Mapping[str, Any],
     *,
     tiny: Any,
@@ -103,7 +101,7 @@ def register_backbone(
         `config.image_size`; pure. Applied after every key map, our own files included.
     preprocessing: one for all variants, or name -> one.
     """
-    family = cls.__name__.lower()  # pyright: ignore[reportFunctionMemberAccess]
+    family = cls.__name__.lower()
     if family in _TINY:
         raise ValueError(f"a backbone family {family!r} is registered already")
 

@@ -503,14 +503,15 @@ class NormedPatches(nn.Module):
 
     def __init__(self, patch_size: int, embed_dim: int) -> None:
         super().__init__()
-        self.stride = patch_size
+        self.patch_size = patch_size
         width = 3 * patch_size**2
         self.layers = nn.Sequential(
             nn.LayerNorm(width), nn.Linear(width, embed_dim), nn.LayerNorm(embed_dim)
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        cut = images.unfold(2, self.stride, self.stride).unfold(3, self.stride, self.stride)
+        p = self.patch_size
+        cut = images.unfold(2, p, p).unfold(3, p, p)
         cut = cut.permute(0, 2, 3, 4, 5, 1).flatten(3)  # (B, h, w, p * p * 3)
         return self.layers(cut).permute(0, 3, 1, 2)
 

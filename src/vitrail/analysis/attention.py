@@ -10,13 +10,13 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vitrail.features import Features
+from vitrail.features import Features, FeatureSpec
 from vitrail_runtime.errors import InputError
 
 Grid = tuple[int, int]
@@ -284,7 +284,7 @@ def places_of(backbone: nn.Module, name: str, weights: Tensor, features: Feature
     """Where the tokens of layer `name` stand, from the shapes of its weights and of the backbone's maps;
     None where these do not fit together."""
     groups, _, num_queries, num_keys = weights.shape
-    specs: dict[str, Any] = backbone.feature_specs  # pyright: ignore[reportAssignmentType]
+    specs = cast(dict[str, FeatureSpec], backbone.feature_specs)
     level = list(specs)[-1]
     if stage_of(name)[0]:
         # Stages count to the last map; the first ones of a convolutional stem may have no attention.

@@ -62,12 +62,11 @@ def heads_words(study: AttentionStudy) -> str:
         )
     else:
         words = f"{study.model}: no layer has heads to compare"
-    known = [layer for layer in layers if layer.distance is not None]
-    if known:
-        first, last = (float(np.mean(known[i].distance)) for i in (0, -1))  # pyright: ignore[reportArgumentType,reportCallIssue]
+    distances = [float(layer.distance.mean()) for layer in layers if layer.distance is not None]
+    if distances:
         words += (
-            f". A patch attends {first:.0f} pixels away on average in the first layer and "
-            f"{last:.0f} in the last"
+            f". A patch attends {distances[0]:.0f} pixels away on average in the first layer and "
+            f"{distances[-1]:.0f} in the last"
         )
     if len(layers) < len(study.layers):
         left = len(study.layers) - len(layers)

@@ -87,7 +87,7 @@ class ConvStem(nn.Module):
 
     def __init__(self, patch_size: int, embed_dim: int, stem_dim: int = 64) -> None:
         super().__init__()
-        self.stride = patch_size
+        self.patch_size = patch_size
         self.conv1 = nn.Conv2d(3, stem_dim, 7, stride=2, bias=False)
         self.bn1 = nn.BatchNorm2d(stem_dim)
         self.conv2 = nn.Conv2d(stem_dim, stem_dim, 3, padding=1, bias=False)
@@ -97,7 +97,7 @@ class ConvStem(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         # The 7x7 has a padding of 3, whose last row and column an even size never reaches: left out, so
         # that a traced graph halves its sizes without a remainder.
-        x = F.pad(pad_to_multiple(images, self.stride), (3, 2, 3, 2))
+        x = F.pad(pad_to_multiple(images, self.patch_size), (3, 2, 3, 2))
         x = self.bn1(self.conv1(x)).relu()
         x = self.bn2(self.conv2(x)).relu()
         return self.proj(x)

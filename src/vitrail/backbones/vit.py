@@ -153,11 +153,11 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, patch_size: int, embed_dim: int) -> None:
         super().__init__()
-        self.stride = patch_size
+        self.patch_size = patch_size
         self.proj = nn.Conv2d(3, embed_dim, patch_size, patch_size)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.proj(pad_to_multiple(images, self.stride))
+        return self.proj(pad_to_multiple(images, self.patch_size))
 
     def project(self, patches: Tensor) -> Tensor:
         """The same for cut patches, in any order: (T, 3 * p * p) -> (T, C)."""
@@ -171,7 +171,7 @@ class ConvStemEmbed(nn.Module):
 
     def __init__(self, patch_size: int, embed_dim: int, stem_dim: int = 32) -> None:
         super().__init__()
-        self.stride = patch_size
+        self.patch_size = patch_size
         layers: list[nn.Module] = []
         for in_chans, stride, padding in ((3, 2, 0), (stem_dim, 1, 1), (stem_dim, 1, 1)):
             conv = nn.Conv2d(in_chans, stem_dim, 3, stride, padding)
@@ -182,7 +182,7 @@ class ConvStemEmbed(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         # Of even sizes the first convolution reads one zero at the left and the top, and none at the right
         # and the bottom; padded so, a traced graph halves its sizes without a remainder.
-        x = F.pad(pad_to_multiple(images, self.stride), (1, 0, 1, 0))
+        x = F.pad(pad_to_multiple(images, self.patch_size), (1, 0, 1, 0))
         return self.proj(self.stem(x))
 
 
@@ -358,8 +358,8 @@ class ViT(nn.Module):
     """images (B, 3, H, W) -> Features: one map of stride `patch_size` (or those of `out_blocks`), and the
     prefix tokens (class, distillation, registers, in this order), all after the final norm.
 
-    patch_embed: another module from images to a map (B, embed_dim, ceil(H / stride), ceil(W / stride)), which
-    has an attribute `stride`. config.patch_size is then that stride: the pixels that one token stands for.
+    patch_embed: another module from images to a map (B, embed_dim, ceil(H / p), ceil(W / p)), where p is
+    config.patch_size: the pixels of a side that one token stands for.
     blocks: a paper's own, in place of config.depth plain ones.
     """
 
@@ -398,7 +398,7 @@ class ViT(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(dim, config.norm_eps)
 
-        spec = FeatureSpec(dim, patch_embed.stride)  # pyright: ignore[reportArgumentType]
+        spec = FeatureSpec(dim, config.patch_size)
         self.map_names = {i: f"b{i}" for i in config.out_blocks}
         if not self.map_names:
             self.map_names = {config.depth - 1: level_name(spec.stride)}
@@ -508,10 +508,11 @@ class ViT(nn.Module):
                 f"{type(self).__name__} with {type(self.patch_embed).__name__} cannot take packed images: "
                 "its tokens are no plain patches; use images of one size in a batch"
             )
-        if packed.patch_size != self.patch_embed.stride:
+        patch_size = self.config.patch_size
+        if packed.patch_size != patch_size:
             raise InputError(
                 f"the images were packed in patches of {packed.patch_size}, but this model's are of "
-                f"{self.patch_embed.stride}; pack with patch_size={self.patch_embed.stride}"
+                f"{patch_size}; pack with patch_size={patch_size}"
             )
         wanted = self.patch_embed.proj.weight[0].numel()
         if packed.patches.shape[-1] != wanted:

@@ -174,7 +174,6 @@ class HybridEmbed(nn.Module):
 
     def __init__(self, config: ViTHybridConfig) -> None:
         super().__init__()
-        self.stride = config.patch_size
         self.resnet = ResNet(config.layers, config.stem_width)
         patch = config.patch_size // config.map_stride
         self.proj = nn.Conv2d(self.resnet.dim, config.embed_dim, patch, patch)
