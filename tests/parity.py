@@ -1,12 +1,15 @@
 """How tests compare a model of ours with its reference."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from tests.golden.compare import load
 from tests.golden.fill import fill, value
-from vitrail.registry import BackboneEntry
-
-__all__ = ["assert_close_to_peer", "fill", "fill_by_key_map", "randomise", "value"]
+from vitrail.classifiers import Classifier
+from vitrail.models import create_model
+from vitrail.registry import BackboneEntry, backbone_entry
 
 
 def randomise(model: nn.Module, gain: float = 1.0) -> None:
@@ -33,3 +36,16 @@ def fill_by_key_map(
     """A state dict of ours, filled by the OFFICIAL keys of a fixture and carried over by the key map."""
     foreign = {k: torch.from_numpy(value(k, shape, gain)) for k, shape in keys.items()}
     return entry.layouts[layout].convert(foreign, entry.config)
+
+
+def filled_officially(name: str, fixture: str | None = None, **config_fields: Any) -> Classifier:
+    """Our classifier in eval mode with the weights of a fixture (by default of the model's name): filled by
+    the OFFICIAL keys, carried over by the key map, none left over."""
+    facts, _ = load(fixture or name)
+    model = create_model(name, **config_fields)
+    keys = {key: tuple(shape) for key, shape, dtype in facts["state_dict"] if dtype == "float32"}
+    state = fill_by_key_map(backbone_entry(name), "official", keys, facts["fill"]["gain"])
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    assert not unexpected
+    assert all(key.endswith("num_batches_tracked") for key in missing)
+    return model.eval()

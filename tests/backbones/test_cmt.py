@@ -4,26 +4,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.golden.compare import check, load
+from tests.golden.compare import check
 from tests.golden.fill import image
-from tests.parity import fill_by_key_map, randomise
+from tests.parity import filled_officially, randomise
 from vitrail.backbones.cmt import CMT, CMTConfig, resample, resample_table
 from vitrail.layers.attention import map_to_tokens
-from vitrail.models import create_backbone, create_model
-from vitrail.registry import backbone_entry, tiny_entries
+from vitrail.models import create_backbone
+from vitrail.registry import tiny_entries
 from vitrail_runtime.errors import InputError
-
-
-def official(name, fixture, **fields):
-    """Our classifier, filled by the official keys of a fixture."""
-    facts, _ = load(fixture)
-    model = create_model(name, **fields)
-    keys = {key: tuple(shape) for key, shape, dtype in facts["state_dict"] if dtype == "float32"}
-    state = fill_by_key_map(backbone_entry(name), "official", keys, facts["fill"]["gain"])
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    assert not unexpected
-    assert all(key.endswith("num_batches_tracked") for key in missing)
-    return model.eval()
 
 
 def taps(model, images):
@@ -53,12 +41,12 @@ def taps(model, images):
 
 
 def test_cmt_xs_at_64_pixels_equals_the_official_code_in_every_tap():
-    check("cmt_xs", taps(official("cmt_xs", "cmt_xs", image_size=64), image(2, 64, 64)))
+    check("cmt_xs", taps(filled_officially("cmt_xs", image_size=64), image(2, 64, 64)))
 
 
 @pytest.mark.slow
 def test_cmt_ti_at_the_papers_size_equals_the_official_code_in_every_tap():
-    check("cmt_ti", taps(official("cmt_ti", "cmt_ti"), image(1, 160, 160)))
+    check("cmt_ti", taps(filled_officially("cmt_ti"), image(1, 160, 160)))
 
 
 def test_a_table_is_resampled_over_the_queries_and_over_the_keys():

@@ -3,15 +3,14 @@
 import pytest
 import torch
 
-from tests.golden.compare import check, load
+from tests.golden.compare import check
 from tests.golden.fill import image
-from tests.parity import fill_by_key_map, randomise
+from tests.parity import filled_officially, randomise
 from vitrail import packing
 from vitrail.backbones.deepvit import DeepViT, DeepViTConfig
 from vitrail.backbones.vit import ViT, ViTConfig
 from vitrail.layers.attention import map_to_tokens
-from vitrail.models import create_backbone, create_model
-from vitrail.registry import backbone_entry
+from vitrail.models import create_backbone
 from vitrail_runtime.errors import InputError
 
 SHAPE = {"embed_dim": 48, "depth": 3, "num_heads": 4, "patch_size": 8, "mlp_ratio": 3.0}
@@ -19,14 +18,7 @@ SHAPE = {"embed_dim": 48, "depth": 3, "num_heads": 4, "patch_size": 8, "mlp_rati
 
 def official_taps(name, images, blocks, attn, **fields):
     """Our classifier filled by official keys, and what it computes under the names of the fixture."""
-    facts, _ = load(name)
-    model = create_model(name, **fields)
-    keys = {key: tuple(shape) for key, shape, dtype in facts["state_dict"] if dtype == "float32"}
-    state = fill_by_key_map(backbone_entry(name), "official", keys, facts["fill"]["gain"])
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    assert not unexpected
-    assert all(key.endswith("num_batches_tracked") for key in missing)
-    model.eval()
+    model = filled_officially(name, **fields)
     taps, record, backbone = {}, {}, model.backbone
     backbone.patch_embed.register_forward_hook(
         lambda _, __, y: taps.update({"patch_embed": map_to_tokens(y)})

@@ -1,25 +1,17 @@
 import pytest
 import torch
 
-from tests.backbones.peers import assert_equals_peer, classifier
-from tests.golden.compare import check, load
+from tests.backbones.peers import assert_equals_peer
+from tests.golden.compare import check
 from tests.golden.fill import image
-from tests.parity import fill_by_key_map
+from tests.parity import filled_officially
 from vitrail.models import create_backbone
-from vitrail.registry import backbone_entry
 
 timm = pytest.importorskip("timm")
 
 
 def test_official_weights_give_the_stored_taps():
-    facts, _ = load("mobilevit_xxs")
-    entry = backbone_entry("mobilevit_xxs")
-    keys = {k: tuple(shape) for k, shape, kind in facts["state_dict"] if kind == "float32"}
-    model = classifier("mobilevit_xxs").eval()
-    state = fill_by_key_map(entry, "official", keys, facts["fill"]["gain"])
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    assert not unexpected
-    assert all(k.endswith("num_batches_tracked") for k in missing)
+    model = filled_officially("mobilevit_xxs")
     taps = {
         "conv_1": "stem",
         "layer_2": "stages.1.2",

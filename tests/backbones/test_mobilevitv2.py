@@ -1,10 +1,10 @@
 import pytest
 import torch
 
-from tests.backbones.peers import assert_equals_peer, classifier
-from tests.golden.compare import check, load
+from tests.backbones.peers import assert_equals_peer
+from tests.golden.compare import check
 from tests.golden.fill import image
-from tests.parity import fill_by_key_map
+from tests.parity import filled_officially
 from vitrail.models import create_backbone
 from vitrail.registry import backbone_entry
 
@@ -12,14 +12,7 @@ timm = pytest.importorskip("timm")
 
 
 def test_official_weights_give_the_stored_taps():
-    facts, _ = load("mobilevitv2_050")
-    entry = backbone_entry("mobilevitv2_050")
-    keys = {k: tuple(shape) for k, shape, kind in facts["state_dict"] if kind == "float32"}
-    model = classifier("mobilevitv2_050").eval()
-    state = fill_by_key_map(entry, "official", keys, facts["fill"]["gain"])
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    assert not unexpected
-    assert all(k.endswith("num_batches_tracked") for k in missing)
+    model = filled_officially("mobilevitv2_050")
     taps = {
         "conv_1": "stem",
         "layer_2": "stages.1.1",

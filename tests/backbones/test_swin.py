@@ -8,8 +8,8 @@ import torch
 from torchvision.models.swin_transformer import SwinTransformer as TorchvisionSwin
 
 from tests.golden.compare import check, load
-from tests.golden.fill import image
-from tests.parity import assert_close_to_peer, randomise, value
+from tests.golden.fill import image, value
+from tests.parity import assert_close_to_peer, randomise
 from vitrail.backbones.swin import (
     Swin,
     SwinConfig,

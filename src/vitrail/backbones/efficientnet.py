@@ -36,7 +36,12 @@ from vitrail.layers.conv import (
     run_stages,
     stage_specs,
 )
-from vitrail.layers.conv_keys import timm_stages, torchvision_stages
+from vitrail.layers.conv_keys import (
+    TIMM_HEAD,
+    timm_stages,
+    torchvision_head,
+    torchvision_stages,
+)
 from vitrail.registry import Layout, Published, Tensors, register_backbone, rename_keys
 from vitrail_runtime.errors import InputError
 from vitrail_runtime.preprocess import Preprocessing
@@ -191,12 +196,7 @@ def efficientnet_head(
 
 def from_timm(state: Tensors, config: EfficientNetConfig) -> Tensors:
     """timm: `blocks.1.0.conv_pw.weight`, ..., `conv_head.weight`, `bn2.weight`, `classifier.weight`."""
-    rules = [
-        (r"^conv_head\.", "head.conv.conv."),
-        (r"^bn2\.", "head.conv.bn."),
-        (r"^classifier\.", "head.fc."),
-    ]
-    return rename_keys(timm_stages(state), rules)
+    return rename_keys(timm_stages(state), TIMM_HEAD)
 
 
 def from_torchvision(state: Tensors, config: EfficientNetConfig) -> Tensors:
@@ -209,12 +209,7 @@ def from_torchvision(state: Tensors, config: EfficientNetConfig) -> Tensors:
         for i, depth in enumerate(depths)
         for j in range(depth)
     }
-    last = len(depths) + 1
-    rules = [
-        (rf"^features\.{last}\.0\.", "head.conv.conv."),
-        (rf"^features\.{last}\.1\.", "head.conv.bn."),
-        (r"^classifier\.1\.", "head.fc."),
-    ]
+    rules = torchvision_head(len(depths) + 1)
     out = rename_keys(torchvision_stages(state, places, "block"), rules)
     return absorb_eps(out, 1e-3, 1e-5) if config.width >= 1.6 else out  # B5 to B7
 

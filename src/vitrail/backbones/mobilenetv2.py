@@ -26,7 +26,13 @@ from vitrail.layers.conv import (
     run_stages,
     stage_specs,
 )
-from vitrail.layers.conv_keys import counted_through, timm_stages, torchvision_stages
+from vitrail.layers.conv_keys import (
+    TIMM_HEAD,
+    counted_through,
+    timm_stages,
+    torchvision_head,
+    torchvision_stages,
+)
 from vitrail.registry import Layout, Published, Tensors, register_backbone, rename_keys
 from vitrail_runtime.preprocess import Preprocessing
 
@@ -106,23 +112,13 @@ def mobilenetv2_head(
 
 def from_timm(state: Tensors, config: MobileNetV2Config) -> Tensors:
     """timm: `blocks.1.0.conv_pw.weight`, ..., `conv_head.weight`, `bn2.weight`, `classifier.weight`."""
-    rules = [
-        (r"^conv_head\.", "head.conv.conv."),
-        (r"^bn2\.", "head.conv.bn."),
-        (r"^classifier\.", "head.fc."),
-    ]
-    return rename_keys(timm_stages(state), rules)
+    return rename_keys(timm_stages(state), TIMM_HEAD)
 
 
 def from_torchvision(state: Tensors, config: MobileNetV2Config) -> Tensors:
     """torchvision: `features.2.conv.0.0.weight`, ..., `features.18.0.weight`, `classifier.1.weight`."""
     places = counted_through([depth for _, _, depth, _ in config.stages])
-    last = len(places) + 1
-    rules = [
-        (rf"^features\.{last}\.0\.", "head.conv.conv."),
-        (rf"^features\.{last}\.1\.", "head.conv.bn."),
-        (r"^classifier\.1\.", "head.fc."),
-    ]
+    rules = torchvision_head(len(places) + 1)
     return rename_keys(torchvision_stages(state, places, "conv"), rules)
 
 

@@ -1,4 +1,5 @@
-"""How timm and torchvision name the parts of an inverted residual, for the key maps of its papers."""
+"""How timm and torchvision name the parts of networks of inverted residuals, for the key maps of their
+papers."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,11 @@ _TIMM_PLAIN = {
 }
 _TIMM_CONV = {"conv": "conv", "bn1": "bn"}  # MobileNetV3's last stage
 _TIMM_SE = {"se.conv_reduce": "se.fc1", "se.conv_expand": "se.fc2"}
+TIMM_HEAD = (  # rules for the tail that is layers.conv.ConvPoolHead
+    (r"^conv_head\.", "head.conv.conv."),
+    (r"^bn2\.", "head.conv.bn."),
+    (r"^classifier\.", "head.fc."),
+)
 
 
 def timm_stages(state: Tensors) -> Tensors:
@@ -80,3 +86,12 @@ def counted_through(depths: Sequence[int]) -> dict[str, str]:
     {"features.1": "stages.0.0", "features.2": "stages.1.0", ...}."""
     blocks = [f"stages.{i}.{j}" for i, depth in enumerate(depths) for j in range(depth)]
     return {f"features.{n}": block for n, block in enumerate(blocks, 1)}
+
+
+def torchvision_head(last: int) -> list[tuple[str, str]]:
+    """Rules for the same tail; its convolution is `features.LAST`."""
+    return [
+        (rf"^features\.{last}\.0\.", "head.conv.conv."),
+        (rf"^features\.{last}\.1\.", "head.conv.bn."),
+        (r"^classifier\.1\.", "head.fc."),
+    ]

@@ -7,6 +7,7 @@ temporary file beside the target, flushed to the disk and renamed over it.
 
 import argparse
 import contextlib
+import difflib
 import json
 import os
 import pickle
@@ -15,7 +16,7 @@ import secrets
 import struct
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,7 @@ def read_checkpoint(source: str | Path | Mapping[str, Any] | Checkpoint) -> Chec
     if isinstance(source, Mapping):
         return unwrap(source, "the given state dict")
     text = str(source)
-    if text.startswith(("hf:", "hf://")):
+    if text.startswith("hf:"):
         from vitrail.weights import hub
 
         found = hub.fetch(text)
@@ -372,8 +373,6 @@ def _has_tensors(data: Mapping[str, Any]) -> bool:
 
 def _nearby(path: Path) -> str:
     """The closest file names in the folder where one was looked for."""
-    import difflib
-
     if not path.parent.is_dir():
         return f" (nor a folder {path.parent})"
     close = difflib.get_close_matches(path.name, os.listdir(path.parent), n=2, cutoff=0.6)
@@ -432,7 +431,8 @@ def _replacing(path: Path) -> Iterator[Path]:
         kept = "; the file that stood there is unchanged" if path.exists() else ""
         raise InputError(f"{path} cannot be written: {error}{kept}") from error
     finally:
-        _quietly(temporary.unlink)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def _sync(path: Path) -> None:
@@ -444,8 +444,3 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _quietly(action: Callable[[], None]) -> None:
-    with contextlib.suppress(OSError):
-        action()
