@@ -138,6 +138,15 @@ def test_every_way_to_train_gives_finite_losses_and_a_model(pictures, tmp_path, 
     assert vitrail.load(tmp_path / "run" / "best").classes == CLASSES
 
 
+def test_batchnorm_of_one_picture_is_refused_before_training(pictures, tmp_path):
+    config = tiny_config(pictures, tmp_path / "run", epochs=1)
+    for changes in ({"batch_size": 1}, {"batch_size": 6, "accumulate": 6}):
+        with pytest.raises(InputError, match=r"BatchNorm, .* one picture of 32 x 32.*--batch-size"):
+            train(replace(config, **changes))
+    alone = tiny_config(pictures, tmp_path / "vit", **VIT, batch_size=1, max_steps=2)
+    assert train(alone).steps == 2, "LayerNorm needs no company"
+
+
 def test_early_stopping_ends_after_evaluations_without_a_better_score(pictures, tmp_path):
     config = tiny_config(
         pictures, tmp_path / "run", **VIT, epochs=20, lr=0.0, warmup_lr=0.0, min_lr=0.0

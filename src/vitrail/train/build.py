@@ -2,8 +2,11 @@
 from.
 """
 
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any
+
+import torch
 
 from vitrail import models
 from vitrail.configuration import from_dict, to_dict
@@ -62,6 +65,37 @@ def build_model(config: TrainConfig, classes: tuple[str, ...]) -> Any:
             )
         model.backbone.grad_checkpointing = True
     return model
+
+
+def check_parts(
+    config: TrainConfig,
+    classes: tuple[str, ...],
+    batches: Mapping[tuple[int, int], int],
+    world: int,
+) -> None:
+    """Raise InputError where BatchNorm would have one value a channel, of which there is no variance.
+
+    batches: pictures of an update by their (height, width). A part of one picture is tried without numbers.
+    """
+    for size, count in batches.items():
+        share = count // world
+        part = -(-share // config.accumulate)
+        if share - part * (-(-share // part) - 1) > 1:  # the last part may have fewer
+            continue
+        with torch.device("meta"):
+            model = build_model(replace(config, weights=None), classes)
+            model.train()
+            if config.train_only == "head":
+                model.backbone.eval()
+            try:
+                model(torch.empty(1, 3, *size))
+            except ValueError as error:
+                parts = f" in {config.accumulate} parts" if config.accumulate > 1 else ""
+                raise InputError(
+                    f"{config.model} has BatchNorm, which cannot learn from one picture of {size[0]} x "
+                    f"{size[1]} at a time ({count} an update{parts}); give a larger --batch-size, such as "
+                    f"{2 * config.batch_size}"
+                ) from error
 
 
 def model_fields(config: TrainConfig) -> dict[str, Any]:

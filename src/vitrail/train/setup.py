@@ -17,7 +17,7 @@ from vitrail.data.images import ImageData, open_data
 from vitrail.data.loader import TrainBatch, TrainLoader
 from vitrail.data.plan import BatchPlan, balanced_weights
 from vitrail.train.agreement import together
-from vitrail.train.build import build_model
+from vitrail.train.build import build_model, check_parts
 from vitrail.train.config import TrainConfig, differences, read_config
 from vitrail.train.ema import Ema
 from vitrail.train.folder import RunFolder, explained
@@ -248,6 +248,7 @@ def build(config: TrainConfig, data: ImageData, world: int) -> tuple[Any, BatchP
     model = build_model(config, data.classes)
     plan = build_plan(config, data, model.preprocessing.size, world)
     check_shares(config, plan, world)
+    check_parts(config, data.classes, plan.batch_sizes(), world)
     return model, plan
 
 
