@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -264,13 +265,17 @@ def test_classes_are_matched_by_name_and_strange_ones_shown_with_both_lists(lear
         label_map(("cat", "left"), CLASSES)
 
 
-def test_a_broken_picture_is_named_and_can_be_left_out(tmp_path):
+def test_a_broken_picture_is_named_and_can_be_left_out(tmp_path, capsys):
     data = make_pictures(tmp_path / "data")
     (data / "train" / "left" / "0.png").write_bytes(b"no picture")
     config = tiny_config(data, tmp_path / "run", **VIT, epochs=1)
     with pytest.raises(InputError, match=r"0\.png"):
         train(config)
     assert train(replace(config, skip_broken=True, batch_size=4)).best is not None
+    shutil.rmtree(data / "val")  # train and val are then cut from the same pictures
+    capsys.readouterr()
+    train(replace(config, out=str(tmp_path / "cut"), skip_broken=True, batch_size=4))
+    assert capsys.readouterr().err.count("left out") == 1 + 1, "with the note that counts them"
 
 
 def test_balanced_batches_draw_every_class_its_share_exactly(pictures):

@@ -256,9 +256,8 @@ def introduce(run: Run) -> None:
     """Tell what a person should know before she waits: what was decided for her, and where the run stands."""
     for note in dict.fromkeys(run.train_data.notes + run.val_data.notes):
         run.progress.say(note)
-    for data in (run.train_data, run.val_data):
-        for key, problem in data.broken:
-            run.progress.say(f"left out {key}: {problem}")
+    for key, problem in dict.fromkeys(run.train_data.broken + run.val_data.broken):
+        run.progress.say(f"left out {key}: {problem}")
     at, config = run.at, run.config
     report = getattr(run.model, "weights_report", None)
     if run.plan.batch_size < run.config.batch_size:
