@@ -12,6 +12,8 @@ import matplotlib
 import numpy as np
 from PIL import Image
 
+from vitrail.weights import write_text
+
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
@@ -67,6 +69,7 @@ class Page:
         self.parts.append(f"<section><h2>{esc(title)}</h2>{''.join(content)}</section>")
 
     def write(self, path: Path) -> Path:
+        """Whole or not at all. Raises InputError where it cannot be written."""
         body = f'<h1>{esc(self.title)}</h1><p class="lead">{esc(self.lead)}</p>' + "\n".join(
             self.parts
         )

@@ -56,6 +56,10 @@ def run(argv: list[str]) -> None:
         raise InputError("--weights and --image-size go with --probe; a trained model has its own")
     if flags.report is not None and flags.probe is not None:
         raise InputError("--report shows a trained model's answers; it does not go with --probe")
+    if flags.report is not None and flags.report.is_dir():
+        raise InputError(
+            f"--report {flags.report} is a folder; name a file, such as {flags.report}/report.html"
+        )
     if flags.probe is not None and flags.split in ("train", "all"):
         raise InputError(
             f"--probe learns from the pictures of train, so --split {flags.split} would measure it on what "
@@ -68,13 +72,15 @@ def run(argv: list[str]) -> None:
     scores = probe(flags, folder) if flags.probe else measure(flags, folder)
     about = {"model": flags.run, "data": flags.data, "split": flags.split, "probe": flags.probe}
     found = about | scores
-    if Path(flags.run).is_dir():
-        name = f"eval-{flags.probe}.json" if flags.probe else "eval.json"
-        write_text(Path(flags.run) / name, json.dumps(found, indent=2, ensure_ascii=False) + "\n")
     if flags.json:
         print(json.dumps(found, indent=2))  # in ASCII: whole on every terminal
     else:
         show(scores)
+    if Path(
+        flags.run
+    ).is_dir():  # last: scores that cannot be kept, in a model of others, are shown
+        name = f"eval-{flags.probe}.json" if flags.probe else "eval.json"
+        write_text(Path(flags.run) / name, json.dumps(found, indent=2, ensure_ascii=False) + "\n")
 
 
 def measure(flags: EvalFlags, folder: Path) -> dict[str, Any]:
