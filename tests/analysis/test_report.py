@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import warnings
 
 import numpy as np
 import pytest
@@ -10,10 +11,12 @@ import torch
 from sklearn.metrics import confusion_matrix
 
 from tests.train.conftest import CLASSES, VIT, make_pictures, tiny_config
+from vitrail.analysis import page
 from vitrail.analysis.report import (
     Scored,
     advice,
     calibration_bins,
+    curves,
     expected_calibration_error,
     interval,
 )
@@ -22,6 +25,7 @@ from vitrail.cli import main
 from vitrail.cli.train import report_run
 from vitrail.data import open_data
 from vitrail.train.loop import train
+from vitrail_runtime.errors import InputError
 
 
 def answers(probabilities: np.ndarray, labels: np.ndarray) -> Scored:
@@ -104,11 +108,57 @@ def test_eval_writes_the_page_with_every_section(run, tmp_path, capsys):
         "Calibration",
     ):
         assert f"<h2>{title}</h2>" in text
-    for title in ("Where the model looks", "Data", "Configuration and machine"):
+    for title in ("Where the model looks", "Pictures of val", "Configuration and machine"):
         assert f"<h2>{title}</h2>" in text
     assert "attention rollout" in text
     assert all(name in text for name in CLASSES)
     assert not re.search(r"(src|href)=\"?https?:", text)  # nothing is fetched
+
+
+def test_the_curves_show_both_losses_and_the_advice_that_the_model_learns_by_heart():
+    history = [{"step": 10 * i, "loss": 2.0 - 0.3 * i, "lr": 0.1} for i in range(1, 6)]
+    losses = (1.6, 1.2, 1.0, 1.3, 1.9)
+    history += [
+        {"step": 10 * i, "epoch": i, "loss": loss, "top1": 0.5} for i, loss in enumerate(losses, 1)
+    ]
+    drawn = curves(history)
+    assert ">training, with augmentation and smoothing<" in drawn
+    assert ">validation<" in drawn
+    said = " ".join(advice(scored(), 0.0, history))
+    assert (
+        "lowest at step 30 (1.00) and ended at 1.90: the model learns its training pictures by"
+        in said
+    )
+    assert "by heart" not in " ".join(advice(scored(), 0.0, history[:-2]))
+
+
+def test_names_in_other_alphabets_are_drawn_without_a_word_of_missing_letters():
+    fig, ax = page.figure()
+    ax.set_title("猫")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert "猫" in page.svg(fig)
+
+
+def test_a_page_or_scores_that_cannot_be_written_are_one_message(
+    run, tmp_path, capsys, monkeypatch
+):
+    folder, data = run
+    how = ["eval", str(folder), "--data", str(data)]
+    assert main([*how, "--report", str(tmp_path)]) == 2
+    assert "is a folder; name a file, such as" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    assert main([*how, "--report", str(tmp_path / "file" / "page.html")]) == 2
+    assert "page.html cannot be written" in capsys.readouterr().err
+
+    def refuse(path, text):
+        raise InputError(f"{path} cannot be written: read-only")
+
+    monkeypatch.setattr("vitrail.weights.write_text", refuse)
+    assert main(how) == 2
+    told = capsys.readouterr()
+    assert "top-1" in told.out
+    assert "eval.json cannot be written" in told.err
 
 
 def test_a_report_does_not_go_with_a_probe(run, tmp_path, capsys):

@@ -3,6 +3,7 @@
 import base64
 import html
 import io
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -79,8 +80,7 @@ class Page:
             f"<title>{esc(self.title)}</title><style>{STYLE}</style></head>"
             f"<body><main>{body}</main></body></html>\n"
         )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8", errors="backslashreplace")
+        write_text(path, text)
         return path
 
 
@@ -164,7 +164,12 @@ def svg(fig: Any) -> str:
     """The figure as inline SVG; closes it."""
     buffer = io.StringIO()
     # A fixed salt and no date: the same numbers give the same file.
-    with plt.rc_context({"svg.hashsalt": "vitrail", "svg.fonttype": "none"}):
+    with (
+        plt.rc_context({"svg.hashsalt": "vitrail", "svg.fonttype": "none"}),
+        warnings.catch_warnings(),
+    ):
+        # Letters stay text, which the reader's fonts draw, whatever this one has.
+        warnings.filterwarnings("ignore", "Glyph .* missing from")
         fig.savefig(
             buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
         )

@@ -17,6 +17,7 @@ from vitrail.analysis.saliency import where_it_looks
 from vitrail.data.images import ImageData
 from vitrail_runtime.preprocess import prepare
 
+OVERFITTED = 1.1  # a last validation loss of so many times the lowest deserves a word
 MANY_CLASSES = 30  # above this a confusion matrix is unreadable and only its worst cells are shown
 
 
@@ -98,7 +99,7 @@ def write_report(
         page.paragraph(f"Method: {name}. Bright regions move the answer most."),
         page.gallery(looked),
     )
-    out.section("Data", data_table(data))
+    out.section(f"Pictures of {split}", data_table(data))
     out.section("Configuration and machine", *configuration(run), page.preformatted(machine()))
     return out.write(Path(path))
 
@@ -171,31 +172,52 @@ def advice(scored: Scored, ece: float, history: Sequence[dict[str, Any]]) -> lis
         best = max(evals, key=lambda e: e[1])
         if best == evals[-1]:
             said.append("The score still rose at the last evaluation: train longer.")
+    losses = [(r["loss"], r["step"]) for r in history if "top1" in r]
+    if len(losses) >= 3 and losses[-1][0] > OVERFITTED * min(losses)[0]:
+        lowest, step = min(losses)
+        said.append(
+            f"The validation loss was lowest at step {step:,} ({lowest:.2f}) and ended at "
+            f"{losses[-1][0]:.2f}: the model learns its training pictures by heart. More augmentation, "
+            "more pictures or fewer epochs."
+        )
     return said or ["Every picture was classified correctly."]
 
 
 def curves(history: Sequence[dict[str, Any]]) -> str:
-    """Loss and learning rate by step, score by epoch."""
+    """Losses, score and learning rate by step; the page is about the model of the ringed evaluation."""
     drawn = []
     train = [r for r in history if "loss" in r and "lr" in r]
-    if train:
-        steps = [r["step"] for r in train]
-        fig, ax = page.figure()
-        ax.plot(steps, [r["loss"] for r in train], color=page.ACCENT, linewidth=1.4)
-        ax.set_xlabel("step")
-        ax.set_title("training loss", fontsize=11, loc="left")
-        drawn.append(page.svg(fig))
-        fig, ax = page.figure(height=2.6)
-        ax.plot(steps, [r["lr"] for r in train], color=page.INK, linewidth=1.2)
-        ax.set_xlabel("step")
-        ax.set_title("learning rate", fontsize=11, loc="left")
-        drawn.append(page.svg(fig))
-    evals = [(r["epoch"], r["top1"]) for r in history if "top1" in r]
+    evals = [r for r in history if "top1" in r]
+    fig, ax = page.figure()
+    for rows, name, how in (
+        (train, "training, with augmentation and smoothing", {"color": page.ACCENT}),
+        (evals, "validation", {"color": page.GOOD, "marker": "o", "markersize": 4}),
+    ):
+        if rows:
+            x, y = [r["step"] for r in rows], [r["loss"] for r in rows]
+            ax.plot(x, y, linewidth=1.4, label=name, **how)
+    ax.set_xlabel("step")
+    ax.set_title("loss", fontsize=11, loc="left")
+    ax.legend(frameon=False, fontsize=8)
+    drawn.append(page.svg(fig))
     if evals:
         fig, ax = page.figure()
-        ax.plot(*zip(*evals, strict=True), color=page.GOOD, marker="o", markersize=4)
-        ax.set_xlabel("epoch")
+        ax.plot(
+            *([r[k] for r in evals] for k in ("step", "top1")),
+            color=page.GOOD,
+            marker="o",
+            markersize=4,
+        )
+        best = max(evals, key=lambda r: r["top1"])  # the first of equals, as in training
+        ax.plot(best["step"], best["top1"], "o", ms=10, mfc="none", mec=page.INK)
+        ax.set_xlabel("step")
         ax.set_title("accuracy on the validation split", fontsize=11, loc="left")
+        drawn.append(page.svg(fig))
+    if train:
+        fig, ax = page.figure(height=2.6)
+        ax.plot(*([r[k] for r in train] for k in ("step", "lr")), color=page.INK, linewidth=1.2)
+        ax.set_xlabel("step")
+        ax.set_title("learning rate", fontsize=11, loc="left")
         drawn.append(page.svg(fig))
     return page.plots(*drawn)
 
