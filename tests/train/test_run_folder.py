@@ -184,6 +184,17 @@ def test_a_crash_while_a_model_is_replaced_leaves_a_whole_one(tmp_path, moment):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["best", "lock"]
 
 
+def test_a_run_among_the_class_folders_is_refused_before_it_stands_there(tmp_path, monkeypatch):
+    data = make_pictures(tmp_path / "data")
+    before = sorted(data.rglob("*"))
+    with pytest.raises(InputError, match=r"run folder .*runs/x lies in the data .*--out elsewhere"):
+        train(tiny_config(data, data / "runs" / "x", **VIT))
+    monkeypatch.chdir(data)
+    with pytest.raises(InputError, match="lies in the data"):
+        train(TrainConfig(data="."))
+    assert sorted(data.rglob("*")) == before
+
+
 def test_config_yaml_repeats_the_run(stopped):
     assert read_config(Path(stopped.out) / "config.yaml") == stopped
 

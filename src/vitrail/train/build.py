@@ -2,14 +2,17 @@
 from.
 """
 
+import os
 from collections.abc import Mapping
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from vitrail import models
 from vitrail.configuration import from_dict, to_dict
+from vitrail.data.shards import is_shard
 from vitrail.registry import backbone_entry
 from vitrail.train.config import TrainConfig
 from vitrail_runtime.errors import InputError
@@ -41,6 +44,21 @@ def settled(config: TrainConfig) -> TrainConfig:
         )
     name = config.model or DEFAULT_MODEL
     return replace(config, model=name, out=config.out or f"runs/{name}")
+
+
+def check_place(config: TrainConfig) -> None:
+    """Raise InputError where the run folder would stand among class folders, and be taken for one."""
+    data, out = (Path(os.path.realpath(p)) for p in (config.data, config.out))
+    if (
+        config.data
+        and data.is_dir()
+        and out.is_relative_to(data)
+        and not any(map(is_shard, data.iterdir()))
+    ):
+        raise InputError(
+            f"the run folder {config.out} lies in the data {config.data}, where it would be taken for a "
+            "class; give an --out elsewhere"
+        )
 
 
 def build_model(config: TrainConfig, classes: tuple[str, ...]) -> Any:

@@ -14,7 +14,7 @@ from torch import Tensor
 from vitrail.data.augment import mix
 from vitrail.data.loader import TrainBatch
 from vitrail.train.agreement import SharedError, share, told_once
-from vitrail.train.build import settled
+from vitrail.train.build import check_place, settled
 from vitrail.train.config import TrainConfig
 from vitrail.train.evaluate import evaluate
 from vitrail.train.folder import RunFolder
@@ -52,6 +52,7 @@ def train(config: TrainConfig) -> RunResult:
     whatever a person can put right; what was saved before is then still there.
     """
     config = settled(config)
+    check_place(config)
     folder = RunFolder(config.out)
     with ExitStack() as stack:
         accelerator = stack.enter_context(processes(config))
