@@ -277,13 +277,14 @@ def introduce(run: Run) -> None:
             f"starting from random weights; on {len(run.train_data)} pictures, weights trained on many "
             f"do far better{known}"
         )
-    trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad) / 1e6
+    trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+    trained = f"{trained / 1e6:.2f} M" if trained >= 1e5 else f"{trained:,}"
     height, width = run.model.preprocessing.size
     processes = f"{counted(run.world, 'process', 'processes')}, " if run.world > 1 else ""
     threads, workers = counted(torch.get_num_threads(), "thread"), counted(run.workers, "worker")
     pictures = counted(len(run.train_data), "picture")
     run.progress.say(
-        f"{config.model}: {trained:.2f} M parameters to train on {pictures} at {height} x {width}, "
+        f"{config.model}: {trained} parameters to train on {pictures} at {height} x {width}, "
         f"{len(run.model.classes)} classes; {counted(run.total_steps, 'update')}; "
         f"{processes}{run.accelerator.device}, {threads}, {workers}"
     )
