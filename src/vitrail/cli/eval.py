@@ -146,6 +146,10 @@ def open_pictures(flags: EvalFlags, split: str, classes: Any) -> Any:
     data = open_data(flags.data, split, classes=classes, **how)
     for note in data.notes:
         print(f"vitrail: {note}", file=sys.stderr)
+    if split == "val" and flags.probe is None and "val" not in data.source.splits():
+        print(
+            "vitrail: only these are measured; --split all measures every picture", file=sys.stderr
+        )
     for where, what in data.broken:
         print(f"vitrail: left out {where}: {what}", file=sys.stderr)
     return data
