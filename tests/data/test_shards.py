@@ -179,6 +179,7 @@ def test_a_broken_picture_in_a_shard_is_named_with_its_shard(shards):
 
 WRONG = {
     "a sample without a label": ([member("x.jpg", encoded(1))], r"x\.jpg has no label; expected x\.cls"),
+    "a class folder": ([member("cat/x.jpg", encoded(1))], "folders are the classes, unpack it"),
     "a label without a picture": ([member("x.cls", b"1")], r"x\.cls has no picture"),
     "an empty label": ([member("x.jpg", encoded(1)), member("x.cls")], r"x\.cls is empty"),
     "an unknown label": (

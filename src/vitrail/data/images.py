@@ -267,7 +267,8 @@ def _labelled(
         split=part,
     )
     if broken:
-        notes.append(f"{len(broken)} of {len(index)} pictures are broken and left out")
+        are = "is" if len(broken) == 1 else "are"
+        notes.append(f"{len(broken)} of {len(index)} pictures {are} broken and left out")
     good = np.array([i for i in range(len(index)) if i not in index.problems], np.int64)
     return _select(data, good)
 

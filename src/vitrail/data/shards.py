@@ -178,7 +178,10 @@ class Shards:
             raise InputError(f"{shard} is no whole tar file: {error}") from error
         for key in pictures.keys() ^ labels.keys():
             if key in pictures:
-                raise InputError(f"{shard}: {pictures[key][2]} has no label; expected {key}.cls")
+                unpack = "; where its folders are the classes, unpack it" if "/" in key else ""
+                raise InputError(
+                    f"{shard}: {pictures[key][2]} has no label; expected {key}.cls{unpack}"
+                )
             raise InputError(
                 f"{shard}: {key}.cls has no picture; expected {key}.jpg, .png or .webp"
             )
