@@ -1,3 +1,4 @@
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -82,7 +83,7 @@ def test_a_scaling_that_does_not_double_the_cost_is_refused():
 
 def test_an_unknown_padding_is_named():
     with pytest.raises(InputError, match="'same'"):
-        EfficientNet(compound_scale(0).__class__(padding="same"))
+        replace(compound_scale(0), padding="same")
 
 
 def test_drop_path_grows_over_the_blocks_as_in_the_official_code():

@@ -68,6 +68,12 @@ class EfficientNetConfig:
     drop_path_rate: float = 0.2  # of a block after the last; earlier ones grow linearly from zero
     head_drop_rate: float = 0.2
 
+    def __post_init__(self) -> None:
+        if self.padding not in ("native", "tf"):
+            raise InputError(
+                f"EfficientNet's padding is 'native' or 'tf', but got {self.padding!r}"
+            )
+
     def depths(self) -> list[int]:
         """Blocks per stage."""
         return [math.ceil(self.depth * blocks) for _, _, _, blocks, _ in self.stages]
@@ -130,10 +136,6 @@ class EfficientNet(nn.Module):
 
     def __init__(self, config: EfficientNetConfig) -> None:
         super().__init__()
-        if config.padding not in ("native", "tf"):
-            raise InputError(
-                f"EfficientNet's padding is 'native' or 'tf', but got {config.padding!r}"
-            )
         self.config = config
         self.grad_checkpointing = False
         same_pad = config.padding == "tf"

@@ -29,6 +29,13 @@ class ResNetConfig:
     frozen_norm: bool = False
     dilated_c5: bool = False  # needs bottlenecks
 
+    def __post_init__(self) -> None:
+        if self.dilated_c5 and not self.bottleneck:
+            raise InputError(
+                "dilated_c5 needs a ResNet of bottlenecks (resnet50, resnet101 or resnet152); "
+                "torchvision's two-convolution blocks have no dilation"
+            )
+
 
 VARIANTS = {  # Table 1
     "resnet18": ResNetConfig(depths=(2, 2, 2, 2), bottleneck=False),
@@ -46,33 +53,22 @@ class ResNet(nn.Module):
     """
 
     def __init__(self, config: ResNetConfig) -> None:
-        from torchvision.models import resnet as torchvision_resnet  # takes seconds to import
+        from torchvision.models import resnet  # takes seconds to import
         from torchvision.ops import FrozenBatchNorm2d
 
         super().__init__()
-        if config.dilated_c5 and not config.bottleneck:
-            raise InputError(
-                "dilated_c5 needs a ResNet of bottlenecks (resnet50, resnet101 or resnet152); "
-                "torchvision's two-convolution blocks have no dilation"
-            )
         self.config = config
         self.grad_checkpointing = False
-        block = (
-            torchvision_resnet.Bottleneck if config.bottleneck else torchvision_resnet.BasicBlock
-        )
-        whole = torchvision_resnet.ResNet(
+        block = resnet.Bottleneck if config.bottleneck else resnet.BasicBlock
+        whole = resnet.ResNet(
             block,
             list(config.depths),
             num_classes=1,
             replace_stride_with_dilation=[False, False, config.dilated_c5],
             norm_layer=FrozenBatchNorm2d if config.frozen_norm else nn.BatchNorm2d,
         )
-        self.conv1, self.bn1, self.relu, self.maxpool = (
-            whole.conv1,
-            whole.bn1,
-            whole.relu,
-            whole.maxpool,
-        )
+        self.conv1, self.bn1 = whole.conv1, whole.bn1
+        self.relu, self.maxpool = whole.relu, whole.maxpool
         self.layer1, self.layer2 = whole.layer1, whole.layer2
         self.layer3, self.layer4 = whole.layer3, whole.layer4
         strides = (4, 8, 16, 16 if config.dilated_c5 else 32)
