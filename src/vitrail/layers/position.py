@@ -7,7 +7,7 @@ Grid = tuple[int, int]
 
 
 def cubic_weights(
-    new: int, old: int, *, antialias: bool, offset: float = 0.0, like: Tensor
+    new: int, old: int, *, antialias: bool, offset: float | Tensor = 0.0, like: Tensor
 ) -> Tensor:
     """The matrix (new, old) of bicubic resampling along one axis, each row summing to 1.
 
@@ -41,7 +41,7 @@ def _keys_cubic(x: Tensor, a: float) -> Tensor:
 
 
 def resample_positions(
-    table: Tensor, old: Grid, new: Grid, *, antialias: bool, offset: float = 0.0
+    table: Tensor, old: Grid, new: Grid, *, antialias: bool, offset: float | Tensor = 0.0
 ) -> Tensor:
     """A position table (1, h * w, C) of grid `old` resampled bicubically to grid `new`.
 
@@ -51,10 +51,10 @@ def resample_positions(
     tracing = torch.compiler.is_compiling()
     if not tracing and old == new:
         return table
-    if offset and tracing:
+    if tracing and isinstance(offset, float) and offset:
         # The table is used as it is at its own grid, where an offset would still shift it.
-        differs = torch.sym_min(1, abs(new[0] - old[0]) + abs(new[1] - old[1]))
-        offset = offset * float(differs)
+        difference = abs(new[0] - old[0]) + abs(new[1] - old[1])
+        offset = offset * torch.full((), difference, device=table.device).clamp(max=1)
     if not table.is_meta and torch.is_autocast_enabled(table.device.type):
         with torch.autocast(table.device.type, enabled=False):  # products would be taken in bf16
             return resample_positions(table, old, new, antialias=antialias, offset=offset)

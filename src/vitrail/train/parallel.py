@@ -6,6 +6,7 @@ share it. BatchNorm normalises by the whole batch on GPUs (SyncBatchNorm); on a 
 by its own share, and rank 0's running statistics are kept, because torch has no synchronised form there.
 """
 
+import atexit
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,6 +30,9 @@ from vitrail_runtime.errors import InputError
 
 T = TypeVar("T")
 
+_left_groups: list[dist.ProcessGroup | None] = []
+atexit.register(_left_groups.clear)
+
 
 @contextmanager
 def processes(config: TrainConfig) -> Iterator[Accelerator]:
@@ -49,6 +53,9 @@ def processes(config: TrainConfig) -> Iterator[Accelerator]:
         yield accelerator
     finally:
         if dist.is_initialized():  # else the interpreter waits for ever for the group's threads
+            # Who drops a group last waits for its threads. DistributedDataParallel holds the interpreter's
+            # lock meanwhile, for which in torch 2.11 a thread may wait: it must not be the last.
+            _left_groups.append(dist.group.WORLD)
             dist.destroy_process_group()
 
 
