@@ -4,9 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 UV := $(shell command -v uv 2>/dev/null || echo .uv/bin/uv)
 PINS := requirements/dev.txt
+LOWEST := .venv-lowest
+COMPILE = $(UV) pip compile --quiet --universal --python-version 3.11 --upgrade --no-header --no-annotate \
+  --no-emit-index-url --no-emit-find-links --no-emit-package vitrail-runtime
 STAMP := $(VENV)/.vitrail-setup
 
-.PHONY: setup demo test test-slow lint format types fast-tests pins hooks clean
+.PHONY: setup demo test test-slow test-lowest lint format types fast-tests pins hooks clean
 
 setup: $(STAMP)
 
@@ -39,17 +42,23 @@ fast-tests: setup
 test-slow: setup
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "slow and not gpu and not network" -n 2
 
+test-lowest: | $(UV)  ## the fast tests with the lowest versions that pyproject.toml allows
+	test -x $(LOWEST)/bin/python || $(UV) venv --quiet --python "$$($(PYTHON) -c 'import sys; print(sys.executable)')" $(LOWEST)
+	$(UV) pip sync --quiet --python $(LOWEST)/bin/python requirements/lowest.txt
+	$(UV) pip install --quiet --python $(LOWEST)/bin/python --no-deps -e runtime -e .
+	PATH="$(CURDIR)/$(LOWEST)/bin:$$PATH" OMP_NUM_THREADS=1 $(LOWEST)/bin/pytest -m "not slow and not gpu and not network" -n 2
+
 format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 pins: | $(UV)  ## refresh the pins from pyproject.toml
-	$(UV) pip compile --quiet --universal --python-version 3.11 --upgrade --no-header --no-annotate \
-	  --no-emit-index-url --no-emit-find-links --no-emit-package vitrail-runtime \
-	  --extra deploy --extra track --extra hub --extra dev pyproject.toml -o $(PINS)
+	$(COMPILE) --extra deploy --extra track --extra hub --extra dev pyproject.toml -o $(PINS)
+	$(COMPILE) --resolution lowest-direct --extra track pyproject.toml requirements/lowest.in \
+	  -o requirements/lowest.txt
 
 hooks: setup  ## run format, lint and types at commit and push
 	$(BIN)/pre-commit install --hook-type pre-commit --hook-type pre-push
 
 clean:
-	rm -rf $(VENV) .uv build dist *.egg-info runtime/*.egg-info
+	rm -rf $(VENV) $(LOWEST) .uv build dist *.egg-info runtime/*.egg-info
