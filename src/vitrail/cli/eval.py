@@ -76,9 +76,8 @@ def run(argv: list[str]) -> None:
         print(json.dumps(found, indent=2))  # in ASCII: whole on every terminal
     else:
         show(scores)
-    if Path(
-        flags.run
-    ).is_dir():  # last: scores that cannot be kept, in a model of others, are shown
+    # Last: what cannot be kept, because the model lies in another's folder, has been shown.
+    if Path(flags.run).is_dir():
         name = f"eval-{flags.probe}.json" if flags.probe else "eval.json"
         write_text(Path(flags.run) / name, json.dumps(found, indent=2, ensure_ascii=False) + "\n")
 
