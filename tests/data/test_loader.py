@@ -104,6 +104,15 @@ def test_a_signal_to_the_workers_is_left_to_the_run(data, number):
     assert all(worker.is_alive() for worker in workers)
 
 
+@pytest.mark.slow  # torch looks every five seconds whether its workers live
+def test_a_killed_worker_is_one_message(data):
+    batches = TrainLoader(data, plan_of(data, batch_size=1), EVERYTHING, workers=2).epoch(0)
+    next(batches)
+    os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+    with pytest.raises(InputError, match="was killed from outside, perhaps because memory ran out"):
+        list(batches)
+
+
 @pytest.mark.slow
 def test_a_program_ends_though_a_loader_with_workers_is_still_held(data):
     """As a name of the module holds it, or the traceback of an error."""

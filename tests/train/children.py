@@ -8,8 +8,10 @@ import signal
 import socket
 import sys
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import psutil
 import torch
 from accelerate.state import AcceleratorState
 
@@ -77,14 +79,28 @@ def run_many(config: TrainConfig, world: int, *, unreadable: str = "") -> list[i
 
 def ask_to_stop(config: TrainConfig, number: int) -> int:
     """Train in a child, send it and its workers a signal once it has logged something; the exit code."""
+    child = _logging(config)
+    os.killpg(child.pid, number)
+    child.join()
+    return child.exitcode
+
+
+def kill_workers(config: TrainConfig) -> int:
+    """Train in a child, kill its workers once it has logged something; the exit code."""
+    child = _logging(config)
+    for worker in psutil.Process(child.pid).children(recursive=True):
+        worker.kill()
+    child.join()
+    return child.exitcode
+
+
+def _logging(config: TrainConfig) -> BaseProcess:
     child = CONTEXT.Process(target=_leader, args=(config,))
     child.start()
     metrics = Path(config.out) / "metrics.jsonl"
     while child.is_alive() and not (metrics.is_file() and metrics.stat().st_size):
         time.sleep(0.01)
-    os.killpg(child.pid, number)
-    child.join()
-    return child.exitcode
+    return child
 
 
 def _leader(config: TrainConfig) -> None:

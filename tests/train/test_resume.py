@@ -14,7 +14,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from tests.train.children import ask_to_stop, run, run_and_kill
+from tests.train.children import ask_to_stop, kill_workers, run, run_and_kill
 from tests.train.conftest import VIT, tiny_config
 from vitrail.configuration import to_dict
 from vitrail.data.augmentation import Augmentation
@@ -117,6 +117,17 @@ def test_a_signal_to_the_workers_too_saves_the_run(pictures, tmp_path, number):
     assert ask_to_stop(config, number) == 128 + number
     assert len(states(tmp_path / "run" / "state")) == 1
     assert "worker" not in Path(f"{config.out}.stderr").read_text().replace("2 workers", "")
+
+
+@pytest.mark.slow
+def test_killed_workers_cost_no_update(pictures, tmp_path):
+    config = config_for(pictures, tmp_path / "run", **VIT, epochs=500, workers=2, save_every=60.0)
+    assert kill_workers(config) == 2
+    said = Path(f"{config.out}.stderr").read_text()
+    assert "was killed from outside" in said
+    assert "the run is saved at update" in said
+    assert "Traceback" not in said
+    assert len(states(tmp_path / "run" / "state")) == 1
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ sample's key.
 import atexit
 import os
 import signal
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from vitrail.data.augment import Augmentation, augment, needed_size
+from vitrail.data.decoding import read_pixels
 from vitrail.data.images import ImageData
 from vitrail.data.plan import Batch, BatchPlan
 from vitrail_runtime.errors import InputError
@@ -140,11 +142,7 @@ class _TrainJob(Dataset):
     """(epoch, batch) -> TrainBatch, or the InputError that it met."""
 
     def __init__(self, data: ImageData, augmentation: Augmentation, seed: int) -> None:
-        # Importing torchvision costs seconds, which evaluation need not pay and workers inherit.
-        from vitrail.data.decoding import read_pixels
-
         self.data, self.augmentation, self.seed = data, augmentation, seed
-        self.read = read_pixels
 
     def __getitem__(self, job: tuple[int, Batch]) -> TrainBatch | InputError:
         epoch, batch = job
@@ -154,7 +152,7 @@ class _TrainJob(Dataset):
                 key = (self.seed, epoch, position)
                 height, width = self.data.sizes[i].tolist()
                 least = needed_size(height, width, batch.size, self.augmentation, key)
-                pixels = self.read(self.data, i, least)
+                pixels = read_pixels(self.data, i, least)
                 images[row] = augment(
                     pixels, batch.size, self.augmentation, key, original=(height, width)
                 )
@@ -206,13 +204,25 @@ class _Jobs:
             )
 
     def run(self, jobs: Iterable) -> Iterator:
-        with _signals_wait():
-            results = iter(self._results(jobs))  # the first time, this starts the workers
-        for result in results:
-            if isinstance(result, InputError):
-                self.loader = None  # else the traceback would keep the workers alive
-                raise result
-            yield result
+        try:
+            with _workers_start():
+                results = iter(self._results(jobs))  # the first time, this starts the workers
+            for result in results:
+                if isinstance(result, InputError):
+                    raise result
+                yield result
+        except InputError:
+            self.loader = None  # else the traceback would keep the workers alive
+            raise
+        except (RuntimeError, ConnectionError, EOFError) as error:
+            # The last two: it was killed while this process fetched what it had read.
+            if isinstance(error, RuntimeError) and "DataLoader worker (pid" not in str(error):
+                raise
+            self.loader = None
+            raise InputError(
+                "a process that reads pictures was killed from outside, perhaps because memory ran out (the "
+                "system's log tells): take fewer of them (--workers), or smaller batches"
+            ) from error
 
     def _results(self, jobs: Iterable) -> Iterable:
         if self.loader is None:
@@ -232,21 +242,29 @@ def _signals_are_the_runs() -> Tensor:
 
 
 @contextmanager
-def _signals_wait() -> Iterator[None]:
-    """Hold back signals while workers start: they inherit this, until they can leave them to the run."""
+def _workers_start() -> Iterator[None]:
+    """Hold back signals while workers start: they inherit this, until they can leave them to the run.
+
+    torch would raise in the midst of an update when a worker dies; its next batch is early enough.
+    """
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    before, on_death = (
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOPS),
+        signal.getsignal(signal.SIGCHLD),
+    )
     try:
         yield
     finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, on_death)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _leave_signals_to_the_run(flag: Tensor, worker: int) -> None:
     """Ctrl-C and a batch system's SIGTERM reach every process of a run, but the run decides when it stops:
-    it still needs its batch, and torch raises in the midst of an update when a worker dies."""
+    it still needs its batch."""
 
     def on_terminate(number: int, frame: FrameType | None) -> None:
         if not flag.item():
