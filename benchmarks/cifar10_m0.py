@@ -57,7 +57,7 @@ def ours(data: Path, out: Path, minutes: float) -> dict[str, float]:
         recipe_config("cifar10_efficientvit_m0"), data=str(data), out=str(out), max_minutes=minutes
     )
     result = train(config)
-    model = load(result.folder)
+    model = load(result.folder / "best")
     scores = evaluate(model, open_data(data, "test", classes=model.classes))
     return {"top1": scores["top1"], "pictures": result.steps * config.batch_size}
 
