@@ -67,6 +67,12 @@ def test_making_it_again_leaves_it_alone_and_other_folders_are_safe(made, tmp_pa
         digits.make_digits(tmp_path)
     with pytest.raises(InputError, match="is a file"):
         digits.make_digits(tmp_path / "mine.txt")
+    around = tmp_path / "missing" / ".." / "mine"
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "a.txt").touch()
+    with pytest.raises(InputError, match="is not empty and does not hold these digits"):
+        digits.make_digits(around)
+    assert not (tmp_path / "missing").exists()
     assert (tmp_path / "mine.txt").read_text() == "keep"
 
 

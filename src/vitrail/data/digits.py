@@ -35,6 +35,9 @@ def make_digits(folder: str | Path, *, seed: int = 0) -> Path:
     anything else raises InputError. The set appears whole or not at all.
     """
     folder = Path(folder)
+    if ".." in folder.parts:
+        # To make the parents of MISSING/../x would make MISSING, through which another x then stands there.
+        folder = Path(os.path.realpath(folder))
     images, labels, licence = _source()
     about = ABOUT.format(licence=licence) + f"Seed: {seed}\n"
     if folder.exists():
