@@ -62,6 +62,16 @@ def test_another_separator_is_named(table):
         open_data(table(text.replace(",", "\t")), "all")
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "latin-1"])
+def test_another_encoding_is_refused_with_how_to_save_it(table, encoding):
+    path = table("")
+    path.write_bytes(("file,label\n" + rows(label=lambda i: "aä"[i % 2])).encode(encoding))
+    with pytest.raises(
+        InputError, match=r"is not UTF-8 text .*save it as UTF-8: in Excel as .*iconv"
+    ):
+        open_data(path, "all")
+
+
 def test_tabs_a_byte_order_mark_and_quotes_are_read(table):
     text = "\ufefffile\tlabel\n" + rows(label=lambda i: '"a, b"' if i % 2 else "c").replace(
         ".jpg,", ".jpg\t"

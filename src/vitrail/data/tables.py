@@ -93,6 +93,8 @@ def _read_rows(path: Path) -> Iterator[tuple[int, str, str, str]]:
         with open(path, encoding="utf-8-sig", newline="") as file:
             rows = csv.reader(file, delimiter=delimiter)
             header = [cell.strip() for cell in next(rows, [])]
+            if "\0" in "".join(header):  # letters of two bytes, such as UTF-16 without its mark
+                raise InputError(_no_utf8(path, "it holds zero bytes"))
             file_at, label_at, split_at = _columns(header, path)
             for row in rows:
                 if not row:
@@ -115,9 +117,16 @@ def _read_rows(path: Path) -> Iterator[tuple[int, str, str, str]]:
                         )
                 yield rows.line_num, name, label, split
     except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from error
+        raise InputError(_no_utf8(path, str(error))) from error
     except csv.Error as error:
         raise InputError(f"{path} cannot be read as a table: {error}") from error
+
+
+def _no_utf8(path: Path, why: str) -> str:
+    return (
+        f'{path} is not UTF-8 text ({why}); save it as UTF-8: in Excel as the file type "CSV UTF-8 '
+        '(Comma delimited)", or by iconv -f UTF-16 -t UTF-8 OLD.csv > NEW.csv (-f LATIN1 of older exports)'
+    )
 
 
 def _columns(header: list[str], path: Path) -> tuple[int, int, int | None]:
