@@ -207,6 +207,20 @@ def test_a_run_that_has_saved_no_model_says_so(tmp_path):
         models.load(models.model_folder(tmp_path))
 
 
+def test_a_run_whose_best_model_is_gone_says_what_is_there(tmp_path):
+    for name in ("config.yaml", "report.html"):
+        (tmp_path / name).touch()
+    with pytest.raises(InputError, match=r"models are gone; train again: .* --out ANOTHER"):
+        models.load(models.model_folder(tmp_path))
+    for name in ("epoch-0001", "last"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").touch()
+    with pytest.raises(
+        InputError, match=r"without its best/; what is there: epoch-0001, last; give .*last instead"
+    ):
+        models.load(models.model_folder(tmp_path))
+
+
 def test_the_folder_of_a_run_stands_for_its_best_model(tmp_path):
     best = tmp_path / "best"
     best.mkdir()

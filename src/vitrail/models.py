@@ -219,15 +219,23 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         hint = f"; did you mean {best}?" if (best / "config.json").is_file() else ""
         what = "no such folder" if not folder.is_dir() else "has no config.json"
         if (folder / "config.yaml").is_file() and not hint:
-            what = (
-                "a training run that has saved no model yet; go on with it: vitrail train --config "
-            )
-            what += str(folder / "config.yaml")
+            what = _run_without_best(folder)
         raise InputError(f"{folder} is not a saved model ({what}){hint}")
     try:
         return _checked(path.read_text(encoding="utf-8"), path)
     except (UnicodeDecodeError, OSError) as error:
         raise InputError(f"{path} cannot be read: {error}") from error
+
+
+def _run_without_best(run: Path) -> str:
+    there = sorted(p.parent for p in run.glob("[!.]*/config.json"))
+    if there:
+        names = ", ".join(p.name for p in there)
+        return f"a training run without its best/; what is there: {names}; give {there[-1]} instead"
+    again = f"vitrail train --config {run / 'config.yaml'}"
+    if (run / "report.html").is_file():
+        return f"a finished training run whose models are gone; train again: {again} --out ANOTHER"
+    return f"a training run that has saved no model yet; go on with it: {again}"
 
 
 CONFIG_KEYS = {  # what config.json of a model folder holds beside schema_version
