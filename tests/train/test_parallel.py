@@ -90,6 +90,10 @@ def test_processes_that_cannot_share_a_batch_are_told_one_that_they_can(pictures
         check_world(config, 5)
     with pytest.raises(InputError, match="2 processes in 4 parts each"):
         check_world(replace(config, accumulate=4), 2)
+    with pytest.raises(
+        InputError, match=r"^1 process in 5 parts cannot share a batch of 12 equally"
+    ):
+        check_world(replace(config, accumulate=5), 1)
     check_world(replace(config, accumulate=3), 4)
 
 

@@ -81,9 +81,11 @@ def check_world(config: TrainConfig, world: int) -> None:
     shares = world * config.accumulate
     if config.batch_size % shares:
         nearest = max(shares, round(config.batch_size / shares) * shares)
-        parts = f" in {config.accumulate} parts each" if config.accumulate > 1 else ""
+        parts = f" in {config.accumulate} parts" if config.accumulate > 1 else ""
+        parts += " each" if parts and world > 1 else ""
+        who = counted(world, "process", "processes") + parts
         raise InputError(
-            f"{world} processes{parts} cannot share a batch of {config.batch_size} equally; "
+            f"{who} cannot share a batch of {config.batch_size} equally; "
             f"the nearest batch size that they can is {nearest}: --batch-size {nearest}"
         )
 
@@ -97,7 +99,7 @@ def check_shares(config: TrainConfig, plan: BatchPlan, world: int) -> None:
     odd = _not_shared(plan, world, mixes)
     if not odd:
         return
-    batches = ", ".join(f"{n} pictures of {h} x {w}" for (h, w), n in odd.items())
+    batches = ", ".join(f"{counted(n, 'picture')} of {h} x {w}" for (h, w), n in odd.items())
     how = "in even shares, as the pairs of MixUp and CutMix need" if mixes else "equally"
     nearest = _nearest_batch_size(config, plan, world, mixes)
     fewer = next(w for w in range(world - 1, 0, -1) if not _not_shared(plan, w, mixes))
