@@ -195,6 +195,40 @@ def test_a_run_among_the_class_folders_is_refused_before_it_stands_there(tmp_pat
     assert sorted(data.rglob("*")) == before
 
 
+@pytest.mark.parametrize("wrong", [{"data": "nowhere"}, {"weights": "nowhere"}])
+def test_a_start_that_is_refused_leaves_no_folder(pictures, tmp_path, wrong):
+    config = tiny_config(pictures, tmp_path / "runs" / "x", **VIT)
+    with pytest.raises(InputError, match="nowhere"):
+        train(replace(config, **wrong))
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(InputError, match="nowhere"):
+        train(replace(config, **wrong))
+    assert list(tmp_path.rglob("*")) == [tmp_path / "runs"], "what was there stays"
+
+
+def test_a_lock_that_was_cleared_away_while_it_was_opened_is_taken_anew(tmp_path, monkeypatch):
+    """As when another start is refused, and leaves, between the open of this one and its lock."""
+    folder, real, opened = RunFolder(tmp_path / "run"), folder_module.fcntl.flock, []
+
+    def flock(lock, how) -> None:
+        opened.append(os.fstat(lock.fileno()).st_ino)
+        if len(opened) == 1:
+            shutil.rmtree(folder.path)
+        real(lock, how)
+
+    monkeypatch.setattr(folder_module.fcntl, "flock", flock)
+    with folder.locked():
+        assert len(opened) == 2
+        assert os.stat(folder.path / "lock").st_ino == opened[1]
+        with (
+            pytest.raises(InputError, match=f"in use by process {os.getpid()} "),
+            RunFolder(folder.path).locked(),
+        ):
+            pass
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_config_yaml_repeats_the_run(stopped):
     assert read_config(Path(stopped.out) / "config.yaml") == stopped
 

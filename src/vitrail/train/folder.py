@@ -6,9 +6,9 @@ import os
 import shutil
 import socket
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 from safetensors import SafetensorError
@@ -51,24 +51,58 @@ class RunFolder:
             )
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"{self.path} is a file; a run needs a folder, give another --out")
+        new = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         with self._writable():
-            self.path.mkdir(parents=True, exist_ok=True)
-            lock = open(self.path / "lock", "a+")  # noqa: SIM115  (held as long as the run)
+            lock = self._lock()
         with lock:
+            try:
+                with self._writable():
+                    lock.truncate(0)
+                    # Unbuffered: what a full disk refused must not be tried again when the file is closed.
+                    holder = f"process {os.getpid()} on {socket.gethostname()}"
+                    os.write(lock.fileno(), holder.encode())
+                    self._recover()
+                yield
+            finally:
+                self._leave_no_empty(new)
+
+    def _lock(self) -> IO[str]:
+        """The open lock file, held."""
+        assert fcntl is not None
+        for _ in range(
+            100
+        ):  # each time another start was refused meanwhile, and cleared its folder away
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                lock = open(self.path / "lock", "a+")  # noqa: SIM115  (held as long as the run)
+            except FileNotFoundError:
+                continue
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 lock.seek(0)
                 holder = lock.read().strip() or "another process"
+                lock.close()
                 raise InputError(
                     f"{self.path} is in use by {holder}; wait for it, stop it, or give another --out"
                 ) from error
-            with self._writable():
-                lock.truncate(0)
-                # Unbuffered: what a full disk refused must not be tried again when the file is closed.
-                os.write(lock.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
-                self._recover()
-            yield
+            # A lock on a file that is no longer the one in the folder keeps nobody away.
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(lock.fileno()), os.stat(self.path / "lock")):
+                    return lock
+            lock.close()
+        raise OSError("its lock cannot be made")
+
+    def _leave_no_empty(self, new: list[Path]) -> None:
+        """Remove `new` folders, the inner ones first, where a refused start left the lock alone in them.
+
+        The lock goes while it is held: whoever has opened the same file finds that it is no longer in place.
+        """
+        with suppress(OSError):
+            if new and os.listdir(self.path) == ["lock"]:
+                (self.path / "lock").unlink()
+                for folder in new:
+                    folder.rmdir()
 
     @contextmanager
     def _writable(self) -> Iterator[None]:

@@ -180,6 +180,8 @@ def set_up(config: TrainConfig, accelerator: Accelerator, folder: RunFolder) -> 
     # A run that goes on has its own weights: where it started from need not be there any more.
     start = config if saved is None else replace(config, weights=None)
     model, plan = together(lambda: build(start, train_data, accelerator.num_processes))
+    if saved is None:  # only now: a start that is refused leaves nothing behind
+        on_main(accelerator, lambda: begin(config, folder))
     model = model.to(accelerator.device)
     if config.train_only == "head":
         model.backbone.requires_grad_(False)
@@ -352,11 +354,15 @@ def find_state(
             "\n".join(problems) + f"\nno whole state is left; delete {folder.state} to start over"
         )
     keep_models(config, folder)
+    return None
+
+
+def begin(config: TrainConfig, folder: RunFolder) -> None:
+    """Make a folder that of this run, which starts from nothing."""
     with explained(folder):
         if folder.metrics.is_file():
             folder.keep_rows(0)  # stopped before the first state: starts over
         folder.write_config(config)
-    return None
 
 
 def keep_models(config: TrainConfig, folder: RunFolder) -> None:
