@@ -114,6 +114,16 @@ def test_epochs_and_seeds_give_different_orders():
     assert len({tuple(o) for o in orders}) == 4
 
 
+def test_what_fills_no_batch_is_counted_and_differs_from_epoch_to_epoch():
+    plan = BatchPlan(length=60, batch_size=16, size=(8, 8))
+    assert plan.left_out(0) == 12
+    seen = [{i for batch in plan.batches(epoch) for i in batch.indices} for epoch in range(6)]
+    assert [len(s) for s in seen] == [48] * 6
+    assert len(set.union(*seen)) == 60
+    assert len({tuple(sorted(s)) for s in seen}) == 6
+    assert BatchPlan(length=60, batch_size=16, size=(8, 8), drop_last=False).left_out(0) == 0
+
+
 @settings(max_examples=50)
 @given(st.lists(st.integers(1, 60), min_size=2, max_size=6), seeds, epochs)
 def test_balanced_sampling_gives_classes_equal_shares(counts, seed, epoch):

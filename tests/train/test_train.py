@@ -286,6 +286,13 @@ def test_balanced_batches_draw_every_class_its_share_exactly(pictures):
         assert set(drawn.tolist()) <= {4, 5}
 
 
+@pytest.mark.parametrize(("batch_size", "said"), [(10, True), (8, False)])
+def test_pictures_that_fill_no_batch_are_told(pictures, tmp_path, capsys, batch_size, said):
+    train(tiny_config(pictures, tmp_path / "run", **VIT, max_steps=1, batch_size=batch_size))
+    line = "4 of 24 pictures fill no batch in an epoch, others each time\n"
+    assert (line in capsys.readouterr().err) == said
+
+
 def test_fewer_pictures_than_a_batch_are_one_batch(pictures, tmp_path, capsys):
     config = tiny_config(pictures, tmp_path / "run", **VIT, epochs=2, batch_size=128)
     assert train(config).steps == 2

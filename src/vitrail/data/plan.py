@@ -111,6 +111,11 @@ class BatchPlan:
         """Number of batches of an epoch. Under multi-scale batches it varies a little from epoch to epoch."""
         return len(self._bounds(epoch)[1])
 
+    def left_out(self, epoch: int) -> int:
+        """Number of samples at the end of an epoch that fill no batch. Which ones, its order draws anew."""
+        ends = self._bounds(epoch)[1]
+        return self.length - (ends[-1] if ends else 0)
+
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from step `start` on."""
         choices, ends = self._bounds(epoch)

@@ -46,6 +46,7 @@ from vitrail.weights.catalogue import weight_sources
 from vitrail_runtime.errors import InputError
 
 SMALL = 10_000  # training pictures under which a start from random weights deserves a word
+NOTICEABLE = 0.05  # share of the pictures, left out of an epoch, from which it deserves a word
 
 
 @dataclass
@@ -265,6 +266,12 @@ def introduce(run: Run) -> None:
     if run.plan.batch_size < run.config.batch_size:
         run.progress.say(
             f"batches of all {run.plan.batch_size} pictures there are, instead of {run.config.batch_size}"
+        )
+    left_out = run.plan.left_out(at.epoch)
+    once = config.sampling == "uniform" and config.repeats == 1  # else no epoch has every picture
+    if once and left_out >= NOTICEABLE * run.plan.length:
+        run.progress.say(
+            f"{left_out} of {run.plan.length} pictures fill no batch in an epoch, others each time"
         )
     if config.weights is not None and not at.step:
         start = models.model_folder(config.weights)
