@@ -15,7 +15,7 @@ RUNTIME = Path(vitrail_runtime.__file__).parent
 
 # Rooms of one level do not know each other, except those in the same inner tuple.
 LEVELS: list[set[str]] = [
-    {"features", "registry", "configuration", "packing", "boxes", "ops", "weights"},
+    {"features", "registry", "configuration", "memory", "packing", "boxes", "ops", "weights"},
     {"layers"},
     {"backbones"},
     {"necks"},
@@ -28,7 +28,7 @@ LEVELS: list[set[str]] = [
 ]
 LEVEL = {room: i for i, rooms in enumerate(LEVELS) for room in rooms}
 SIDE = {  # rooms beside the line: what they may know, and from which level they may be known
-    "data": {"features", "packing", "boxes", "configuration", "registry"},
+    "data": {"features", "packing", "boxes", "configuration", "memory", "registry"},
     "metrics": {"features", "packing", "boxes"},
 }
 

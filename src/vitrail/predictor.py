@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from vitrail.memory import enough_memory
 from vitrail_runtime.errors import InputError
 from vitrail_runtime.finish import finish_classification
 from vitrail_runtime.pictures import find_pictures
@@ -59,7 +60,10 @@ class Predictor:
             raise InputError(f"batch_size must be at least 1, but is {batch_size}")
         if top_k < 1:
             raise InputError(f"top_k must be at least 1, but is {top_k}")
-        self.model: Any = model if device is None else model.to(check_device(device))
+        if device is not None:
+            with enough_memory(f"the model on {device}", "take another device (--device)"):
+                model = model.to(check_device(device))
+        self.model: Any = model
         self.classes: tuple[str, ...] = self.model.classes
         self.preprocessing: Preprocessing = self.model.preprocessing
         self.batch_size = batch_size
@@ -120,12 +124,17 @@ class Predictor:
         # One forward for pictures of one size; empties the group.
         if not group:
             return
-        images = torch.from_numpy(np.stack([prepared.pixels for _, prepared in group]))
         weight = next(self.model.parameters())
+        height, width = group[0][1].pixels.shape[1:]
+        what = f"a batch of {len(group)} of {height} x {width} pixels on {weight.device}"
         training = [m for m in self.model.modules() if m.training]
         self.model.eval()
         try:
-            with torch.inference_mode():
+            with (
+                torch.inference_mode(),
+                enough_memory(what, "give a smaller batch_size (--batch-size)"),
+            ):
+                images = torch.from_numpy(np.stack([prepared.pixels for _, prepared in group]))
                 logits = self.model(images.to(weight.device, weight.dtype))
         finally:
             for module in training:

@@ -139,6 +139,17 @@ def test_a_batch_is_contiguous_bytes_with_the_labels_of_its_pictures(data):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
+def test_a_batch_that_does_not_fit_into_memory_is_one_message(data, workers):
+    huge = (10**7, 10**7)  # 600 TB of bytes
+    said = r"^not enough memory for a batch of 2 of 10000000 x 10000000 pixels \(.*--batch-size"
+    plan = plan_of(data, batch_size=2, size=huge)
+    with pytest.raises(InputError, match=said):
+        next(train_batches(data, plan, Augmentation(), epoch=0, workers=workers))
+    with pytest.raises(InputError, match=said):
+        next(eval_batches(data, Preprocessing(size=huge), 2, workers=workers))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
 def test_a_picture_that_breaks_during_training_is_one_message(data, workers):
     with open(data.where(3), "wb") as file:
         file.write(b"gone")

@@ -30,7 +30,8 @@ def run(config: TrainConfig, *, dies_at: str = "", unreadable: str = "") -> int:
     """Train in a child, which writes stderr to OUT.stderr; the exit code. It may kill itself on the way.
 
     dies_at: "rename:N" at the N-th rename of a file (0 based), before it happens.
-    unreadable: "train:N" or "val:N": no picture of that split can be read after N updates.
+    unreadable: "train:N" or "val:N": no picture of that split can be read after N updates; "memory:N": what
+        was read finds no memory then.
     """
     child = CONTEXT.Process(target=_child, args=(config, dies_at, unreadable))
     child.start()
@@ -147,6 +148,7 @@ def _child(config: TrainConfig, dies_at: str = "", unreadable: str = "") -> None
 def _lose(unreadable: str) -> None:
     split, _, count = unreadable.partition(":")
     left, real_update, real_read = int(count), loop.update, ImageData.read_bytes
+    real_to_device = loop.to_device
 
     def update(*args) -> int:
         nonlocal left
@@ -158,4 +160,9 @@ def _lose(unreadable: str) -> None:
             raise InputError(f"{self.where(i)} cannot be read")
         return real_read(self, i)
 
-    loop.update, ImageData.read_bytes = update, read_bytes
+    def to_device(*args):
+        if left < 0 and split == "memory":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real_to_device(*args)
+
+    loop.update, loop.to_device, ImageData.read_bytes = update, to_device, read_bytes

@@ -1,8 +1,10 @@
 import json
 
 import pytest
+import torch
 
 from tests.train.conftest import CLASSES, VIT, make_pictures, tiny_config
+from vitrail.classifiers import Classifier
 from vitrail.cli import main
 from vitrail.train.loop import train
 
@@ -41,6 +43,20 @@ def test_as_many_classes_with_other_names_are_refused_with_both_lists(run, tmp_p
     assert "Traceback" not in message
     assert "left, right, top" in message
     assert "left, right, up" in message
+
+
+def test_memory_that_runs_out_is_one_message(run, pictures, capsys, monkeypatch):
+    def forward(*args) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
+
+    monkeypatch.setattr(Classifier, "forward", forward)
+    for how in (["eval", str(run), "--data", str(pictures)], ["predict", str(run), str(pictures)]):
+        assert main(how) == 2
+        message = capsys.readouterr().err
+        assert "not enough memory for " in message
+        assert "9 GiB" in message
+        assert "--batch-size" in message
+        assert "Traceback" not in message
 
 
 @pytest.mark.parametrize(

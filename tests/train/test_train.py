@@ -16,6 +16,7 @@ from tests.train.conftest import CLASSES, VIT, make_pictures, tiny_config
 from vitrail.cli import main
 from vitrail.data import open_data
 from vitrail.data.augmentation import Augmentation
+from vitrail.train import loop
 from vitrail.train.config import TrainConfig
 from vitrail.train.evaluate import evaluate, label_map
 from vitrail.train.folder import RunFolder
@@ -196,6 +197,43 @@ def test_a_loss_that_is_not_finite_stops_with_a_batch_that_can_be_run_again(
     kept.write_bytes(kept.read_bytes()[:1000])
     with pytest.raises(InputError, match=r"nonfinite\.safetensors is not whole"):
         replay(tmp_path / "run")
+
+
+@pytest.mark.parametrize("settings", [{}, VIT])  # the batch, the table of positions
+def test_a_picture_size_that_does_not_fit_into_memory_is_one_message(pictures, tmp_path, settings):
+    config = tiny_config(pictures, tmp_path / "run", **settings | {"image_size": 10**7})
+    with pytest.raises(InputError, match=r"^not enough memory for .* 10000000 x 10000000"):
+        train(config)
+
+
+def test_memory_that_runs_out_in_an_update_says_what_needs_less(pictures, tmp_path, monkeypatch):
+    real, asked = loop.backward, []
+
+    def backward(*args):
+        asked.append(1)
+        if len(asked) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nMore words")
+        return real(*args)
+
+    monkeypatch.setattr(loop, "backward", backward)
+    config = tiny_config(pictures, tmp_path / "run", **VIT, accumulate=2, save_every=0.0)
+    said = (
+        r"^not enough memory for an update on 6 pictures of 32 x 32 \(3 at a time\) \(CUDA out of memory\. "
+        r"Tried to allocate 9 GiB\.\); give a smaller --batch-size, a larger --accumulate, .*--grad-check"
+        r".*\n.*step-00000002\.safetensors is complete: .* the same command goes on from it$"
+    )
+    with pytest.raises(InputError, match=said):
+        train(config)
+    assert train(config).steps == 8
+
+
+def test_an_error_that_is_not_of_memory_keeps_its_traceback(pictures, tmp_path, monkeypatch):
+    def backward(*args):
+        raise RuntimeError("shapes differ")
+
+    monkeypatch.setattr(loop, "backward", backward)
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        train(tiny_config(pictures, tmp_path / "run", **VIT))
 
 
 def test_a_replay_says_whose_fault_it_is():

@@ -65,11 +65,14 @@ def run(argv: list[str]) -> None:
             f"--probe learns from the pictures of train, so --split {flags.split} would measure it on what "
             "it has seen; use --split val or --split test"
         )
+    from vitrail.memory import enough_memory
     from vitrail.models import model_folder
     from vitrail.weights import write_text
 
     folder = model_folder(Path(flags.run))
-    scores = probe(flags, folder) if flags.probe else measure(flags, folder)
+    less = "give a smaller --batch-size" + (" or --image-size" if flags.probe else "")
+    with enough_memory(f"{flags.run} on {flags.batch_size} pictures at a time", less):
+        scores = probe(flags, folder) if flags.probe else measure(flags, folder)
     about = {"model": flags.run, "data": flags.data, "split": flags.split, "probe": flags.probe}
     found = about | scores
     if flags.json:

@@ -14,7 +14,6 @@ from functools import cache, partial
 from types import FrameType
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -23,10 +22,12 @@ from vitrail.data.augment import Augmentation, augment, needed_size
 from vitrail.data.decoding import read_pixels
 from vitrail.data.images import ImageData
 from vitrail.data.plan import Batch, BatchPlan
+from vitrail.memory import enough_memory
 from vitrail_runtime.errors import InputError
 from vitrail_runtime.preprocess import Preprocessing, decode_size, prepare, preprocessed_size
 
 STOPS = (signal.SIGINT, signal.SIGTERM)
+FEWER = "take fewer pictures at a time (--batch-size), or smaller ones"
 
 
 class TrainBatch(NamedTuple):
@@ -146,16 +147,18 @@ class _TrainJob(Dataset):
 
     def __getitem__(self, job: tuple[int, Batch]) -> TrainBatch | InputError:
         epoch, batch = job
-        images = torch.empty(len(batch.indices), 3, *batch.size, dtype=torch.uint8)
+        pictures = zip(batch.indices, batch.positions, strict=True)
         try:
-            for row, (i, position) in enumerate(zip(batch.indices, batch.positions, strict=True)):
-                key = (self.seed, epoch, position)
-                height, width = self.data.sizes[i].tolist()
-                least = needed_size(height, width, batch.size, self.augmentation, key)
-                pixels = read_pixels(self.data, i, least)
-                images[row] = augment(
-                    pixels, batch.size, self.augmentation, key, original=(height, width)
-                )
+            with enough_memory(_batch(len(batch.indices), batch.size), FEWER):
+                images = torch.empty(len(batch.indices), 3, *batch.size, dtype=torch.uint8)
+                for row, (i, position) in enumerate(pictures):
+                    key = (self.seed, epoch, position)
+                    height, width = self.data.sizes[i].tolist()
+                    least = needed_size(height, width, batch.size, self.augmentation, key)
+                    pixels = read_pixels(self.data, i, least)
+                    images[row] = augment(
+                        pixels, batch.size, self.augmentation, key, original=(height, width)
+                    )
         except (
             InputError
         ) as error:  # as a value: a worker's exception would come wrapped in a traceback
@@ -173,16 +176,25 @@ class _EvalJob(Dataset):
 
     def __getitem__(self, indices: Sequence[int]) -> EvalBatch | InputError:
         p = self.preprocessing
-        rows = []
+        height, width = self.data.sizes[indices[0]].tolist()
+        size = preprocessed_size(height, width, p)
         try:
-            for i in indices:
-                height, width = self.data.sizes[i].tolist()
-                pixels = self.data.read(i, decode_size(p))
-                rows.append(prepare(pixels, p, original=(height, width))[0])
+            with enough_memory(_batch(len(indices), size), FEWER):
+                # All of it before any picture: Pillow takes memory until the kernel ends the process.
+                images = torch.empty(len(indices), 3, *size)
+                for row, i in enumerate(indices):
+                    height, width = self.data.sizes[i].tolist()
+                    pixels = self.data.read(i, decode_size(p))
+                    prepared, _ = prepare(pixels, p, original=(height, width))
+                    images[row] = torch.from_numpy(prepared)
         except InputError as error:
             return error
         labels = torch.from_numpy(self.data.labels[list(indices)])
-        return EvalBatch(torch.tensor(indices), torch.from_numpy(np.stack(rows)), labels)
+        return EvalBatch(torch.tensor(indices), images, labels)
+
+
+def _batch(count: int, size: tuple[int, int]) -> str:
+    return f"a batch of {count} of {size[0]} x {size[1]} pixels"
 
 
 class _Jobs:

@@ -5,6 +5,7 @@ dying of a broken connection. Errors are therefore exchanged at points that all 
 """
 
 import socket
+import sys
 from collections.abc import Callable
 from typing import TypeVar, cast
 
@@ -56,6 +57,18 @@ def share(problem: InputError | None) -> SharedError | None:
 def told_once(error: InputError) -> InputError | SystemExit:
     """What to raise on every process for an error that all have: the first tells, the others are quiet."""
     return SystemExit(2) if _many() and dist.get_rank() else error
+
+
+def told_alone(error: InputError) -> InputError | SystemExit:
+    """What to raise for an error that this process may be alone with, while the others wait for it.
+
+    Whatever its rank, it tells: nobody else can. Once it has ended, so does the launcher end the others.
+    """
+    if not _many():
+        return error
+    where = f"process {dist.get_rank()} on {socket.gethostname()}"
+    print(f"vitrail: {where}: {error}", file=sys.stderr, flush=True)
+    return SystemExit(2)
 
 
 def _many() -> bool:

@@ -1,7 +1,7 @@
 """A model measured on a data set, through the one preprocessing that Predictor and runtime share."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from vitrail.data.images import ImageData
-from vitrail.data.loader import batch_indices, eval_batches
+from vitrail.data.loader import FEWER, batch_indices, eval_batches
+from vitrail.memory import enough_memory
 from vitrail.train.agreement import share
 from vitrail_runtime.errors import InputError
 from vitrail_runtime.preprocess import Preprocessing
@@ -49,21 +50,29 @@ def evaluate(
     kept: list[tuple[Tensor, ...]] = []
     problem: InputError | None = None
     done = 0
+    sharded = world > 1 and any(isinstance(p, DTensor) for p in model.parameters())
+    # Who runs out of memory in the midst of a forward of sharded weights cannot go along with the others.
+    sure = (
+        nullcontext()
+        if sharded
+        else enough_memory(f"batches of up to {batch_size} pictures", FEWER)
+    )
     with eval_mode(model):
         try:
-            for batch in eval_batches(
-                data, preprocessing, batch_size, rank=rank, world=world, workers=workers
-            ):
-                labels = lookup[batch.labels]
-                logits = model(batch.images.to(device)).float()
-                metrics.update(logits, labels.to(device))
-                done += 1
-                if predictions:
-                    said = (logits.argmax(1).cpu(), logits.softmax(1).half().cpu())
-                    kept.append((torch.as_tensor(batch.indices), labels, *said))
+            with sure:
+                for batch in eval_batches(
+                    data, preprocessing, batch_size, rank=rank, world=world, workers=workers
+                ):
+                    labels = lookup[batch.labels]
+                    logits = model(batch.images.to(device)).float()
+                    metrics.update(logits, labels.to(device))
+                    done += 1
+                    if predictions:
+                        said = (logits.argmax(1).cpu(), logits.softmax(1).half().cpu())
+                        kept.append((torch.as_tensor(batch.indices), labels, *said))
         except InputError as error:  # the other processes learn of it below
             problem = error
-        if world > 1 and any(isinstance(p, DTensor) for p in model.parameters()):
+        if sharded:
             # Sharded weights are collected anew in every forward, by all processes together: whoever has
             # fewer batches than the others, or cannot read on, goes along, else they wait for ever.
             counts = [

@@ -4,7 +4,7 @@ import math
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from vitrail.data.augment import mix
 from vitrail.data.loader import TrainBatch
-from vitrail.train.agreement import SharedError, share, told_once
+from vitrail.memory import does_not_fit, ran_out
+from vitrail.train.agreement import SharedError, share, told_alone, told_once
 from vitrail.train.build import check_place, settled
 from vitrail.train.config import TrainConfig
 from vitrail.train.evaluate import evaluate
@@ -27,9 +28,11 @@ from vitrail.train.parallel import (
     processes,
     share_buffers,
 )
+from vitrail.train.progress import counted
 from vitrail.train.replay import keep_batch, not_finite
 from vitrail.train.schedule import learning_rate
 from vitrail.train.setup import Run, introduce, seed_update, set_up
+from vitrail.train.state import states
 from vitrail_runtime.errors import InputError
 
 
@@ -56,6 +59,7 @@ def train(config: TrainConfig) -> RunResult:
     folder = RunFolder(config.out)
     with ExitStack() as stack:
         accelerator = stack.enter_context(processes(config))
+        stack.enter_context(memory(config, folder, accelerator.num_processes))
         on_main(accelerator, lambda: stack.enter_context(folder.locked()))
         run = set_up(config, accelerator, folder)
         if run.scalars is not None:
@@ -64,6 +68,36 @@ def train(config: TrainConfig) -> RunResult:
         stack.enter_context(run.progress)
         introduce(run)
         return fit(run, interrupt)
+
+
+@contextmanager
+def memory(config: TrainConfig, folder: RunFolder, world: int) -> Iterator[None]:
+    """Tell, in one message, of memory that ran out where the processes cannot speak about it first.
+
+    In an update one may run out alone while the others wait for its gradients: to ask all of them after every
+    forward and every bucket of gradients would cost each update more than it is worth. Nothing is saved then:
+    the weights are as before, but the running statistics have seen a part of the batch.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not ran_out(error):
+            raise
+        pictures = counted(config.batch_size, "picture")
+        at_a_time = config.batch_size // (world * config.accumulate)
+        parts = f" ({at_a_time} at a time)" if at_a_time < config.batch_size else ""
+        side = config.image_size
+        size = f"{side} x {side}" if side else "the model's own size"
+        less = "give a smaller --batch-size, a larger --accumulate, a smaller --image-size"
+        less += "" if config.grad_checkpointing else ", or --grad-checkpointing"
+        saved = states(folder.state)
+        if saved:
+            less += (
+                f" (another run then, with another --out)\n{saved[0]} is complete: once there is memory, the "
+                "same command goes on from it"
+            )
+        what = f"an update on {pictures} of {size}{parts}"
+        raise told_alone(does_not_fit(what, error, less)) from error
 
 
 def fit(run: Run, interrupt: Interrupt) -> RunResult:

@@ -16,6 +16,7 @@ from vitrail.configuration import from_dict, to_dict
 from vitrail.data.images import ImageData, open_data
 from vitrail.data.loader import TrainBatch, TrainLoader
 from vitrail.data.plan import BatchPlan, balanced_weights
+from vitrail.memory import enough_memory
 from vitrail.train.agreement import together
 from vitrail.train.build import build_model, check_parts
 from vitrail.train.config import TrainConfig, differences, read_config
@@ -46,6 +47,7 @@ from vitrail.weights.catalogue import weight_sources
 from vitrail_runtime.errors import InputError
 
 SMALL = 10_000  # training pictures under which a start from random weights deserves a word
+
 NOTICEABLE = 0.05  # share of the pictures, left out of an epoch, from which it deserves a word
 
 
@@ -248,7 +250,10 @@ def open_splits(config: TrainConfig, world: int) -> tuple[ImageData, ImageData]:
 
 def build(config: TrainConfig, data: ImageData, world: int) -> tuple[Any, BatchPlan]:
     """The model, on the CPU, and the batches that its processes share."""
-    model = build_model(config, data.classes)
+    side = config.image_size
+    size = f" for pictures of {side} x {side}" if side else ""
+    with enough_memory(f"{config.model}{size}", "take a smaller model or --image-size"):
+        model = build_model(config, data.classes)
     plan = build_plan(config, data, model.preprocessing.size, world)
     check_shares(config, plan, world)
     check_parts(config, data.classes, plan.batch_sizes(), world)
