@@ -159,6 +159,9 @@ def test_a_picture_that_breaks_during_training_is_one_message(data, workers):
                 data, plan_of(data, drop_last=False), Augmentation(), epoch=0, workers=workers
             )
         )
+    assert multiprocessing.active_children() == [], (
+        "a worker left to the collector takes 10 s to end"
+    )
 
 
 def test_a_world_that_does_not_divide_the_batch_is_refused(data):

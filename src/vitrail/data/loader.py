@@ -224,13 +224,13 @@ class _Jobs:
                     raise result
                 yield result
         except InputError:
-            self.loader = None  # else the traceback would keep the workers alive
+            results = self.loader = None  # else the traceback would keep the workers alive
             raise
         except (RuntimeError, ConnectionError, EOFError) as error:
             # The last two: it was killed while this process fetched what it had read.
             if isinstance(error, RuntimeError) and "DataLoader worker (pid" not in str(error):
                 raise
-            self.loader = None
+            results = self.loader = None
             raise InputError(
                 "a process that reads pictures was killed from outside, perhaps because memory ran out (the "
                 "system's log tells): take fewer of them (--workers), or smaller batches"
