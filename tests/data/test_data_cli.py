@@ -8,7 +8,7 @@ from PIL import Image
 
 from tests.data.conftest import picture
 from vitrail.cli import main
-from vitrail.data import open_data
+from vitrail.data import open_data, sheet
 from vitrail.data.checkup import check
 from vitrail_runtime.errors import InputError
 
@@ -130,6 +130,32 @@ def test_a_contact_sheet_is_drawn_for_few_classes_and_for_many(
         {"": {f"klasse_äöü_{i:03d}_with_a_long_name": 1 for i in range(90)}}, tmp_path / "many"
     )
     assert main(["data", "show", str(many), "--out", str(out)]) == 0
+
+
+def test_letters_that_dejavu_lacks_come_from_an_installed_font_or_as_escapes(
+    class_folders, tmp_path, capsys, monkeypatch
+):
+    root = class_folders({"": {"cat": 2, "\u732b": 2}})  # a cat in Chinese
+    show = ["data", "show", str(root), "--out", str(tmp_path / "sheet.png")]
+    monkeypatch.setattr(sheet, "_installed", lambda: ())
+    assert sheet._escaped("a\u732b") == "a\\u732b"
+    assert main(show) == 0
+    said = capsys.readouterr().out
+    assert (
+        "no font here has the letters of \u732b: the sheet shows escapes such as \\u4e2d; inst"
+        in said
+    )
+    real = sheet._letters
+    extra = {"other.ttf": real(sheet._dejavu(False)) | {0x732B}, "broken.ttf": frozenset()}
+    monkeypatch.setattr(sheet, "_installed", lambda: tuple(sorted(extra)))
+    monkeypatch.setattr(sheet, "_letters", lambda path: extra.get(path) or real(path))
+    assert sheet._font_with("\u732b", False) == "other.ttf"
+    assert sheet._font_with("cat", True) == sheet._dejavu(True)
+
+
+def test_a_broken_font_has_no_letters(tmp_path):
+    (tmp_path / "a.ttf").write_bytes(b"no font")
+    assert sheet._letters(str(tmp_path / "a.ttf")) == frozenset()
 
 
 def test_one_set_draws_one_sheet(root, tmp_path):

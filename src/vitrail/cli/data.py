@@ -107,7 +107,7 @@ def show(argv: list[str]) -> None:
         )
 
     from vitrail.data.images import open_data, open_source
-    from vitrail.data.sheet import contact_sheet
+    from vitrail.data.sheet import contact_sheet, names_without_font
 
     have = open_source(source).splits()
     wanted = [flags.split] if flags.split else ["all"] if have == ("",) else []
@@ -128,6 +128,11 @@ def show(argv: list[str]) -> None:
         print(f"{data.split}: {len(data):,} pictures of {len(data.classes)} classes")
         for where, what in data.broken[:SHOWN]:
             print(f"  broken: {where}: {what}")
+    if strange := names_without_font(splits[0].classes):
+        print(
+            f"no font here has the letters of {', '.join(strange[:SHOWN])}: the sheet shows escapes such as "
+            "\\u4e2d; install one that has them, such as Noto Sans CJK"
+        )
     print(f"contact sheet: {flags.out} ({sheet.width} x {sheet.height})")
 
 

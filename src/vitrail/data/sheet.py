@@ -1,7 +1,7 @@
 """A contact sheet: one picture that shows what a data set holds."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -42,7 +42,7 @@ def _header(splits: Sequence[ImageData], title: str) -> Image.Image:
     image = Image.new("RGB", (WIDTH, height), PAPER)
     draw = ImageDraw.Draw(image)
     sizes = np.concatenate([s.sizes for s in splits])
-    draw.text((MARGIN, 44), _fitted(title, 40, WIDTH - 2 * MARGIN - 300), INK, _font(40, bold=True))
+    _write(draw, (MARGIN, 44), title, 40, WIDTH - 2 * MARGIN - 300, INK, bold=True)
     parts = [f"{s.split} {len(s):,}" for s in splits]
     if len(splits) == 1:
         parts = [f"{len(data):,} pictures"]
@@ -86,7 +86,7 @@ def _rows(data: ImageData, counts: np.ndarray, seed: int) -> Image.Image:
     for label, name in enumerate(data.classes):
         top = 12 + label * step
         count = int(counts[label])
-        draw.text((MARGIN, top + 18), _fitted(name, 24, LABELS - 16), INK, _font(24, bold=True))
+        _write(draw, (MARGIN, top + 18), name, 24, LABELS - 16, INK, bold=True)
         draw.text((MARGIN, top + 48), f"{count:,}", SOFT, _font(17))
         length = (LABELS - 24) * count / max(1, counts.max())
         draw.rounded_rectangle((MARGIN, top + 76, MARGIN + LABELS - 24, top + 80), 2, RULE)
@@ -124,8 +124,7 @@ def _grid(data: ImageData, seed: int) -> Image.Image:
         y = 16 + cell // CELLS_ACROSS * step_y
         for i in _chosen(data, label, seed)[:1]:
             _paste_rounded(image, _square(data, i), (x, y))
-        name = _fitted(data.classes[label], 13, CELL)
-        draw.text((x + 1, y + CELL + 4), name, SOFT, _font(13))
+        _write(draw, (x + 1, y + CELL + 4), data.classes[label], 13, CELL, SOFT)
     if rest:
         draw.text((MARGIN, 20 + lines * step_y), f"and {rest:,} more classes", SOFT, _font(17))
     return image
@@ -163,16 +162,65 @@ def _paste_rounded(sheet: Image.Image, picture: Image.Image, at: tuple[int, int]
     sheet.paste(picture, at, mask.resize(picture.size, Image.Resampling.BOX))
 
 
-def _fitted(text: str, size: int, width: float) -> str:
-    """`text`, shortened in the middle until it fits."""
+def _write(
+    draw: ImageDraw.ImageDraw,
+    at: tuple[int, int],
+    text: str,
+    size: int,
+    width: float,
+    ink: str,
+    *,
+    bold: bool = False,
+) -> None:
+    """Draw a name, shortened in the middle until it fits."""
     text = "".join(c if c.isprintable() else "?" for c in text)
-    font = _font(size, bold=True)
-    if font.getlength(text) <= width:
-        return text
-    keep = len(text)
-    while keep > 2 and font.getlength(_shortened(text, keep)) > width:
+    path = _font_with(text, bold)
+    if path is None:
+        text = _escaped(text)
+    font = _font(size, bold) if path is None else _load(path, size)
+    keep, shown = len(text), text
+    while keep > 2 and font.getlength(shown) > width:
         keep -= 1
-    return _shortened(text, keep)
+        shown = _shortened(text, keep)
+    draw.text(at, shown, ink, font)
+
+
+def names_without_font(names: Iterable[str]) -> list[str]:
+    """The names that no font of this machine can write: a sheet shows escapes such as \\u4e2d in them."""
+    return [name for name in names if name.isprintable() and _font_with(name, False) is None]
+
+
+def _escaped(text: str) -> str:
+    own = _letters(_dejavu(False))
+    return "".join(c if ord(c) in own else c.encode("unicode_escape").decode() for c in text)
+
+
+def _font_with(text: str, bold: bool) -> str | None:
+    """DejaVu, or the first installed font that has every letter of `text`; none: None."""
+    wanted = {ord(c) for c in text + "…"}
+    own = (_dejavu(bold), _dejavu(False))
+    fonts = (path for more in (lambda: own, _installed) for path in more())  # installed: if need be
+    return next((path for path in fonts if wanted <= _letters(path)), None)
+
+
+@lru_cache
+def _installed() -> tuple[str, ...]:
+    from matplotlib import font_manager
+
+    # Not the font manager's list, which is kept on the disk: a font installed since is not in it.
+    return tuple(sorted(font_manager.findSystemFonts()))
+
+
+@lru_cache
+def _letters(path: str) -> frozenset[int]:
+    """Code points that a font draws at any size; none of one that is broken, or holds pictures (of emoji)."""
+    from matplotlib.ft2font import FT2Font
+
+    try:
+        _load(path, 13)
+        return frozenset(FT2Font(path).get_charmap())
+    except (OSError, RuntimeError):
+        return frozenset()
 
 
 def _shortened(text: str, keep: int) -> str:
@@ -180,10 +228,18 @@ def _shortened(text: str, keep: int) -> str:
     return text[:head] + "…" + text[len(text) - (keep - head) :]
 
 
-@lru_cache
 def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
+    return _load(_dejavu(bold), size)
+
+
+@lru_cache
+def _load(path: str, size: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(path, size)
+
+
+def _dejavu(bold: bool) -> str:
     # Matplotlib brings DejaVu, which has most alphabets.
     import matplotlib
 
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
-    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name, size)
+    return str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name)
