@@ -154,9 +154,13 @@ def test_a_picture_that_one_process_cannot_read_leaves_the_run_saved(
 
 def test_a_process_that_runs_out_of_memory_alone_tells_it_and_ends(pictures, tmp_path):
     config = config_for(pictures, tmp_path / "run")
-    assert run_many(config, 2, unreadable="memory:2")[1] == 2
+    assert run_many(config, 2, unreadable="memory:2") == [2, 2]
     said = Path(f"{config.out}.stderr").read_text()
     assert "vitrail: process 1 on " in said
+    assert (
+        "another process of the run has ended; what it told, or the system's log, says why" in said
+    )
+    assert "Traceback" not in said
     assert "not enough memory for an update on 12 pictures of 32 x 32 (6 at a time)" in said
 
 

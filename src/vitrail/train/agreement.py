@@ -71,5 +71,11 @@ def told_alone(error: InputError) -> InputError | SystemExit:
     return SystemExit(2)
 
 
+def lost_another(error: Exception) -> bool:
+    """Whether a collective failed because another process has ended: in the words of gloo, or of NCCL."""
+    signs = ("closed by peer", "reset by peer", "remote process exited")
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+
+
 def _many() -> bool:
     return dist.is_initialized() and dist.get_world_size() > 1

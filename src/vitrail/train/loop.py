@@ -14,7 +14,7 @@ from torch import Tensor
 from vitrail.data.augment import mix
 from vitrail.data.loader import TrainBatch
 from vitrail.memory import does_not_fit, ran_out
-from vitrail.train.agreement import SharedError, share, told_alone, told_once
+from vitrail.train.agreement import SharedError, lost_another, share, told_alone, told_once
 from vitrail.train.build import check_place, settled
 from vitrail.train.config import TrainConfig
 from vitrail.train.evaluate import evaluate
@@ -81,6 +81,12 @@ def memory(config: TrainConfig, folder: RunFolder, world: int) -> Iterator[None]
     try:
         yield
     except (MemoryError, RuntimeError) as error:
+        if world > 1 and lost_another(error):
+            raise told_alone(
+                InputError(
+                    "another process of the run has ended; what it told, or the system's log, says why"
+                )
+            ) from error
         if not ran_out(error):
             raise
         pictures = counted(config.batch_size, "picture")
