@@ -159,10 +159,8 @@ class _TrainJob(Dataset):
                     images[row] = augment(
                         pixels, batch.size, self.augmentation, key, original=(height, width)
                     )
-        except (
-            InputError
-        ) as error:  # as a value: a worker's exception would come wrapped in a traceback
-            return error
+        except InputError as error:
+            return error  # as a value: a worker's exception would come wrapped in a traceback
         indices = torch.tensor(batch.indices)
         labels = torch.from_numpy(self.data.labels[list(batch.indices)])
         return TrainBatch(batch.step, images, labels, indices, torch.tensor(batch.positions))

@@ -71,7 +71,7 @@ class RunFolder:
         assert fcntl is not None
         for _ in range(
             100
-        ):  # each time another start was refused meanwhile, and cleared its folder away
+        ):  # again where another start was refused meanwhile and cleared its folder
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
                 lock = open(self.path / "lock", "a+")  # noqa: SIM115  (held as long as the run)

@@ -59,7 +59,7 @@ def train(config: TrainConfig) -> RunResult:
     folder = RunFolder(config.out)
     with ExitStack() as stack:
         accelerator = stack.enter_context(processes(config))
-        stack.enter_context(memory(config, folder, accelerator.num_processes))
+        stack.enter_context(failures_told(config, folder, accelerator.num_processes))
         on_main(accelerator, lambda: stack.enter_context(folder.locked()))
         run = set_up(config, accelerator, folder)
         if run.scalars is not None:
@@ -71,8 +71,9 @@ def train(config: TrainConfig) -> RunResult:
 
 
 @contextmanager
-def memory(config: TrainConfig, folder: RunFolder, world: int) -> Iterator[None]:
-    """Tell, in one message, of memory that ran out where the processes cannot speak about it first.
+def failures_told(config: TrainConfig, folder: RunFolder, world: int) -> Iterator[None]:
+    """Tell, in one message, of memory that ran out where the processes cannot speak about it first, and of
+    another process that has ended so.
 
     In an update one may run out alone while the others wait for its gradients: to ask all of them after every
     forward and every bucket of gradients would cost each update more than it is worth. Nothing is saved then:

@@ -386,15 +386,15 @@ def keep_models(config: TrainConfig, folder: RunFolder) -> None:
     if not models:
         return
     there = f"{folder.path} holds models ({', '.join(models)}), but no state to go on from"
-    todo = f"give another --out; to start from its weights, --weights {folder.path / models[0]} as well"
+    hint = f"give another --out; to start from its weights, --weights {folder.path / models[0]} as well"
     if not folder.config.is_file():
-        raise InputError(f"{there}, and no config.yaml: it is no run folder; {todo}")
+        raise InputError(f"{there}, and no config.yaml: it is no run folder; {hint}")
     if (folder.path / "report.html").is_file():
-        raise InputError(f"{there}: a finished run whose state is gone; {todo}")
+        raise InputError(f"{there}: a finished run whose state is gone; {hint}")
     settings = differences(config, read_config(folder.config))
     if settings:
         raise InputError(
-            f"{there}, of a run with other settings:\n  " + "\n  ".join(settings) + f"\n{todo}"
+            f"{there}, of a run with other settings:\n  " + "\n  ".join(settings) + f"\n{hint}"
         )
 
 
