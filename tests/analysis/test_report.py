@@ -58,9 +58,21 @@ def test_calibration_error_is_zero_when_confidence_equals_accuracy():
     assert sum(n for *_, n in calibration_bins(scored())) == 200
 
 
+@pytest.mark.parametrize(
+    ("confidence", "count", "word"),
+    [(0.6, 20, ""), (0.6, 1000, "surer"), (0.4, 20, ""), (0.4, 1000, "less sure")],
+)
+def test_confidence_is_judged_by_what_so_many_pictures_can_tell(confidence, count, word):
+    rest = (1 - confidence) / 2
+    probabilities = np.array([[confidence, rest, rest]] * count)
+    said = " ".join(advice(answers(probabilities, np.arange(count) % 2), []))  # half are right
+    assert word in said
+    assert bool(word) == ("mean confidence" in said)
+
+
 def test_the_advice_names_the_confusion_and_what_was_not_measured():
     probabilities = np.array([[0.02, 0.98, 0.0]] * 5 + [[0.9, 0.1, 0.0]] * 5)
-    said = " ".join(advice(answers(probabilities, np.zeros(10, int)), 0.4, []))
+    said = " ".join(advice(answers(probabilities, np.zeros(10, int)), []))
     assert "'left' taken for 'right', 5 of 10" in said
     assert "no picture of 'right', 'top'" in said
     assert "over 90 % confidence" in said
@@ -133,12 +145,12 @@ def test_the_curves_show_both_losses_and_the_advice_that_the_model_learns_by_hea
     drawn = curves(history)
     assert ">training, with augmentation and smoothing<" in drawn
     assert ">validation<" in drawn
-    said = " ".join(advice(scored(), 0.0, history))
+    said = " ".join(advice(scored(), history))
     assert (
         "lowest at step 30 (1.00) and ended at 1.90: the model learns its training pictures by"
         in said
     )
-    assert "by heart" not in " ".join(advice(scored(), 0.0, history[:-2]))
+    assert "by heart" not in " ".join(advice(scored(), history[:-2]))
 
 
 def test_names_in_other_alphabets_are_drawn_without_a_word_of_missing_letters():

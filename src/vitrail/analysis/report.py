@@ -81,7 +81,7 @@ def write_report(
             (f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M", "parameters"),
         ]
     )
-    out.section("What to look at first", page.bullets(advice(scored, ece, history)))
+    out.section("What to look at first", page.bullets(advice(scored, history)))
     if history:
         out.section("Training", curves(history))
     out.section(*confusion_section(scored))
@@ -130,7 +130,7 @@ def expected_calibration_error(scored: Scored) -> float:
     return sum(n * abs(conf - acc) for conf, acc, n in rows) / sum(n for *_, n in rows)
 
 
-def advice(scored: Scored, ece: float, history: Sequence[dict[str, Any]]) -> list[str]:
+def advice(scored: Scored, history: Sequence[dict[str, Any]]) -> list[str]:
     """Findings that a person can act on, most useful first."""
     said = []
     confusion = scored.confusion()
@@ -163,10 +163,17 @@ def advice(scored: Scored, ece: float, history: Sequence[dict[str, Any]]) -> lis
             f"Mistakes made with over 90 % confidence: {int(sure.sum())}; check their labels below before "
             "training longer."
         )
-    gap = float(scored.confidence.mean() - scored.right.mean())
-    if ece > 0.05:
-        way = "too sure of itself" if gap > 0 else "less sure than it could be"
-        said.append(f"The model is {way} (mean confidence {scored.confidence.mean():.2f}).")
+    low, high = interval(int(scored.right.sum()), len(scored.right))
+    confidence = float(scored.confidence.mean())
+    if not low <= confidence <= high:  # more than the number of pictures explains
+        way = (
+            "surer of itself than it is right"
+            if confidence > high
+            else "less sure than it could be"
+        )
+        said.append(
+            f"The model is {way} (mean confidence {confidence:.2f}, accuracy {scored.right.mean():.2f})."
+        )
     evals = [(r["epoch"], r["top1"]) for r in history if "top1" in r]
     if len(evals) >= 3:
         best = max(evals, key=lambda e: e[1])
