@@ -1,6 +1,7 @@
 """`vitrail predict` from the command line: what is printed where, what is written, what is refused."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -8,7 +9,9 @@ import torch
 from PIL import Image
 
 from vitrail.cli import main
+from vitrail.cli.predict import print_table
 from vitrail.models import create_model, save
+from vitrail_runtime.prediction import Prediction
 
 CLASSES = ["ant", "[bold]bee", "cat ä"]
 
@@ -132,3 +135,15 @@ def test_a_mistake_is_one_message_and_exit_code_2(
     assert out == ""
     assert err.startswith("vitrail: ")
     assert message in err
+
+
+def test_an_image_on_which_nothing_was_found_has_its_row_in_the_table(capsys):
+    labels, scores = np.array([2, 0]), np.array([0.75, 0.2], np.float32)
+    found = Prediction(labels, scores, ["cat ä", "ant"], source="cat.png")
+    nothing = Prediction(labels[:0], scores[:0], [], boxes=np.zeros((0, 4)), source="empty.png")
+    print_table([nothing, found], sys.stdout)
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+    assert rows == [
+        ["empty.png", "nothing", "found"],
+        ["cat.png", "cat", "ä", "75.0%", "ant", "20.0%"],
+    ]

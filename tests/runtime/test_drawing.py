@@ -91,6 +91,21 @@ def test_a_segmentation_is_coloured_named_and_open_where_nothing_is_said():
     assert drawn.shape[0] > 400
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"boxes": np.zeros((0, 4), np.float32)},
+        {"boxes": np.zeros((0, 4), np.float32), "mask_crops": np.zeros((0, 7, 7), np.float32)},
+        {"segmentation": np.full((400, 500), -1)},
+    ],
+)
+def test_an_image_on_which_nothing_was_found_is_drawn_as_it_is(fields):
+    p = prediction((), (), size=(400, 500), **fields)
+    np.testing.assert_array_equal(np.asarray(p.draw(grey(400, 500))), grey(400, 500))
+    assert p.to_dict() == {"path": None, "size": [400, 500], "top": []}
+
+
 def test_masks_are_pasted_as_grid_sample_does_in_mask_rcnns_official_code():
     rng = np.random.default_rng(0)
     for box in [(3, 4, 40, 30), (10, 2, 13, 36), (0, 0, 50, 40)]:

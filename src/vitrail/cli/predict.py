@@ -207,7 +207,8 @@ def print_table(predictions: list["Prediction"], file: TextIO) -> None:
     for p in predictions:
         others = zip(p.names[1:], p.scores[1:], strict=True)
         rest = ", ".join(f"{name} {score:.1%}" for name, score in others)
-        cells = (printable(p.source or ""), p.names[0], f"{p.scores[0]:.1%}", rest)
+        best = (p.names[0], f"{p.scores[0]:.1%}") if p.names else ("nothing found", "")
+        cells = (printable(p.source or ""), *best, rest)
         table.add_row(*map(Text, cells))
     with console.capture() as printed:
         console.print(table)
