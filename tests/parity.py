@@ -40,7 +40,8 @@ def fill_by_key_map(
 
 def filled_officially(name: str, fixture: str | None = None, **config_fields: Any) -> Classifier:
     """Our classifier in eval mode with the weights of a fixture (by default of the model's name): filled by
-    the OFFICIAL keys, carried over by the key map, none left over."""
+    the OFFICIAL keys, carried over by the key map, none left over. In float64: what is then
+    left between the two is the rounding of the official run."""
     facts, _ = load(fixture or name)
     model = create_model(name, **config_fields)
     keys = {key: tuple(shape) for key, shape, dtype in facts["state_dict"] if dtype == "float32"}
@@ -48,4 +49,4 @@ def filled_officially(name: str, fixture: str | None = None, **config_fields: An
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert not unexpected
     assert all(key.endswith("num_batches_tracked") for key in missing)
-    return model.eval()
+    return model.double().eval()

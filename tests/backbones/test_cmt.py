@@ -41,12 +41,12 @@ def taps(model, images):
 
 
 def test_cmt_xs_at_64_pixels_equals_the_official_code_in_every_tap():
-    check("cmt_xs", taps(filled_officially("cmt_xs", image_size=64), image(2, 64, 64)))
+    check("cmt_xs", taps(filled_officially("cmt_xs", image_size=64), image(2, 64, 64).double()))
 
 
 @pytest.mark.slow
 def test_cmt_ti_at_the_papers_size_equals_the_official_code_in_every_tap():
-    check("cmt_ti", taps(filled_officially("cmt_ti"), image(1, 160, 160)))
+    check("cmt_ti", taps(filled_officially("cmt_ti"), image(1, 160, 160).double()))
 
 
 def test_a_table_is_resampled_over_the_queries_and_over_the_keys():

@@ -83,7 +83,7 @@ def test_official_weights_give_the_stored_activations(name):
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert not unexpected
     assert all(k.endswith("num_batches_tracked") for k in missing)
-    model.eval()
+    model.double().eval()
 
     taps: dict[str, torch.Tensor] = {}
     block, stage2 = model.backbone.stages[0].blocks[0], model.backbone.stages[1]
@@ -95,7 +95,7 @@ def test_official_weights_give_the_stored_activations(name):
         "head.bn": model.head.bn,
     }.items():
         module.register_forward_hook(lambda m, args, out, tap=tap: taps.__setitem__(tap, out))
-    images = 20 * image(*facts["input"]["shape"][:1], *facts["input"]["shape"][2:])
+    images = 20 * image(*facts["input"]["shape"][:1], *facts["input"]["shape"][2:]).double()
     with torch.no_grad():
         features = model.backbone(images)
         taps["blocks3"] = features.maps["c6"]

@@ -26,7 +26,7 @@ def test_official_weights_give_the_stored_taps():
     model.head.conv.register_forward_hook(lambda m, i, o: seen.__setitem__("conv_1x1_exp", o))
     with torch.no_grad():
         # The official network takes BGR and our key map turned its stem round.
-        seen["output"] = model((2 * image(1, 256, 192)).flip(1))
+        seen["output"] = model((2 * image(1, 256, 192)).flip(1).double())
     check("mobilevit_xxs", seen)
 
 

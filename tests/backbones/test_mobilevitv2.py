@@ -26,7 +26,7 @@ def test_official_weights_give_the_stored_taps():
         module = model.backbone.get_submodule(ours)
         module.register_forward_hook(lambda m, i, out, k=official: seen.__setitem__(k, out))
     with torch.no_grad():
-        seen["output"] = model(2 * image(1, 256, 192))
+        seen["output"] = model(2 * image(1, 256, 192).double())
     # Ours keeps the map; the fixture holds it unfolded, (B, C, place, patch).
     x = seen["layer_3.1.global_rep"]
     batch, dim, height, width = x.shape

@@ -60,15 +60,16 @@ def test_official_keys_give_the_stored_maps_and_logits():
     state = {k: torch.from_numpy(value(k, shape)) for k, shape in keys.items()}
     model = classifier(config)
     model.load_state_dict(from_official(state, config))
+    model, images = model.double(), image(2, 112, 112).double()
     with torch.no_grad():
-        maps = model.backbone(image(2, 112, 112)).maps
+        maps = model.backbone(images).maps
         normed = model.head.norm(maps["c4"].permute(0, 2, 3, 1))
         check(
             "swin_cfg_a",
             {
                 "layers.2": maps["c4"].flatten(2).mT,
                 "norm": normed.flatten(1, 2),
-                "output": model(image(2, 112, 112)),
+                "output": model(images),
             },
         )
 

@@ -13,6 +13,10 @@ def load(name, folder=pathlib.Path(__file__).parent):
         return facts, {k: z[k] for k in z.files}
 
 
+# The official runs were in float32: the same in float64 is up to 1.8e-6 of the largest value away from them.
+REL = 3e-6
+
+
 def difference(facts, arrays, key, tensor):
     """(largest absolute difference, largest allowed one) of one tensor against the stored entry `key`."""
     info, want = facts["arrays"][key], arrays[key]
@@ -21,7 +25,7 @@ def difference(facts, arrays, key, tensor):
     if info["stored"] != "whole":
         got = got.reshape(-1)[:: info["step"]]
     big = max(abs(info.get("min", 0)), abs(info.get("max", 0)), 1e-3)
-    allowed = max(1e-4 * big, 4 * (facts.get("float64_gap") or 0))
+    allowed = REL * big
     gap = np.abs(got.astype(np.float64) - want.astype(np.float64))
     return (float(gap.max()) if gap.size else 0.0), (0.0 if want.dtype.kind in "ib" else allowed)
 
