@@ -153,6 +153,10 @@ class TrainConfig:
     """Learning rate at the end of the cosine."""
     clip_grad: float | None = 1.0
     """Largest norm of the gradient; none: no clipping."""
+    clip_mode: Literal["norm", "agc"] = "norm"
+    """"norm" limits that of the whole gradient; "agc" (adaptive) that of each row or filter to --clip-grad
+    times the norm of its weights, the classifier's aside: 0.02 is usual.
+    """
     label_smoothing: float = 0.1
     """Probability spread over all classes."""
     ema: float = 0.0
@@ -188,6 +192,11 @@ class TrainConfig:
     """Math threads of each process; none: the cores that the workers leave, or OMP_NUM_THREADS."""
 
     def __post_init__(self) -> None:
+        if self.clip_mode == "agc" and self.parallel == "fsdp":
+            raise InputError(
+                "clip_mode 'agc' needs whole weights, but parallel 'fsdp' shards them; take --parallel data, "
+                "or --clip-mode norm"
+            )
         for name, allowed in RANGES.items():
             value = getattr(self, name)
             if value is not None and not allowed.holds(value):  # so is NaN refused

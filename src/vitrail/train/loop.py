@@ -16,13 +16,13 @@ from vitrail.data.loader import TrainBatch
 from vitrail.memory import does_not_fit, ran_out
 from vitrail.train.agreement import SharedError, lost_another, share, told_alone, told_once
 from vitrail.train.build import check_place, settled
+from vitrail.train.clip import clip_gradients
 from vitrail.train.config import TrainConfig
 from vitrail.train.evaluate import evaluate
 from vitrail.train.folder import RunFolder
 from vitrail.train.interrupt import Interrupt
 from vitrail.train.losses import loss_of
 from vitrail.train.parallel import (
-    clip_gradients,
     mean_over_processes,
     on_main,
     processes,
@@ -205,7 +205,7 @@ def update(run: Run, batch: TrainBatch, interrupt: Interrupt) -> int:
     seed_update(config, at.step, run.rank)
     images, targets = to_device(run, batch)
     own_loss = backward(run, images, targets)
-    own_norm = clip_gradients(run.net, config.clip_grad)
+    own_norm = clip_gradients(run.model, config)
     loss, norm, seconds, asked = mean_over_processes(
         run.accelerator, own_loss, own_norm, time.monotonic() - run.started, interrupt.asked
     )

@@ -19,7 +19,6 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 
 from vitrail.data.plan import BatchPlan
 from vitrail.train.agreement import told_once
@@ -186,11 +185,3 @@ def mean_over_processes(accelerator: Accelerator, *values: float | Tensor) -> li
         dist.all_reduce(stacked)
         stacked /= accelerator.num_processes
     return stacked.tolist()
-
-
-def clip_gradients(model: nn.Module, largest: float | None) -> Tensor:
-    """Scale gradients down to the norm `largest`, over all parameters; returns the norm before."""
-    norm = nn.utils.clip_grad_norm_(
-        model.parameters(), float("inf") if largest is None else largest
-    )
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
