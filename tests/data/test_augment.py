@@ -13,7 +13,7 @@ from tests.data.conftest import picture
 from vitrail.data.augment import (
     RANDAUGMENT,
     Augmentation,
-    _Strength,
+    Strength,
     augment,
     crop_box,
     generator,
@@ -186,7 +186,7 @@ def test_three_augment_takes_each_of_its_changes_a_third_of_the_time():
 )
 def test_operations_are_those_of_torchvision_at_half_their_range(name, expected):
     image = picture(3, (31, 45))
-    strength = _Strength(0.5, 0.5, Image.Resampling.BILINEAR, (9, 9, 9))
+    strength = Strength(0.5, 0.5, Image.Resampling.BILINEAR, (9, 9, 9))
     ours = np.array(RANDAUGMENT[name](image, strength))
     np.testing.assert_array_equal(ours, np.array(expected(image)))
 
@@ -194,7 +194,7 @@ def test_operations_are_those_of_torchvision_at_half_their_range(name, expected)
 @pytest.mark.parametrize("name", ["shear_x", "shear_y", "translate_x", "translate_y"])
 def test_moving_operations_fill_what_they_uncover(name):
     image = Image.new("RGB", (40, 30), "white")
-    strength = _Strength(1.0, 1.0, Image.Resampling.BILINEAR, (9, 9, 9))
+    strength = Strength(1.0, 1.0, Image.Resampling.BILINEAR, (9, 9, 9))
     out = np.array(RANDAUGMENT[name](image, strength))
     assert (out == 255).all(2).any()
     assert (out == 9).all(2).any()

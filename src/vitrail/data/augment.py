@@ -1,4 +1,8 @@
-"""Random changes of training pictures, each drawn from a key alone: the same on any worker of any process."""
+"""Random changes of training images, each drawn from a key alone: the same on any worker of any process.
+
+What is random is drawn first, from sizes and key, free of pixels: `draw` for an image, `draw_mixing` for a
+batch. `augment` and `mix` apply it.
+"""
 
 import math
 from collections.abc import Callable
@@ -13,11 +17,62 @@ from torch import Tensor
 from vitrail.data.augmentation import Augmentation
 from vitrail_runtime.errors import InputError
 
-__all__ = ["Augmentation", "augment", "crop_box", "generator", "mix", "needed_size"]
+__all__ = [
+    "Augmentation",
+    "augment",
+    "crop_box",
+    "draw",
+    "draw_mixing",
+    "generator",
+    "mix",
+    "needed_size",
+]
 
 Key = tuple[int, int, int]  # (seed, epoch, position); for `mix`, (seed, epoch, step)
+Box = tuple[int, int, int, int]  # (top, left, height, width) in pixels
 _SAMPLE, _MIX = 0, 1  # streams of random numbers
 CROP_TRIES = 10
+
+
+@dataclass(frozen=True)
+class Strength:
+    """How far one operation of RandAugment goes."""
+
+    level: float  # in [0, 1]
+    signed: float  # the same with a random sign
+    resampling: Image.Resampling
+    fill: tuple[int, int, int]
+
+    @property
+    def factor(self) -> float:  # of ImageEnhance, 1 for no change
+        return max(0.1, 1 + 0.9 * self.signed)
+
+
+@dataclass(frozen=True)
+class Erasing:
+    box: Box  # of the result
+    noise: np.ndarray  # (3, height, width) of the box, standard normal
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Everything that is random about one training image."""
+
+    crop: Box  # of the original: what is taken
+    cut: tuple[float, float]  # of "simple": shares of the room above and to the left
+    flip: bool
+    three: tuple[str, float] | None  # which of three-augment's changes, and the blur's sigma
+    randaugment: tuple[tuple[str, Strength], ...]  # in their order
+    jitter: tuple[tuple[str, float], ...]  # property and factor, in their order
+    erasing: Erasing | None
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """How the images of a batch are mixed with their partners."""
+
+    share: float  # of each image's own, the rest is its partner's
+    box: Box | None  # CutMix: where the partner is; None for MixUp
 
 
 def generator(key: Key, stream: int = _SAMPLE) -> np.random.Generator:
@@ -39,38 +94,55 @@ def augment(
     *,
     original: tuple[int, int] | None = None,
 ) -> Tensor:
-    """One training picture: uint8 (H, W, 3) RGB -> uint8 (3, height, width), as `augmentation` and `key` say.
+    """One training image: uint8 (H, W, 3) RGB -> uint8 (3, height, width), as `augmentation` and `key` say.
 
     The same key gives the same result. Pixels stay 8-bit: normalise on the device.
 
-    original: (height, width) of the picture where `image` is a reduced form of it, as `needed_size` allows;
+    original: (height, width) of the image where `image` is a reduced form of it, as `needed_size` allows;
         parts are drawn on the original, so they do not depend on the reduction.
     """
-    rng = generator(key)
-    pixels = torch.from_numpy(image).permute(2, 0, 1)  # a view, channels last
     full_h, full_w = original or image.shape[:2]
-    top, left, height, width = crop_box(full_h, full_w, augmentation, rng)
+    drawn = draw(full_h, full_w, size, augmentation, key)
+    top, left, height, width = drawn.crop
     if (full_h, full_w) != image.shape[:2]:
         top, height = _scaled(top, height, image.shape[0], full_h)
         left, width = _scaled(left, width, image.shape[1], full_w)
+    pixels = torch.from_numpy(image).permute(2, 0, 1)  # a view, channels last
     pixels = pixels[:, top : top + height, left : left + width]
     if augmentation.crop == "simple":
-        pixels = _simple_crop(pixels, size, augmentation, rng)
+        pixels = _simple_crop(pixels, size, augmentation, drawn.cut)
     else:
         pixels = _resize(pixels, size, augmentation)
-    if rng.random() < augmentation.flip:
+    if drawn.flip:
         pixels = pixels.flip(2)
-    if augmentation.three_augment or augmentation.color_jitter or augmentation.randaugment_ops:
-        pixels = _photographic(pixels, augmentation, rng)
-    if rng.random() < augmentation.random_erasing:
-        pixels = _erase(pixels.contiguous(), augmentation, rng)
+    if drawn.three or drawn.randaugment or drawn.jitter:
+        pixels = _photographic(pixels, drawn)
+    if drawn.erasing is not None:
+        pixels = _erase(pixels.contiguous(), drawn.erasing, augmentation)
     return pixels.contiguous()
+
+
+def draw(
+    height: int, width: int, size: tuple[int, int], augmentation: Augmentation, key: Key
+) -> Drawn:
+    """What `augment` does to an image of `height` x `width` pixels under this key."""
+    rng = generator(key)
+    crop = crop_box(height, width, augmentation, rng)
+    cut = (0.0, 0.0)
+    if augmentation.crop == "simple":
+        cut = float(rng.random()), float(rng.random())
+    flip = bool(rng.random() < augmentation.flip)
+    three = _draw_three(rng) if augmentation.three_augment else None
+    randaugment = _draw_randaugment(augmentation, rng)
+    jitter = _draw_jitter(augmentation.color_jitter, rng) if augmentation.color_jitter else ()
+    erasing = _draw_erasing(*size, rng) if rng.random() < augmentation.random_erasing else None
+    return Drawn(crop, cut, flip, three, randaugment, jitter, erasing)
 
 
 def needed_size(
     height: int, width: int, size: tuple[int, int], augmentation: Augmentation, key: Key
 ) -> tuple[int, int]:
-    """The smallest (height, width) a picture may be decoded at so that its crop is not enlarged."""
+    """The smallest (height, width) an image may be decoded at so that its crop is not enlarged."""
     rng = generator(key)
     _, _, crop_h, crop_w = crop_box(height, width, augmentation, rng)
     if augmentation.crop == "simple":
@@ -118,28 +190,41 @@ def mix(
     long as each takes an even number. The last of an odd batch stays as it is.
     """
     targets = F.one_hot(labels, num_classes).to(torch.float32)
+    height, width = images.shape[-2:]
+    drawn = draw_mixing(height, width, augmentation, key)
+    pairs = len(labels) // 2
+    if drawn is None or not pairs:
+        return images, targets
+    partner = torch.arange(len(labels), device=labels.device)
+    partner[: 2 * pairs] = partner[: 2 * pairs].view(pairs, 2).flip(1).reshape(-1)
+    if drawn.box is not None:
+        rows, columns = _slices(drawn.box)
+        mixed = images.clone()
+        mixed[:, :, rows, columns] = images[partner, :, rows, columns]
+    else:
+        mixed = torch.lerp(images[partner], images, drawn.share)
+    return mixed, torch.lerp(targets[partner], targets, drawn.share)
+
+
+def draw_mixing(height: int, width: int, augmentation: Augmentation, key: Key) -> Mixing | None:
+    """How `mix` mixes images of `height` x `width` pixels under this key; None for not at all."""
     rng = generator(key, _MIX)
     chance, which, where_y, where_x = rng.random(4)
     alphas = [a for a in (augmentation.mixup, augmentation.cutmix) if a > 0]
-    pairs = len(labels) // 2
-    if not alphas or chance >= augmentation.mix_prob or not pairs:
-        return images, targets
+    if not alphas or chance >= augmentation.mix_prob:
+        return None
     cut = augmentation.cutmix > 0 and (augmentation.mixup == 0 or which < 0.5)
     alpha = augmentation.cutmix if cut else augmentation.mixup
     share = float(rng.beta(alpha, alpha))
-    partner = torch.arange(len(labels), device=labels.device)
-    partner[: 2 * pairs] = partner[: 2 * pairs].view(pairs, 2).flip(1).reshape(-1)
-    if cut:
-        height, width = images.shape[-2:]
-        box_h, box_w = height * math.sqrt(1 - share), width * math.sqrt(1 - share)
-        top, bottom = _span(where_y * height, box_h, height)
-        left, right = _span(where_x * width, box_w, width)
-        share = 1 - (bottom - top) * (right - left) / (height * width)  # what was really kept
-        mixed = images.clone()
-        mixed[:, :, top:bottom, left:right] = images[partner, :, top:bottom, left:right]
-    else:
-        mixed = torch.lerp(images[partner], images, share)
-    return mixed, torch.lerp(targets[partner], targets, share)
+    if not cut:
+        return Mixing(share, None)
+    box_h, box_w = height * math.sqrt(1 - share), width * math.sqrt(1 - share)
+    top, bottom = _span(where_y * height, box_h, height)
+    left, right = _span(where_x * width, box_w, width)
+    kept = 1 - (bottom - top) * (right - left) / (
+        height * width
+    )  # the image's edge may clip the box
+    return Mixing(kept, (top, left, bottom - top, right - left))
 
 
 def _scaled(start: int, length: int, have: int, full: int) -> tuple[int, int]:
@@ -162,13 +247,13 @@ def _resize(pixels: Tensor, size: tuple[int, int], augmentation: Augmentation) -
 
 
 def _simple_crop(
-    pixels: Tensor, size: tuple[int, int], augmentation: Augmentation, rng: np.random.Generator
+    pixels: Tensor, size: tuple[int, int], augmentation: Augmentation, cut: tuple[float, float]
 ) -> Tensor:
     _, height, width = pixels.shape
     scale = max(size[0] / height, size[1] / width)
     resized = max(size[0], round(height * scale)), max(size[1], round(width * scale))
-    u_top, u_left = rng.random(2)
-    # A picture of 1 x 5000 must not grow to its full length: only what can be cut is resized.
+    u_top, u_left = cut
+    # An image of 1 x 5000 must not grow to its full length: only what can be cut is resized.
     if resized[0] * resized[1] > 8 * size[0] * size[1]:
         keep_h, keep_w = math.ceil(size[0] / scale), math.ceil(size[1] / scale)
         top, left = round(u_top * (height - keep_h)), round(u_left * (width - keep_w))
@@ -182,71 +267,78 @@ def _simple_crop(
     return pixels[:, top : top + size[0], left : left + size[1]]
 
 
-def _erase(pixels: Tensor, augmentation: Augmentation, rng: np.random.Generator) -> Tensor:
-    # A rectangle of 2 to 33 % of the area, filled with what is normal noise once normalised.
-    _, height, width = pixels.shape
+def _draw_erasing(height: int, width: int, rng: np.random.Generator) -> Erasing:
+    # A rectangle of 2 to 33 % of the area.
     area = height * width * rng.uniform(0.02, 1 / 3)
     ratio = math.exp(rng.uniform(math.log(0.3), math.log(1 / 0.3)))
     box_h = min(height, max(1, round(math.sqrt(area / ratio))))
     box_w = min(width, max(1, round(math.sqrt(area * ratio))))
     top, left = rng.integers(0, height - box_h + 1), rng.integers(0, width - box_w + 1)
     noise = rng.standard_normal((3, box_h, box_w), dtype=np.float32)
+    return Erasing((int(top), int(left), box_h, box_w), noise)
+
+
+def _erase(pixels: Tensor, erasing: Erasing, augmentation: Augmentation) -> Tensor:
+    # What is standard normal once normalised.
     mean = np.array(augmentation.mean, np.float32)[:, None, None]
     std = np.array(augmentation.std, np.float32)[:, None, None]
-    fill = np.clip(np.rint(255 * (mean + std * noise)), 0, 255).astype(np.uint8)
-    pixels[:, top : top + box_h, left : left + box_w] = torch.from_numpy(fill)
+    fill = np.clip(np.rint(255 * (mean + std * erasing.noise)), 0, 255).astype(np.uint8)
+    rows, columns = _slices(erasing.box)
+    pixels[:, rows, columns] = torch.from_numpy(fill)
     return pixels
 
 
-def _photographic(pixels: Tensor, augmentation: Augmentation, rng: np.random.Generator) -> Tensor:
+def _slices(box: Box) -> tuple[slice, slice]:
+    top, left, height, width = box
+    return slice(top, top + height), slice(left, left + width)
+
+
+def _photographic(pixels: Tensor, drawn: Drawn) -> Tensor:
     # Pillow's operations stay in 8 bits; torchvision's on tensors go through floats, several times as slow.
     image = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
-    if augmentation.three_augment:
-        image = _three_augment(image, rng)
-    if augmentation.randaugment_ops:
-        image = _randaugment(image, augmentation, rng)
-    if augmentation.color_jitter:
-        image = _color_jitter(image, augmentation.color_jitter, rng)
+    if drawn.three is not None:
+        which, sigma = drawn.three
+        image = THREE_AUGMENT[which](image, sigma)
+    for which, strength in drawn.randaugment:
+        image = RANDAUGMENT[which](image, strength)
+    for which, factor in drawn.jitter:
+        image = COLOR_JITTER[which](image).enhance(factor)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def _three_augment(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    which = int(rng.integers(3))
-    sigma = float(rng.uniform(0.1, 2.0))
-    if which == 0:
-        return image.convert("L").convert("RGB")
-    if which == 1:
-        return ImageOps.solarize(image, 128)
-    return image.filter(ImageFilter.GaussianBlur(sigma))
+THREE_AUGMENT: dict[str, Callable[[Image.Image, float], Image.Image]] = {
+    "grey": lambda image, sigma: image.convert("L").convert("RGB"),
+    "solarize": lambda image, sigma: ImageOps.solarize(image, 128),
+    "blur": lambda image, sigma: image.filter(ImageFilter.GaussianBlur(sigma)),
+}
 
 
-def _color_jitter(image: Image.Image, strength: float, rng: np.random.Generator) -> Image.Image:
-    changes = [ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color]
+def _draw_three(rng: np.random.Generator) -> tuple[str, float]:
+    which = list(THREE_AUGMENT)[int(rng.integers(3))]
+    return which, float(rng.uniform(0.1, 2.0))
+
+
+COLOR_JITTER = {
+    "brightness": ImageEnhance.Brightness,
+    "contrast": ImageEnhance.Contrast,
+    "saturation": ImageEnhance.Color,
+}
+
+
+def _draw_jitter(strength: float, rng: np.random.Generator) -> tuple[tuple[str, float], ...]:
     factors = rng.uniform(max(0.0, 1 - strength), 1 + strength, 3)
-    for which in rng.permutation(3).tolist():
-        image = changes[which](image).enhance(float(factors[which]))
-    return image
+    names = list(COLOR_JITTER)
+    return tuple((names[i], float(factors[i])) for i in rng.permutation(3).tolist())
 
 
-@dataclass(frozen=True)
-class _Strength:
-    """How far one operation of RandAugment goes."""
-
-    level: float  # in [0, 1]
-    signed: float  # the same with a random sign
-    resampling: Image.Resampling
-    fill: tuple[int, int, int]
-
-    @property
-    def factor(self) -> float:  # of ImageEnhance, 1 for no change
-        return max(0.1, 1 + 0.9 * self.signed)
-
-
-def _randaugment(
-    image: Image.Image, augmentation: Augmentation, rng: np.random.Generator
-) -> Image.Image:
+def _draw_randaugment(
+    augmentation: Augmentation, rng: np.random.Generator
+) -> tuple[tuple[str, Strength], ...]:
+    if not augmentation.randaugment_ops:
+        return ()
     red, green, blue = (round(255 * m) for m in augmentation.mean)
     names = list(RANDAUGMENT)
+    drawn = []
     for which in rng.integers(len(names), size=augmentation.randaugment_ops).tolist():
         applied, sign, bicubic = rng.random(3)
         level = augmentation.randaugment_magnitude
@@ -255,12 +347,11 @@ def _randaugment(
         if applied < 0.5:
             resampling = Image.Resampling.BICUBIC if bicubic < 0.5 else Image.Resampling.BILINEAR
             signed = level if sign < 0.5 else -level
-            strength = _Strength(level, signed, resampling, (red, green, blue))
-            image = RANDAUGMENT[names[which]](image, strength)
-    return image
+            drawn.append((names[which], Strength(level, signed, resampling, (red, green, blue))))
+    return tuple(drawn)
 
 
-def _warp(image: Image.Image, s: _Strength, *rows: float) -> Image.Image:
+def _warp(image: Image.Image, s: Strength, *rows: float) -> Image.Image:
     # Output (x, y) shows input (a x + b y + c, d x + e y + f).
     affine = Image.Transform.AFFINE
     return image.transform(image.size, affine, rows, s.resampling, fillcolor=s.fill)
@@ -271,8 +362,9 @@ def _solarize_add(image: Image.Image, add: int) -> Image.Image:
 
 
 # All operations grow with the level, as "increasing" in the DeiT recipe: in the paper's own space solarise
-# and posterise weaken. They are Pillow's, as behind torchvision's transforms of Pillow images.
-RANDAUGMENT: dict[str, Callable[[Image.Image, _Strength], Image.Image]] = {
+# and posterise weaken. They are Pillow's, as behind torchvision's transforms of Pillow images. Unlike timm's,
+# posterise keeps a bit at the full level, where none would leave a black image.
+RANDAUGMENT: dict[str, Callable[[Image.Image, Strength], Image.Image]] = {
     "autocontrast": lambda image, s: ImageOps.autocontrast(image),
     "equalize": lambda image, s: ImageOps.equalize(image),
     "invert": lambda image, s: ImageOps.invert(image),
