@@ -9,7 +9,7 @@ COMPILE = $(UV) pip compile --quiet --universal --python-version 3.11 --upgrade 
   --no-emit-index-url --no-emit-find-links --no-emit-package vitrail-runtime
 STAMP := $(VENV)/.vitrail-setup
 
-.PHONY: setup demo test test-slow test-lowest lint format types fast-tests pins hooks clean
+.PHONY: setup demo test test-slow test-lowest mutants lint format types fast-tests pins hooks clean
 
 setup: $(STAMP)
 
@@ -48,6 +48,10 @@ test-lowest: | $(UV)  ## the fast tests with the lowest versions that pyproject.
 	$(UV) pip install --quiet --python $(LOWEST)/bin/python --no-deps -e runtime -e .
 	PATH="$(CURDIR)/$(LOWEST)/bin:$$PATH" OMP_NUM_THREADS=1 $(LOWEST)/bin/pytest -m "not slow and not gpu and not network" -n 2
 
+mutants: setup  ## one small bug at a time: does a fast test fail? ROOM=train, SAMPLE=200, AGAIN=1; ROOM=table
+	$(UV) pip install --quiet --python $(BIN)/python -r requirements/mutants.txt
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/mutants.py $(or $(ROOM),table) $(if $(SAMPLE),--sample $(SAMPLE)) $(if $(AGAIN),--again)
+
 format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
@@ -56,6 +60,7 @@ pins: | $(UV)  ## refresh the pins from pyproject.toml
 	$(COMPILE) --extra deploy --extra track --extra hub --extra dev pyproject.toml -o $(PINS)
 	$(COMPILE) --resolution lowest-direct --extra track pyproject.toml requirements/lowest.in \
 	  -o requirements/lowest.txt
+	$(COMPILE) -c $(PINS) requirements/mutants.in -o requirements/mutants.txt
 
 hooks: setup  ## run format, lint and types at commit and push
 	$(BIN)/pre-commit install --hook-type pre-commit --hook-type pre-push
