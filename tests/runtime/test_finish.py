@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vitrail_runtime.errors import InputError
+from vitrail_runtime.errors import InputError, NotFinite
 from vitrail_runtime.finish import finish_classification
 
 CLASSES = ("ant", "bee", "cat")
@@ -42,12 +42,17 @@ def test_a_prediction_becomes_plain_data():
     [
         (np.zeros((2, 4)), 1, "do not fit 3 classes"),
         (np.zeros((1, 3)), 0, "top_k"),
-        (np.array([[0, np.nan, 1]]), 1, "not finite"),
     ],
 )
 def test_logits_that_cannot_be_read_are_refused(logits, top_k, message):
     with pytest.raises(InputError, match=message):
         finish_classification(logits, CLASSES, top_k=top_k)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_logits_that_are_no_numbers_are_refused(bad):
+    with pytest.raises(NotFinite, match="not finite; its weights are damaged"):
+        finish_classification(np.array([[0, 2, 1], [0, bad, 1]]), CLASSES)
 
 
 def test_pictures_become_predictions_without_torch_or_vitrail(tmp_path):

@@ -1,11 +1,14 @@
 import json
+import math
 
 import pytest
 import torch
 
+import vitrail
 from tests.train.conftest import CLASSES, VIT, make_pictures, tiny_config
 from vitrail.classifiers import Classifier
 from vitrail.cli import main
+from vitrail.models import save
 from vitrail.train.loop import train
 
 
@@ -43,6 +46,17 @@ def test_as_many_classes_with_other_names_are_refused_with_both_lists(run, tmp_p
     assert "Traceback" not in message
     assert "left, right, top" in message
     assert "left, right, up" in message
+
+
+def test_a_model_whose_scores_are_no_numbers_has_none(run, pictures, tmp_path, capsys):
+    model = vitrail.load(run / "best")
+    next(model.head.parameters()).data.fill_(math.nan)
+    save(model, tmp_path / "broken")
+    assert main(["eval", str(tmp_path / "broken"), "--data", str(pictures)]) == 2
+    out, message = capsys.readouterr()
+    assert out == ""
+    assert "not finite (NaN or infinite) on 12 of 12 images" in message
+    assert not (tmp_path / "broken" / "eval.json").exists()
 
 
 def test_memory_that_runs_out_is_one_message(run, pictures, capsys, monkeypatch):

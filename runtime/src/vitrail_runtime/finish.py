@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from vitrail_runtime.errors import InputError
+from vitrail_runtime.errors import InputError, NotFinite
 from vitrail_runtime.prediction import Prediction
 
 
@@ -14,7 +14,8 @@ def finish_classification(
     """Logits (B, K) -> B Predictions with the `top_k` classes of highest probability, best first.
 
     Scores are softmax probabilities over all K classes; equal ones keep the order of the classes.
-    Raises: InputError when the logits do not fit `classes`, are not finite, or top_k < 1.
+    Raises: InputError when the logits do not fit `classes` or top_k < 1, NotFinite when they are NaN or
+        infinite.
     """
     logits = np.asarray(logits, dtype=np.float64)
     if logits.ndim != 2 or logits.shape[1] != len(classes):
@@ -25,7 +26,7 @@ def finish_classification(
     if top_k < 1:
         raise InputError(f"top_k must be at least 1, but is {top_k}")
     if not np.isfinite(logits).all():
-        raise InputError("the model gave scores that are not finite; its weights are damaged")
+        raise NotFinite("the model gave scores that are not finite; its weights are damaged")
     scores = np.exp(logits - logits.max(axis=1, keepdims=True))
     scores /= scores.sum(axis=1, keepdims=True)
     order = np.argsort(-logits, axis=1, kind="stable")[:, :top_k]

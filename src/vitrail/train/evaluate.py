@@ -39,6 +39,7 @@ def evaluate(
     Returns: top1, top5, loss, num_images, classes, per_class {name: precision, recall, f1, support} and
         confusion[truth][predicted]; with `predictions` also what was said of every picture, as arrays in the
         data's order: labels and predicted (N,), probabilities (N, K) float16, keys (N,).
+    Raises: NotFinite, on every process, where an answer is NaN or infinite.
     """
     from vitrail.metrics import ClassificationMetrics  # torchmetrics takes seconds to import
 

@@ -33,7 +33,7 @@ from vitrail.train.replay import keep_batch, not_finite
 from vitrail.train.schedule import learning_rate
 from vitrail.train.setup import Run, introduce, seed_update, set_up
 from vitrail.train.state import states
-from vitrail_runtime.errors import InputError
+from vitrail_runtime.errors import InputError, NotFinite
 
 
 @dataclass(frozen=True)
@@ -262,15 +262,18 @@ def score(run: Run) -> None:
     config, at = run.config, run.at
     with run.ema.applied(run.model) if run.ema is not None else nullcontext():
         share_buffers(run.model)
-        scores = evaluate(
-            run.model,
-            run.val_data,
-            batch_size=max(1, config.batch_size // run.world),
-            workers=run.workers,
-            rank=run.rank,
-            world=run.world,
-            predictions=True,
-        )
+        try:
+            scores = evaluate(
+                run.model,
+                run.val_data,
+                batch_size=max(1, config.batch_size // run.world),
+                workers=run.workers,
+                rank=run.rank,
+                world=run.world,
+                predictions=True,
+            )
+        except NotFinite:
+            raise not_finite(run) from None
         if not math.isfinite(scores["loss"]):
             raise not_finite(run)
         names = ["last"]
