@@ -1,12 +1,16 @@
 """What attention does, on maps whose answer is known, and on every family that records any."""
 
+import json
 import math
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
 
+import vitrail.backbones  # noqa: F401  (registers them)
 from vitrail.analysis.attention import (
+    AttentionStudy,
     LayerStudy,
     Places,
     StageStudy,
@@ -16,6 +20,7 @@ from vitrail.analysis.attention import (
     record_attention,
     similarity_between_blocks,
     similarity_between_heads,
+    stage_of,
     study_attention,
 )
 from vitrail.analysis.attention_page import (
@@ -25,6 +30,7 @@ from vitrail.analysis.attention_page import (
     heads_page,
     heads_words,
 )
+from vitrail.features import Features, FeatureSpec
 from vitrail.registry import tiny_entries
 from vitrail_runtime.errors import InputError
 from vitrail_runtime.preprocess import Preprocessing
@@ -107,6 +113,68 @@ def test_even_attention_reaches_the_mean_distance_of_the_grid():
     assert float(attention_distance(weights, places)) == pytest.approx(expected, rel=1e-5)
 
 
+def test_distance_is_the_papers_mean_over_patches_weighted_by_attention():
+    """Written out: class and distillation token left out, keys on a coarser grid, weights of either sign."""
+    weights = torch.randn(2, 3, 2 + 6, 2 + 2, generator=torch.Generator().manual_seed(0))
+    places = Places(2, (3, 2), (2, 1), 8, 16, size=(3, 2))
+    q = [(8 * y + 4, 8 * x + 4) for y in range(3) for x in range(2)]
+    k = [(16 * y + 8, 16 * x + 8) for y in range(2) for x in range(1)]
+    for head in range(3):
+        found = []
+        for group in weights[:, head, 2:, 2:].abs():
+            for i, row in enumerate(group):
+                away = [math.dist(q[i], point) for point in k]
+                found.append(float((row * torch.tensor(away)).sum() / row.sum()))
+        expected = np.mean(found)
+        assert float(attention_distance(weights, places)[head]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_patch_that_attends_to_the_class_token_alone_counts_as_near():
+    weights = torch.zeros(1, 1, 3, 3)
+    weights[..., 0] = 1
+    places = Places(1, (1, 2), (1, 2), 16, 16, size=(1, 2))
+    assert attention_distance(weights, places).tolist() == [0.0]
+
+
+def test_heads_are_compared_by_the_cosine_of_their_whole_maps():
+    weights = maps(3, 2, 4, 5) ** 2
+    cosines = [
+        torch.cosine_similarity(a.flatten(), b.flatten(), dim=0)
+        for a, b in zip(weights[:, 0], weights[:, 1], strict=True)
+    ]
+    found = similarity_between_heads(weights)
+    torch.testing.assert_close(found[0, 1], torch.stack(cosines).mean())
+    torch.testing.assert_close(found, found.T)
+    torch.testing.assert_close(found.diag(), torch.ones(2))
+
+
+def test_patches_receive_what_the_class_token_gives_or_the_mean_of_all():
+    weights = torch.randn(1, 2, 8, 8, generator=torch.Generator().manual_seed(0))
+    places = Places(2, (2, 3), (2, 3), 8, 8, size=(2, 3))
+    expected = weights[0, :, 0, 2:].abs().reshape(2, 2, 3)
+    torch.testing.assert_close(received(weights, places), expected)
+    weights = maps(4, 2, 4, 4) - 0.3  # windows side by side
+    places = Places(0, (2, 2), (2, 2), 8, 8, size=(3, 4), groups=(2, 2))
+    found = received(weights, places)
+    assert found.shape == (2, 3, 4)
+    mean = weights.abs().mean(2).reshape(4, 2, 2, 2)
+    torch.testing.assert_close(found[:, :2, :2], mean[0])
+    torch.testing.assert_close(found[:, :2, 2:], mean[1])
+    torch.testing.assert_close(found[:, 2:, :2], mean[2][:, :1])
+
+
+def test_a_layer_tells_how_alike_its_heads_are():
+    similarity = np.array([[1, -0.5, 0.2], [-0.5, 1, 0.1], [0.2, 0.1, 1]])
+    layer = LayerStudy("blocks.0.attn", "", 0, 3, (6, 2), similarity, None)
+    assert layer.most_alike == pytest.approx((0.2 + 0.1 + 0.2) / 3)
+    assert layer.mean_alike == pytest.approx((-0.5 + 0.2 + 0.1) / 3)
+    assert not layer.trivial
+    single = LayerStudy("blocks.0.attn", "", 0, 1, (6, 1), np.ones((1, 1)), None)
+    assert (single.most_alike, single.mean_alike, single.trivial) == (0.0, 0.0, True)
+    pair = LayerStudy("blocks.0.attn", "", 0, 2, (1, 2), similarity[:2, :2], None)
+    assert (pair.most_alike, pair.mean_alike, pair.trivial) == (-0.5, -0.5, False)
+
+
 def test_windows_and_interleaved_groups_are_laid_out_where_they_stand():
     numbers = torch.arange(24.0).reshape(4, 6)
     windows = numbers.reshape(2, 2, 3, 2).permute(0, 2, 1, 3).reshape(6, 4)
@@ -127,8 +195,23 @@ def test_blocks_like_the_one_before_are_counted():
     stage = StageStudy("", ["a", "b", "c", "d"], similarity)
     assert stage.similar(0.9) == ["b", "d"]
     assert stage.similar(0.9, within=2) == ["b", "c", "d"]
+    assert stage.similar(0.9, within=3) == ["b", "c", "d"]
+    assert stage.similar(-1) == ["b", "c", "d"]  # the first has none before it
+    assert stage.to_next().tolist() == [0.95, 0.5, 0.9]
     assert stage.to_next(2).tolist() == [0.99, 0.0]
+    assert stage.to_next(3).tolist() == [0.0]
     assert stage.to_next(4).size == 0
+
+
+def test_a_study_counts_over_its_stages_and_never_from_one_to_the_next():
+    near = np.array([[1, 0.75], [0.75, 1]])
+    stages = [StageStudy("a", ["a.0", "a.1"], near), StageStudy("b", ["b.0", "b.1"], near / 2)]
+    study = AttentionStudy("net", 3, [], stages)
+    assert study.neighbours().tolist() == [0.75, 0.375]
+    assert study.neighbours(2).tolist() == []
+    assert study.similar(0.75) == ["a.1"]
+    assert study.similar(0.3, within=2) == ["a.1", "b.1"]
+    assert AttentionStudy("net", 3).neighbours().tolist() == []
 
 
 @pytest.mark.parametrize("family", WITH_ATTENTION)
@@ -153,6 +236,95 @@ def test_the_places_of_every_family_are_known(family, height, width):
         assert (distance <= places.key_stride * math.hypot(rows, columns)).all()
 
 
+def places(prefix, queries, stride, keys=None, thinned=1, size=None, **more):
+    return Places(
+        prefix, queries, keys or queries, stride, thinned * stride, size or queries, **more
+    )
+
+
+def interleaved(queries, stride, size):
+    return places(0, queries, stride, size=size, groups=(2, 2), interleaved=True)
+
+
+WHERE = {  # family -> the places at 50 x 33 pixels, layer by layer
+    "vit": [places(1, (7, 5), 8)] * 2,
+    "deit": [places(2, (7, 5), 8)],  # class and distillation token
+    "dinov2": [places(3, (8, 5), 7)] * 2,  # class token and two registers
+    "vithybrid": [places(1, (4, 3), 16)] * 2,
+    "deepvit": [places(1, (7, 5), 8)] * 2,
+    "cmt": [
+        places(0, (13, 9), 4, keys=(2, 2), thinned=8),
+        places(0, (7, 5), 8, keys=(2, 2), thinned=4),
+        places(0, (4, 3), 16, keys=(2, 2), thinned=2),
+        places(0, (4, 3), 16, keys=(2, 2), thinned=2),
+        places(0, (2, 2), 32),
+    ],
+    "swin": [
+        places(0, (3, 3), 4, size=(13, 9), groups=(5, 3)),
+        places(0, (3, 3), 4, size=(13, 9), groups=(5, 3), shift=(1, 1)),
+        places(0, (3, 3), 8, size=(7, 5), groups=(3, 2)),
+        places(0, (3, 3), 8, size=(7, 5), groups=(3, 2), shift=(1, 1)),
+        places(0, (3, 3), 16, size=(4, 3), groups=(2, 1)),
+        places(0, (3, 3), 16, size=(4, 3), groups=(2, 1), shift=(1, 0)),  # one window across
+    ],
+    "efficientvit": [
+        places(0, (7, 7), 16, size=(4, 3)),
+        places(0, (7, 7), 32, size=(2, 2)),
+        places(0, (4, 4), 64, size=(1, 1)),
+    ],
+    "mobilevit": [
+        interleaved((4, 3), 16, size=(7, 5)),
+        interleaved((2, 2), 32, size=(4, 3)),
+        interleaved((2, 2), 32, size=(4, 3)),
+        interleaved((1, 1), 64, size=(2, 2)),
+    ],
+}
+
+
+@pytest.mark.parametrize("family", WITH_ATTENTION)
+def test_the_places_of_every_layer_are_those_of_the_paper(family):
+    backbone = tiny(family)
+    layers, features = record_attention(backbone, picture(50, 33))
+    found = [places_of(backbone, name, weights, features) for name, weights in layers.items()]
+    assert found == WHERE[family]
+
+
+def test_the_axis_that_one_window_covers_is_not_shifted():
+    backbone = tiny("swin")
+    layers, features = record_attention(backbone, picture(33, 50))
+    name = "layers.2.blocks.1.attn"
+    found = places_of(backbone, name, layers[name], features)
+    assert (found.groups, found.shift) == ((1, 2), (0, 1))
+
+
+@pytest.mark.parametrize(
+    ("family", "shape"),
+    [
+        ("vit", (1, 2, 97, 50)),  # as many queries as tokens, but not as many keys
+        ("vit", (1, 2, 95, 95)),
+        ("vit", (4, 2, 24, 23)),
+        ("vit", (4, 2, 23, 24)),
+        ("vit", (5, 2, 24, 24)),
+        ("swin", (47, 2, 9, 9)),
+        ("swin", (48, 2, 8, 8)),
+        ("swin", (48, 2, 9, 8)),
+        ("cmt", (1, 1, 384, 7)),
+    ],
+)
+def test_places_that_do_not_fit_are_not_known(family, shape):
+    backbone = tiny(family)
+    layers, features = record_attention(backbone, picture(64, 96))
+    name = next(iter(layers))
+    assert places_of(backbone, name, layers[name], features) is not None
+    assert places_of(backbone, name, torch.ones(shape), features) is None
+
+
+def test_a_stage_is_what_stands_before_a_blocks_number():
+    assert stage_of("layers.2.blocks.5.attn") == ("layers.2", 5)
+    assert stage_of("stages.3.1.transformer.10.attn") == ("stages.3.1", 10)
+    assert stage_of("blocks.3.attn") == ("", 3)
+
+
 @pytest.mark.parametrize("family", WITH_ATTENTION)
 def test_every_family_is_studied_stage_by_stage(family):
     study = study_attention(tiny(family), [picture(), picture(48, 40)])
@@ -161,6 +333,97 @@ def test_every_family_is_studied_stage_by_stage(family):
     for stage in study.stages:
         assert np.allclose(np.diag(stage.similarity), 1)
         assert (np.abs(stage.similarity) <= 1 + 1e-5).all()
+
+
+class Recording(torch.nn.Module):
+    """Two stages of attention over a picture; the second has maps of one key below 64 pixels."""
+
+    feature_specs: ClassVar = {"c3": FeatureSpec(3, 8), "c5": FeatureSpec(3, 32)}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList(torch.nn.Identity() for _ in range(2))
+        self.known = True
+
+    def get_submodule(self, target: str) -> torch.nn.Module:
+        return self.layers if target == "layers" else torch.nn.Identity()
+
+    def forward(self, images, record=None):
+        found = {"c3": images[..., ::8, ::8], "c5": images[..., ::32, ::32]}
+        for i, x in enumerate(found.values()):
+            tokens = x[0, 0].numel() if i or self.known else 5
+            seed = int(images.shape[-1])
+            record[f"layers.{i}.blocks.0.attn.weights"] = maps(1, 2, tokens, tokens, seed=seed)
+            record[f"layers.{i}.blocks.1.attn.weights"] = maps(
+                1, 2, tokens, tokens, seed=seed + i + 1
+            )
+            record[f"layers.{i}.blocks.0"] = x
+        return Features(found)
+
+
+def test_a_study_is_the_mean_over_the_pictures_that_a_stage_is_comparable_on():
+    net = Recording()
+    study = study_attention(net, [picture(32, 32), picture(32, 64), picture(64, 64)], name="net")
+    assert (study.model, study.images) == ("net", 3)
+    found = [(a.name, a.stage, a.block, a.heads, a.tokens) for a in study.layers]
+    assert found == [
+        ("layers.0.blocks.0.attn", "layers.0", 0, 2, (64, 64)),
+        ("layers.0.blocks.1.attn", "layers.0", 1, 2, (64, 64)),
+        ("layers.1.blocks.0.attn", "layers.1", 0, 2, (4, 4)),
+        ("layers.1.blocks.1.attn", "layers.1", 1, 2, (4, 4)),
+    ]
+    # At 32 x 32 the second stage has one token, and nothing to compare.
+    for stage, sizes in zip(
+        study.stages, [(32 * 32, 32 * 64, 64 * 64), (32 * 64, 64 * 64)], strict=True
+    ):
+        i = int(stage.name[-1])
+        assert stage.layers == [f"layers.{i}.blocks.{b}.attn" for b in range(2)]
+        expected = []
+        for size in sizes:
+            width = 32 if size == 32 * 32 else 64
+            tokens = size // (1024 if i else 64)
+            one = maps(1, 2, tokens, tokens, seed=width)
+            other = maps(1, 2, tokens, tokens, seed=width + i + 1)
+            expected.append(similarity_between_blocks([one, other])[0, 1])
+        assert stage.similarity[0, 1] == pytest.approx(float(np.mean(expected)), rel=1e-6)
+    last = study.layers[2]
+    each = [maps(1, 2, n, n, seed=w) for n, w in ((1, 32), (2, 64), (4, 64))]
+    heads = np.mean([similarity_between_heads(w).numpy() for w in each], axis=0)
+    np.testing.assert_allclose(last.head_similarity, heads, rtol=1e-6)
+    grids = [(1, 1), (1, 2), (2, 2)]
+    away = [
+        attention_distance(w, Places(0, g, g, 32, 32, size=g)).numpy()
+        for w, g in zip(each, grids, strict=True)
+    ]
+    np.testing.assert_allclose(last.distance, np.mean(away, axis=0), rtol=1e-5)
+    written = json.loads(json.dumps(study.to_dict()))
+    assert written == {
+        "model": "net",
+        "images": 3,
+        "stages": [
+            {"name": s.name, "layers": s.layers, "similarity": s.similarity.tolist()}
+            for s in study.stages
+        ],
+        "layers": [
+            {
+                "name": a.name,
+                "heads": 2,
+                "head_similarity": a.head_similarity.tolist(),
+                "most_alike": a.most_alike,
+                "distance": a.distance.tolist(),
+            }
+            for a in study.layers
+        ],
+    }
+
+
+def test_a_layer_of_unknown_geometry_has_no_distance_and_a_model_its_class_as_name():
+    net = Recording()
+    net.known = False
+    study = study_attention(net, [picture(32, 64), picture(64, 32)])
+    assert study.model == "Recording"
+    assert [layer.distance is None for layer in study.layers] == [True, True, False, False]
+    assert study.to_dict()["layers"][0]["distance"] is None
 
 
 def test_the_mean_over_pictures_is_taken_of_each_picture_alone():
@@ -190,13 +453,21 @@ def test_maps_of_one_token_are_trivial_and_are_not_compared(tmp_path):
     assert heads_page(tmp_path / "heads.html", [study], shown).is_file()
 
 
-def test_studying_leaves_the_model_in_training_mode():
-    backbone = tiny("deepvit").train()
+def test_studying_is_done_in_eval_mode_and_leaves_each_module_in_its_own():
+    backbone = tiny("deepvit")
+    expected, _ = record_attention(backbone, picture())
+    backbone.train().blocks[0].eval()
+    modes = {name: module.training for name, module in backbone.named_modules()}
     statistics = {k: v.clone() for k, v in backbone.named_buffers()}
-    study_attention(backbone, [picture()])
-    assert backbone.training
-    assert backbone.blocks[1].training
+    found, features = record_attention(backbone, picture())
+    assert found.keys() == expected.keys() == {"blocks.0.attn", "blocks.1.attn"}
+    assert all(torch.equal(v, expected[k]) for k, v in found.items())
+    assert not features.maps["c3"].requires_grad
+    assert {name: module.training for name, module in backbone.named_modules()} == modes
     assert all(torch.equal(v, statistics[k]) for k, v in backbone.named_buffers())
+    with pytest.raises(InputError, match="batch axis"):
+        record_attention(backbone, picture()[0])
+    assert {name: module.training for name, module in backbone.named_modules()} == modes
 
 
 def test_a_model_without_attention_says_so_and_what_to_take():

@@ -301,12 +301,11 @@ def places_of(backbone: nn.Module, name: str, weights: Tensor, features: Feature
     if groups == 1 and num_queries == prefix + height * width:
         if num_keys == num_queries:
             return Places(prefix, size, size, stride, stride, size)
-        ratio = round(math.sqrt(num_queries / num_keys))  # keys of a thinned map
-        while ratio <= max(height, width):
-            keys = (-(-height // ratio), -(-width // ratio))
-            if math.prod(keys) == num_keys:
-                return Places(prefix, size, keys, stride, stride * ratio, size)
-            ratio += 1
+        # Shapes alone do not tell how far keys are thinned: 13 x 9 tokens by 7 and by 8 are both 2 x 2.
+        ratio = getattr(backbone.get_submodule(name), "sr_ratio", 1)
+        keys = (-(-height // ratio), -(-width // ratio))
+        if math.prod(keys) == num_keys:
+            return Places(prefix, size, keys, stride, stride * ratio, size)
         return None
     side = math.isqrt(num_queries)
     config = getattr(backbone, "config", None)
