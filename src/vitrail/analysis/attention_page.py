@@ -175,9 +175,10 @@ def attention_pictures(
 ) -> str:
     """HTML: the attention that each place of one preprocessed picture (3, H, W) receives, in a few heads of a
     few blocks from the first to the last."""
-    layers, features = record_attention(backbone, image, name)
+    device = next(backbone.parameters()).device
+    layers, features = record_attention(backbone, image.to(device), name)
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in (preprocessing.mean, preprocessing.std))
-    pixels = ((image * std + mean) * 255).round().clamp(0, 255)
+    pixels = ((image.cpu() * std + mean) * 255).round().clamp(0, 255)
     picture = pixels.to(torch.uint8).permute(1, 2, 0).numpy()
     names = [name for name, weights in layers.items() if weights.shape[-1] > 1] or list(layers)
     chosen = sorted({round(i) for i in np.linspace(0, len(names) - 1, min(blocks, len(names)))})
