@@ -8,7 +8,8 @@ from head to head, and how far they reach.
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -209,14 +210,8 @@ def record_attention(
     """
     name = name or type(backbone).__name__
     record: dict[str, Tensor] = {}
-    training = [m for m in backbone.modules() if m.training]
-    backbone.eval()
-    try:
-        with torch.no_grad():
-            features = backbone(image[None], record=record)
-    finally:
-        for module in training:
-            module.training = True
+    with eval_mode(backbone), torch.no_grad():
+        features = backbone(image[None], record=record)
     layers = {k.removesuffix(SUFFIX): v for k, v in record.items() if k.endswith(SUFFIX)}
     if not layers:
         separable = any(k.endswith(".scores") for k in record)
@@ -230,6 +225,18 @@ def record_attention(
             "deepvit_s, swin_tiny_patch4_window7 or efficientvit_m0"
         )
     return layers, features
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Inside, every module is in eval mode; afterwards each is in the mode it was in."""
+    training = [m for m in model.modules() if m.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def similarity_between_blocks(layers: Sequence[Tensor]) -> Tensor:
@@ -355,9 +362,9 @@ def _one_picture(backbone: nn.Module, image: Tensor, name: str) -> dict[str, tup
 def _plus(a: Any, b: Any) -> Any:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a + b
-    return (
-        None if a is None or b is None else max(a, b)
-    )  # of equal facts; the larger grid of tokens
+    if a is None or b is None:
+        return None
+    return max(a, b)  # of equal facts the larger grid of tokens
 
 
 def _centres(grid: Grid, stride: float) -> Tensor:

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vitrail.analysis.attention import eval_mode
 from vitrail.backbones import cmt, mobilevit, mobilevitv2
 from vitrail.backbones.efficientvit import FFN, CascadedGroupAttention, EfficientViT
 from vitrail.backbones.swin import Swin, WindowAttention
@@ -107,31 +108,27 @@ def importance(
     wanted = {rows.key for a in parts for rows in a.made_by} & weights.keys()
     asked = {k: weights[k] for k in sorted(wanted)}
     frozen = [v for v in asked.values() if not v.requires_grad]
-    training = [m for m in model.modules() if m.training]
     scores = [torch.zeros(a.count, dtype=torch.float64) for a in parts]
     images = steps = 0
-    model.eval()
     try:
         for v in frozen:
             v.requires_grad_(True)
-        for pictures, labels in batches:
-            with torch.enable_grad():
+        with eval_mode(model), torch.enable_grad():
+            for pictures, labels in batches:
                 value = loss(model(pictures), labels)
-            found = torch.autograd.grad(value, list(asked.values()), allow_unused=True)
-            terms = {
-                k: (torch.zeros_like(v) if g is None else g * v.detach()).abs()
-                for (k, v), g in zip(asked.items(), found, strict=True)
-            }
-            for a, score in zip(parts, scores, strict=True):
-                for rows in a.made_by:
-                    if rows.key in terms:  # running statistics have no gradient
-                        score += _per_channel(terms[rows.key], rows).double().cpu()
-            images, steps = images + len(pictures), steps + 1
+                found = torch.autograd.grad(value, list(asked.values()), allow_unused=True)
+                terms = {
+                    k: (torch.zeros_like(v) if g is None else g * v.detach()).abs()
+                    for (k, v), g in zip(asked.items(), found, strict=True)
+                }
+                for a, score in zip(parts, scores, strict=True):
+                    for rows in a.made_by:
+                        if rows.key in terms:  # running statistics have no gradient
+                            score += _per_channel(terms[rows.key], rows).double().cpu()
+                images, steps = images + len(pictures), steps + 1
     finally:
         for v in frozen:
             v.requires_grad_(False)
-        for m in training:
-            m.training = True
     if not steps:
         raise InputError("importance is measured on labelled pictures, but there are none")
     if not any(bool(s.any()) for s in scores):

@@ -6,16 +6,26 @@ import torch
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
+from vitrail.analysis.attention import eval_mode
+
 
 def where_it_looks(model: Any, image: Tensor, label: int) -> tuple[str, Tensor]:
-    """(the method's name, a map (h, w) >= 0) for one preprocessed image (3, H, W).
+    """(the method's name, a map (h, w) >= 0) for one preprocessed image (3, H, W), in eval mode.
 
     Attention rollout where the backbone records square attention over class token and patches;
     otherwise the smoothed gradient of the score of `label`.
     """
+    with eval_mode(model):
+        return _rollout(model.backbone, image) or (
+            "smoothed gradient",
+            smooth_gradient(model, image, label),
+        )
+
+
+def _rollout(backbone: Any, image: Tensor) -> tuple[str, Tensor] | None:
     record: dict[str, Tensor] = {}
     with torch.no_grad():
-        features = model.backbone(image[None], record=record)
+        features = backbone(image[None], record=record)
     layers = [v for k, v in record.items() if k.endswith("attn.weights")]
     if features.prefix is not None and layers:
         tokens = {v.shape[-2:] for v in layers}
@@ -24,19 +34,21 @@ def where_it_looks(model: Any, image: Tensor, label: int) -> tuple[str, Tensor]:
             rolled = attention_rollout(layers)[0]
             prefix = features.prefix.shape[1]
             return "attention rollout", rolled[0, prefix:].reshape(last.shape[-2:])
-    return "smoothed gradient", smooth_gradient(model, image, label)
+    return None
 
 
 def attention_rollout(layers: list[Tensor]) -> Tensor:
     """How much each output token draws on each input token (Abnar & Zuidema, ACL 2020, arXiv
-    2005.00928): the product of head-averaged attention, half of it replaced by the residual's identity.
+    2005.00928): the product of head-averaged attention, each with the residual's identity added and its rows
+    scaled to one. Where weights may be negative (re-attention) their size counts.
 
     layers: attention weights (B, heads, N, N) of each block, first block first. Returns (B, N, N).
     """
     eye = torch.eye(layers[0].shape[-1], dtype=layers[0].dtype, device=layers[0].device)
     rolled = eye.expand(layers[0].shape[0], -1, -1)
     for weights in layers:
-        rolled = (0.5 * weights.mean(1) + 0.5 * eye) @ rolled
+        mixed = weights.abs().mean(1) + eye
+        rolled = mixed / mixed.sum(-1, keepdim=True) @ rolled
     return rolled
 
 
