@@ -114,7 +114,8 @@ def score(run: Short, folder: Path, flags: argparse.Namespace) -> dict[str, Any]
     kept = folder / SCORE
     if kept.exists():
         return json.loads(kept.read_text(encoding="utf-8"))
-    result = train(train_config(run, folder, flags))
+    config = train_config(run, folder, flags)
+    result = train(config)
     if result.signal:
         raise SystemExit(128 + result.signal)
     model = load(folder / "last")
@@ -123,7 +124,8 @@ def score(run: Short, folder: Path, flags: argparse.Namespace) -> dict[str, Any]
     trained = [r for r in map(json.loads, rows) if r["kind"] == "train"]
     found = {
         "parameters": sum(p.numel() for p in model.parameters()),
-        "images": trained[-1]["images"],
+        # Not the last row's, which is up to log_every updates behind.
+        "images": result.steps * config.batch_size,
         "images_per_second": sorted(r["images_per_second"] for r in trained)[len(trained) // 2],
         "top1": evaluate(model, test)["top1"],
         "threads": flags.threads,
