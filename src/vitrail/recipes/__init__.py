@@ -1,7 +1,9 @@
-"""Settings that are known to work: functions without arguments that return a TrainConfig.
+"""Settings with a source: functions without arguments that return a TrainConfig.
 
-A docstring tells the command, the cost and the expected score with its source. Every such function of a file
-here is a recipe of its name.
+digits, cifar10_* and finetune_small are ours and were run here (docs/results.md). The others are what papers
+and official scripts say for ImageNet; none of these was trained here, and the scores that they tell are the
+authors'. A docstring tells the command, the cost, the expected score with its source, and what differs from
+the source. Every such function of a file here is a recipe of its name.
 """
 
 import importlib

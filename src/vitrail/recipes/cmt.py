@@ -2,7 +2,7 @@
 https://arxiv.org/abs/2107.06263): ImageNet-1k from nothing, by the commands of the official README.
 
 There the rate is --lr * batch / 512, and ten more epochs at the lowest rate follow the cosine; ours ends with
-the cosine. The augmentation, repeated three times, is DeiT's.
+the cosine, as deit_tiny's does behind its warm-up. The augmentation, repeated three times, is DeiT's.
 """
 
 from dataclasses import replace

@@ -7,7 +7,12 @@ from vitrail.train.config import TrainConfig
 
 
 def imagenet_deit(model: str) -> TrainConfig:
-    """What Table 9 and the official code share for every size."""
+    """What Table 9 and the official code share for every size.
+
+    There the rate changes once an epoch, the cosine counts the epochs of the warm-up too, and mixed precision
+    is float16; here the rate changes with every update, the cosine begins behind the warm-up, and it is
+    bfloat16. So it is in all recipes that start from this one.
+    """
     return TrainConfig(
         model=model,
         image_size=224,

@@ -12,7 +12,7 @@ def imagenet_mobilevit(model: str) -> TrainConfig:
     The paper's section 4.1: eight GPUs, batch 1024 at 256 pixels, five sizes, 2e-4 to 2e-3 in 3,000 updates
     and back by a cosine, decay 0.01, label smoothing 0.1. The official configuration of today
     (config/classification/imagenet/mobilevit.yaml of ml-cvnets 0.3) is the same but for a longer warm-up of
-    20,000 updates (warmup_epochs=21.6); its average of the weights, 0.9995, is taken from there. Unlike
+    20,000 updates (warmup_epochs=21.7); its average of the weights, 0.9995, is taken from there. Unlike
     there, biases and norms are not decayed.
     """
     return TrainConfig(
@@ -23,7 +23,7 @@ def imagenet_mobilevit(model: str) -> TrainConfig:
         batch_size=1024,
         lr=2e-3,
         weight_decay=0.01,
-        warmup_epochs=3.2,  # 3,000 updates: these sizes make about 925 of an epoch
+        warmup_epochs=3.25,  # 3,000 updates: these sizes make about 920 of an epoch
         warmup_lr=2e-4,
         min_lr=2e-4,
         clip_grad=None,

@@ -10,8 +10,9 @@ from vitrail.train.config import TrainConfig
 
 def imagenet_swin(model: str, drop_path_rate: float) -> TrainConfig:
     """DeiT's augmentation, without repeated copies and without an average of the weights; what the official
-    config.py and the configs/swin_*_patch4_window7_224.yaml say: rate 5e-4 for 512 pictures, warm-up of 20
-    epochs from 1e-6, down to 1e-5, gradients clipped at 5, stochastic depth by size.
+    config.py and the configs/swin_*_patch4_window7_224.yaml say: rate 5e-4 for 512 images, warm-up of 20
+    epochs from 5e-7, down to 5e-6, all three times batch / 512; gradients clipped at 5, stochastic depth by
+    size.
     """
     return replace(
         imagenet_deit(model),
