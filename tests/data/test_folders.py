@@ -10,7 +10,10 @@ from PIL import Image
 
 from tests.data.conftest import picture
 from vitrail.data import open_data
+from vitrail.data.checkup import check
 from vitrail.data.images import hold_out
+from vitrail.models import create_model
+from vitrail.predictor import Predictor
 from vitrail_runtime.errors import InputError
 
 BOTH = {"train": {"cat": 4, "dog": 3}, "val": {"cat": 2, "dog": 2}, "test": {"cat": 1, "dog": 1}}
@@ -205,6 +208,34 @@ def test_a_link_to_nothing_is_a_broken_picture(class_folders):
     (root / "train" / "cat" / "gone.jpg").symlink_to(root / "nowhere.jpg")
     with pytest.raises(InputError, match=r"gone\.jpg: No such file"):
         open_data(root, "train")
+
+
+def test_training_checking_and_predicting_agree_on_links_that_lead_nowhere(class_folders):
+    root = class_folders(BOTH)
+    links = [root / "train" / "cat" / name for name in ("gone.jpg", "loop.jpg")]
+    links[0].symlink_to("nowhere.jpg")
+    links[1].symlink_to("loop.jpg")
+    files = sorted(root.glob("train/*/*.jpg"))
+    rows = [f"{file.relative_to(root)},{file.parent.name}\n" for file in files]
+    (root / "list.csv").write_text("".join(["file,label\n", *rows]))
+    for source in (root, root / "list.csv"):
+        with pytest.raises(InputError, match="2 of 9 pictures are broken") as refused:
+            open_data(source, "train", val_fraction=0.5)
+        data = open_data(source, "all", skip_broken=True)
+        assert [where for where, _ in data.broken] == [str(link) for link in links]
+        assert all(f"{link}: " in str(refused.value) for link in links)
+        assert check(source).errors["broken pictures"] == [
+            f"{link}: {what}" for link, what in data.broken
+        ]
+    small = {"dims": (16, 24, 32), "depths": (1, 1, 1), "key_dim": 8}
+    predict = Predictor(create_model("efficientvit_m0", num_classes=2, **small), skip_broken=True)
+    good = {p.source for p in predict(root / "train")}
+    assert [name for name, _ in predict.skipped] == [str(link) for link in links]
+    assert good == {str(file) for file in files} - set(map(str, links))
+    predict.skip_broken = False
+    with pytest.raises(InputError, match="2 of 9 pictures could not be read") as refused:
+        list(predict(root / "train"))
+    assert all(f"{link}: no such file (a link to nothing)" in str(refused.value) for link in links)
 
 
 def test_a_picture_that_changes_after_indexing_is_refused(class_folders):

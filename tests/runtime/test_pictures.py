@@ -4,6 +4,7 @@ import os
 
 import pytest
 
+from vitrail_runtime.decoding import decode
 from vitrail_runtime.errors import InputError
 from vitrail_runtime.pictures import find_pictures
 
@@ -73,7 +74,24 @@ def test_a_folder_without_pictures_says_what_counts_as_one(tmp_path):
         find_pictures(tmp_path)
 
 
-def test_a_link_to_nothing_says_so(tmp_path):
-    os.symlink(tmp_path / "gone", tmp_path / "link.jpg")
-    with pytest.raises(InputError, match="a link to nothing"):
-        find_pictures(tmp_path / "link.jpg")
+@pytest.mark.parametrize("target", ["gone.jpg", "link.jpg"], ids=["nothing", "itself"])
+def test_a_link_that_leads_nowhere_is_a_file_that_cannot_be_read(tree, target):
+    os.symlink(target, tree / "link.jpg")
+    everything = ["a.png", "b.JPG", "link.jpg", "sub/c.webp", "sub/Äpfel.tif"]
+    assert names(tree, tree / "link.jpg") == ["link.jpg"]
+    assert names(tree, tree) == everything
+    assert names(tree, f"{tree}/*.jpg") == ["link.jpg"]
+    with pytest.raises(InputError, match=r"link\.jpg: no such file \(a link to nothing\)"):
+        decode(tree / "link.jpg")
+
+
+def test_a_pattern_for_any_depth_goes_round_no_loop(tree, monkeypatch):
+    os.symlink(tree, tree / "a-loop")
+    os.symlink(tree, tree / "sub" / "loop")
+    assert names(tree, f"{tree}/**") == names(tree, tree)
+    assert names(tree, f"{tree}/**/*.png") == ["a.png"]
+    (tree / "sub" / "a.png").touch()  # another file of that name
+    assert names(tree, f"{tree}/**/*.png") == ["a.png", "sub/a.png"]
+    assert names(tree, f"{tree}/s*/**/[ab].*") == ["sub/a.png"]
+    monkeypatch.chdir(tree)
+    assert [str(p) for p in find_pictures("**/*.png")] == ["a.png", "sub/a.png"]

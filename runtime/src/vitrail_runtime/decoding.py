@@ -175,7 +175,8 @@ def _opened(source: Any, name: str, max_pixels: int | None) -> Iterator[Image.Im
     if isinstance(source, (str, os.PathLike)):
         path = Path(source)
         if not path.exists():
-            raise InputError(f"{name}: no such file")
+            hint = " (a link to nothing)" if path.is_symlink() else ""
+            raise InputError(f"{name}: no such file{hint}")
         if path.is_dir():
             raise InputError(f"{name} is a folder, but a picture is expected")
         if not path.is_file():

@@ -126,9 +126,15 @@ def _is_dir(entry: os.DirEntry) -> bool:
     try:
         return entry.is_dir()
     except OSError:  # a link to itself
+        if _is_image(entry.name):  # one of the broken images
+            return False
         raise InputError(
             f"{entry.path} is a symbolic link that leads to itself; remove it"
         ) from None
+
+
+def _is_image(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
 
 
 def _walk(
@@ -149,7 +155,7 @@ def _walk(
                     "remove it"
                 )
             _walk(entry.path, name, root, (*above, real), found)
-        elif os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES:
+        elif _is_image(entry.name):
             try:
                 info = entry.stat()
                 size, changed = info.st_size, info.st_mtime_ns

@@ -38,7 +38,9 @@ class Table:
             self._rows.setdefault(split, []).append((file, label))
         if not seen:
             raise InputError(f"{path} has a header but no rows")
-        missing = [f for f in seen if not (self.folder / f).is_file()]
+        # A link to nothing is there, and a broken image.
+        files = {f: self.folder / f for f in seen}
+        missing = [f for f, at in files.items() if not at.is_file() and not at.is_symlink()]
         if missing:
             shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
             raise InputError(
@@ -58,8 +60,12 @@ class Table:
     def fingerprint(self, split: str) -> str:
         total = hashlib.sha256(os.fsencode(self.folder))
         for file, label in self._rows[split]:
-            info = (self.folder / file).stat()
-            total.update(f"{file}\0{label}\0{info.st_size}\0{info.st_mtime_ns}\n".encode())
+            try:
+                info = (self.folder / file).stat()
+                size, changed = info.st_size, info.st_mtime_ns
+            except OSError:  # a link to nothing: reading it will say so
+                size, changed = 0, 0
+            total.update(f"{file}\0{label}\0{size}\0{changed}\n".encode())
         return total.hexdigest()
 
     def count(self, split: str) -> int:
