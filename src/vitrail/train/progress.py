@@ -8,6 +8,8 @@ from rich.console import Console
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn
 from rich.progress import Progress as Bar
 
+LEARNING = 3  # updates behind a start's first one from which its pace is believed
+
 
 class Progress:
     """Shows steps on stderr. Only the main process speaks; stdout stays free for results.
@@ -32,7 +34,7 @@ class Progress:
             self.task = self.bar.add_task("", total=1.0, epoch="starting", figures="")
 
     def __enter__(self) -> "Progress":
-        self.images, self.busy = 0, 0.0
+        self.images, self.busy, self.updates = 0, 0.0, 0
         self.reported = self.last = time.monotonic()
         if self.bar is not None:
             self.bar.start()
@@ -52,25 +54,39 @@ class Progress:
         if not self.speaks:
             return
         now = time.monotonic()
+        self.updates += 1
+        if self.updates == 1:
+            self.first = (step, seconds)
+        elif (
+            self.updates == 2
+        ):  # the first one paid for what happens once, such as workers that start
+            self.images, self.busy = 0, 0.0
         self.images += images
         self.busy += now - self.last
         self.last = now
-        share = (
-            step / self.total
-            if self.limit is None
-            else max(step / self.total, seconds / self.limit)
-        )
-        left = _left(share, seconds)
-        figures = f"loss {loss:.3f}  {self.rate:.0f} images/s  {left} left"
+        share = step / self.total
+        if self.limit is not None:
+            share = min(1.0, max(share, seconds / self.limit))
+        figures = f"loss {loss:.3f}  {self.rate:.0f} images/s  {self._left(step, seconds)} left"
         if self.bar is not None:
             self.bar.update(self.task, completed=share, epoch=epoch, figures=figures)
         elif now - self.reported >= 15:
             self.reported = now
             self.say(f"{epoch}  step {step}/{self.total}  {figures}")
 
+    def _left(self, step: int, seconds: float) -> str:
+        """Time until the last update at the pace of this start, evaluations included, or until the limit."""
+        first, then = self.first
+        if step - first < LEARNING:
+            return "?"
+        rest = (self.total - step) * (seconds - then) / (step - first)
+        if self.limit is not None:
+            rest = min(rest, self.limit - seconds)
+        return _clock(max(0.0, rest))
+
     @property
     def rate(self) -> float:
-        """Pictures per second of training since this start."""
+        """Images per second of training since this start, without its first update where there are others."""
         return self.images / max(self.busy, 1e-9)
 
     def begin_epoch(self) -> None:
@@ -90,9 +106,8 @@ def counted(count: int, one: str, many: str = "") -> str:
     return f"{count} {one if count == 1 else many or one + 's'}"
 
 
-def _left(share: float, seconds: float) -> str:
-    if share <= 0:
-        return "?"
-    rest = int(seconds * (1 - share) / share)
-    hours, minutes = divmod(rest // 60, 60)
-    return f"{hours}:{minutes:02d}:{rest % 60:02d}" if hours else f"{minutes}:{rest % 60:02d}"
+def _clock(seconds: float) -> str:
+    """ "4:09" or "1:23:04"."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
