@@ -1,0 +1,1 @@
+"""What stands between a backbone's maps and a dense head. One file per paper."""

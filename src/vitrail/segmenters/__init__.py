@@ -1,0 +1,1 @@
+"""Semantic segmentation: backbone + dense head. One file per paper; `segmenter.py` holds what they share."""

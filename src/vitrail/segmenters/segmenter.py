@@ -1,0 +1,112 @@
+"""Backbone + dense head = segmenter: a class for every pixel."""
+
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vitrail.features import adapt_levels
+from vitrail_runtime.errors import InputError
+from vitrail_runtime.preprocess import Preprocessing
+
+IGNORE = 255  # a pixel without a class, in targets: it teaches nothing and counts in no score
+
+
+class Segmenter(nn.Module):
+    """images (B, 3, H, W) -> logits (B, num_classes, H, W). Labels are indices into `classes`.
+
+    head: from maps at `strides` to logits (B, num_classes, h, w) at `head.stride`.
+    auxiliary: such a head beside it, which helps in training only (weight `auxiliary_weight` in the loss).
+    class_weights: how much a pixel of each class counts in the loss; None: all alike.
+    """
+
+    task = "segment"
+    backbone: Any
+    head: Any  # has a `stride`
+    # Attached by models.create_model and load:
+    info: Any
+    weights_report: Any
+    classes: tuple[str, ...]
+    preprocessing: Preprocessing
+
+    def __init__(
+        self,
+        backbone: Any,
+        head: nn.Module,
+        *,
+        strides: Sequence[int] = (4, 8, 16, 32),
+        auxiliary: nn.Module | None = None,
+        auxiliary_weight: float = 0.4,
+        class_weights: Sequence[float] | None = None,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.levels = adapt_levels(backbone.feature_specs, strides)
+        self.head = head
+        self.auxiliary = auxiliary
+        self.auxiliary_weight = auxiliary_weight
+        self.class_weights = None if class_weights is None else tuple(class_weights)
+
+    def forward(self, images: Tensor, record: dict[str, Tensor] | None = None) -> Tensor:
+        maps = self.levels(self.backbone(images, record=record))
+        return to_image(self.head(maps), self.head.stride, images)
+
+    def forward_tensors(self, images: Tensor) -> dict[str, Tensor]:
+        """{"logits": (B, num_classes, H, W)}: what is exported as it is."""
+        return {"logits": self(images)}
+
+    def losses(self, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """Cross-entropy, summed over the labelled pixels; divide by `weight(targets)` for the mean.
+
+        targets: (B, H, W) integers, 0..K-1 or IGNORE. Returns: "segment" and, where there is an auxiliary
+            head, "auxiliary", which is weighted already: the loss is their sum.
+        """
+        maps = self.levels(self.backbone(images))
+        out = {"segment": self._loss(self.head, maps, images, targets)}
+        if self.auxiliary is not None:
+            loss = self._loss(self.auxiliary, maps, images, targets)
+            out["auxiliary"] = self.auxiliary_weight * loss
+        return out
+
+    def weight(self, targets: Tensor) -> Tensor:
+        """What the sums of `losses` are divided by: the labelled pixels, by the weights of their classes."""
+        labelled = targets != IGNORE
+        if self.class_weights is None:
+            return labelled.sum().float()
+        return self._class_weights(targets)[targets[labelled].long()].sum()
+
+    def _loss(self, head: Any, maps: dict[str, Tensor], images: Tensor, targets: Tensor) -> Tensor:
+        logits = to_image(head(maps), head.stride, images)
+        weight = None if self.class_weights is None else self._class_weights(logits)
+        return F.cross_entropy(
+            logits.float(), targets.long(), weight, ignore_index=IGNORE, reduction="sum"
+        )
+
+    def _class_weights(self, like: Tensor) -> Tensor:
+        return torch.tensor(self.class_weights, dtype=torch.float32, device=like.device)
+
+
+def to_image(logits: Tensor, stride: float, images: Tensor) -> Tensor:
+    """Logits (B, K, h, w) of a map of this stride -> (B, K, H, W), bilinearly.
+
+    A map of ceil(H / stride) rows describes as many whole cells, the last of which reaches beyond an image
+    that does not fit: it is enlarged by the stride and then cut, so that every value stays where it was
+    computed. Where the image fits this is the resize to its size that the official codes do.
+    """
+    height, width = images.shape[-2:]
+    ratio = Fraction(stride)
+    size = [side * ratio.numerator // ratio.denominator for side in logits.shape[-2:]]
+    logits = F.interpolate(logits, size, mode="bilinear", align_corners=False)
+    return logits[..., :height, :width]
+
+
+def check_classes(num_classes: int) -> None:
+    """Raise InputError unless as many classes fit into an 8-bit mask beside IGNORE."""
+    if not 1 <= num_classes <= IGNORE:
+        raise InputError(
+            f"a segmenter has 1 to {IGNORE} classes ({IGNORE} marks pixels without one), but got "
+            f"{num_classes}"
+        )
