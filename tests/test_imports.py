@@ -15,7 +15,17 @@ RUNTIME = Path(vitrail_runtime.__file__).parent
 
 # Rooms of one level do not know each other, except those in the same inner tuple.
 LEVELS: list[set[str]] = [
-    {"features", "registry", "configuration", "memory", "packing", "boxes", "ops", "weights"},
+    {
+        "features",
+        "registry",
+        "configuration",
+        "device",
+        "memory",
+        "packing",
+        "boxes",
+        "ops",
+        "weights",
+    },
     {"layers"},
     {"backbones"},
     {"necks"},

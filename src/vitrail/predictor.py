@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from vitrail.device import choose_device
 from vitrail.memory import enough_memory
 from vitrail_runtime.errors import InputError
 from vitrail_runtime.finish import finish_classification
@@ -35,7 +36,8 @@ class Predictor:
     """Calls a model on pictures: `for p in Predictor(model)(["a.jpg", "folder", "*.png"]): ...`
 
     model: from `create_model` or `load`: it knows its classes and its preprocessing. It is moved to
-        `device` (None leaves it where it is), run in eval and inference mode, and left as it was.
+        `device` ("auto": a GPU where there is one; None leaves it where it is), run in eval and
+        inference mode, and left as it was.
     batch_size: pictures per forward. Only pictures of equal preprocessed size share one, so that each
         result is that of the picture alone.
     top_k: how many classes a Prediction holds, the best first.
@@ -62,7 +64,7 @@ class Predictor:
             raise InputError(f"top_k must be at least 1, but is {top_k}")
         if device is not None:
             with enough_memory(f"the model on {device}", "take another device (--device)"):
-                model = model.to(check_device(device))
+                model = model.to(choose_device(device))
         self.model: Any = model
         self.classes: tuple[str, ...] = self.model.classes
         self.preprocessing: Preprocessing = self.model.preprocessing
@@ -156,20 +158,6 @@ class _Prepared:
     pixels: np.ndarray
     geometry: Geometry
     source: str | None
-
-
-def check_device(device: str | torch.device) -> torch.device:
-    """The device of that name. Raises InputError where there is no such device here."""
-    try:
-        found = torch.device(device)
-        torch.empty(1, device=found)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        have = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-        reason = str(error).splitlines()[0]
-        raise InputError(
-            f"cannot use device {str(device)!r} ({reason}); here are: {', '.join(have)}"
-        ) from None
-    return found
 
 
 def broken_pictures(broken: list[tuple[str, str]], readable: int) -> InputError:

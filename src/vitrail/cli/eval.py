@@ -43,7 +43,8 @@ class EvalFlags:
     """Pictures at a time."""
     workers: int = 0
     """Processes that read pictures."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: str = "auto"
+    """Where the model runs, such as cpu or cuda; auto: a GPU where there is one."""
     skip_broken: bool = False
     """Measure without the pictures that cannot be read, instead of stopping."""
     json: bool = False
@@ -88,6 +89,7 @@ def run(argv: list[str]) -> None:
 def measure(flags: EvalFlags, folder: Path) -> dict[str, Any]:
     """Scores of a trained model."""
     from vitrail.data.images import open_source
+    from vitrail.device import choose_device
     from vitrail.models import load
     from vitrail.train.evaluate import evaluate, label_map
 
@@ -112,6 +114,7 @@ def probe(flags: EvalFlags, folder: Path) -> dict[str, Any]:
     """Scores of a frozen backbone's features."""
     from dataclasses import replace
 
+    from vitrail.device import choose_device
     from vitrail.models import create_model, load
     from vitrail.train.probe import extract_features, probe_scores
 
@@ -192,12 +195,3 @@ def show(scores: dict[str, Any]) -> None:
         f"top-1 {scores['top1']:.4f}  top-5 {scores['top5']:.4f}  loss {scores['loss']:.4f}  "
         f"{scores['num_images']} pictures"
     )
-
-
-def choose_device(name: str) -> str:
-    """ "auto" is a GPU where torch sees one."""
-    import torch
-
-    if name == "cuda" and not torch.cuda.is_available():
-        raise InputError("device is 'cuda', but torch sees no GPU here; use --device cpu, or auto")
-    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name

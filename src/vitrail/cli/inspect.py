@@ -58,8 +58,8 @@ def collapse(argv: list[str]) -> None:
         """How many pictures are taken, evenly from all."""
         weights: str | None = None
         """Weights for a model given by name: a file, a folder or hf:owner/name@revision."""
-        device: str = "cpu"
-        """Where the model runs, such as cuda."""
+        device: str = "auto"
+        """Where the model runs, such as cpu or cuda; auto: a GPU where there is one."""
         json: bool = False
         """The numbers as JSON on stdout."""
 
@@ -96,8 +96,8 @@ def heads(argv: list[str]) -> None:
         """How many pictures are taken, evenly from all."""
         weights: str | None = None
         """Weights for a model given by name: a file, a folder or hf:owner/name@revision."""
-        device: str = "cpu"
-        """Where the model runs, such as cuda."""
+        device: str = "auto"
+        """Where the model runs, such as cpu or cuda; auto: a GPU where there is one."""
         json: bool = False
         """The numbers as JSON on stdout."""
 
@@ -134,8 +134,8 @@ def importance(argv: list[str]) -> None:
         """Share of the query, key and FFN channels that the slimmer model keeps, such as 0.5."""
         out: Path = Path("importance")
         """The folder for importance.html and, with --slim, the slimmer model."""
-        device: str = "cpu"
-        """Where the model runs, such as cuda."""
+        device: str = "auto"
+        """Where the model runs, such as cpu or cuda; auto: a GPU where there is one."""
         skip_broken: bool = False
         """Leave out pictures that cannot be read, instead of stopping."""
 
@@ -153,10 +153,10 @@ def importance(argv: list[str]) -> None:
     from vitrail.analysis.prune import propose, prune
     from vitrail.data import open_data
     from vitrail.data.loader import eval_batches
+    from vitrail.device import choose_device
     from vitrail.models import load, model_folder, save
-    from vitrail.predictor import check_device
 
-    device = check_device(flags.device)
+    device = choose_device(flags.device)
     model = load(model_folder(flags.model)).to(device)
     if flags.slim is not None and flags.out.resolve() in (
         flags.model.resolve(),
@@ -226,9 +226,9 @@ def _study(flags: Any) -> tuple[list[Any], dict[str, str], list[str]]:
 
     from vitrail.analysis.attention import study_attention
     from vitrail.analysis.attention_page import attention_pictures
-    from vitrail.predictor import check_device
+    from vitrail.device import choose_device
 
-    device = check_device(flags.device)
+    device = choose_device(flags.device)
     studies, shown, fresh = [], {}, []
     for given in flags.models:
         name, model, random = open_model(given, flags.weights)

@@ -39,8 +39,8 @@ def run(argv: list[str]) -> int:
         """How many classes to tell per picture."""
         skip_broken: bool = False
         """Leave out pictures that cannot be read, instead of ending with an error that lists them."""
-        device: str = "cpu"
-        """Where the model runs, such as cuda."""
+        device: str = "auto"
+        """Where the model runs, such as cpu or cuda; auto: a GPU where there is one."""
         batch_size: int = 16
         """Pictures per forward."""
 

@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from vitrail.data.plan import BatchPlan
+from vitrail.device import choose_device
 from vitrail.train.agreement import told_once
 from vitrail.train.config import TrainConfig
 from vitrail.train.optim import is_block
@@ -36,10 +37,7 @@ atexit.register(_left_groups.clear)
 @contextmanager
 def processes(config: TrainConfig) -> Iterator[Accelerator]:
     """Join the other processes, where a launcher started some, settle device and threads; part at the end."""
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("device is 'cuda', but torch sees no GPU here; use --device cpu, or auto")
-    on_cpu = config.device == "cpu" or not torch.cuda.is_available()
-    accelerator = Accelerator(cpu=on_cpu)
+    accelerator = Accelerator(cpu=choose_device(config.device).type == "cpu")
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     elif "OMP_NUM_THREADS" not in os.environ:
