@@ -59,7 +59,7 @@ class Drawn:
     """Everything that is random about one training image."""
 
     crop: Box  # of the original: what is taken
-    cut: tuple[float, float]  # of "simple": shares of the room above and to the left
+    cut: tuple[float, float]  # of "simple": where it cuts, shares of the places there are
     flip: bool
     three: tuple[str, float] | None  # which of three-augment's changes, and the blur's sigma
     randaugment: tuple[tuple[str, Strength], ...]  # in their order
@@ -256,14 +256,14 @@ def _simple_crop(
     # An image of 1 x 5000 must not grow to its full length: only what can be cut is resized.
     if resized[0] * resized[1] > 8 * size[0] * size[1]:
         keep_h, keep_w = math.ceil(size[0] / scale), math.ceil(size[1] / scale)
-        top, left = round(u_top * (height - keep_h)), round(u_left * (width - keep_w))
+        top, left = int(u_top * (height - keep_h + 1)), int(u_left * (width - keep_w + 1))
         return _resize(pixels[:, top : top + keep_h, left : left + keep_w], size, augmentation)
     pixels = _resize(pixels, resized, augmentation)
     pad = min(augmentation.padding, min(resized) - 1)  # reflection needs more pixels than it adds
     if pad > 0:
         pixels = F.pad(pixels[None], (pad, pad, pad, pad), mode="reflect")[0]
-    top = round(u_top * (pixels.shape[1] - size[0]))
-    left = round(u_left * (pixels.shape[2] - size[1]))
+    top = int(u_top * (pixels.shape[1] - size[0] + 1))
+    left = int(u_left * (pixels.shape[2] - size[1] + 1))
     return pixels[:, top : top + size[0], left : left + size[1]]
 
 
@@ -362,8 +362,8 @@ def _solarize_add(image: Image.Image, add: int) -> Image.Image:
 
 
 # All operations grow with the level, as "increasing" in the DeiT recipe: in the paper's own space solarise
-# and posterise weaken. They are Pillow's, as behind torchvision's transforms of Pillow images. Unlike timm's,
-# posterise keeps a bit at the full level, where none would leave a black image.
+# and posterise weaken. They are Pillow's, as behind torchvision's transforms of Pillow images. At the full
+# level posterise keeps one bit, where timm's asks for none, which Pillow refuses.
 RANDAUGMENT: dict[str, Callable[[Image.Image, Strength], Image.Image]] = {
     "autocontrast": lambda image, s: ImageOps.autocontrast(image),
     "equalize": lambda image, s: ImageOps.equalize(image),
