@@ -31,7 +31,7 @@ __all__ = [
 Key = tuple[int, int, int]  # (seed, epoch, position); for `mix`, (seed, epoch, step)
 Box = tuple[int, int, int, int]  # (top, left, height, width) in pixels
 _SAMPLE, _MIX = 0, 1  # streams of random numbers
-CROP_TRIES = 10
+TRIES = 10  # for a part or a rectangle that fits
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ def crop_box(
         return 0, 0, height, width
     low, high = augmentation.scale
     log_low, log_high = (math.log(r) for r in augmentation.ratio)
-    draws = rng.random((CROP_TRIES, 4)).tolist()
+    draws = rng.random((TRIES, 4)).tolist()
     for u_area, u_ratio, u_top, u_left in draws:
         area = (low + u_area * (high - low)) * height * width
         ratio = math.exp(log_low + u_ratio * (log_high - log_low))
@@ -267,15 +267,20 @@ def _simple_crop(
     return pixels[:, top : top + size[0], left : left + size[1]]
 
 
-def _draw_erasing(height: int, width: int, rng: np.random.Generator) -> Erasing:
-    # A rectangle of 2 to 33 % of the area.
-    area = height * width * rng.uniform(0.02, 1 / 3)
-    ratio = math.exp(rng.uniform(math.log(0.3), math.log(1 / 0.3)))
-    box_h = min(height, max(1, round(math.sqrt(area / ratio))))
-    box_w = min(width, max(1, round(math.sqrt(area * ratio))))
-    top, left = rng.integers(0, height - box_h + 1), rng.integers(0, width - box_w + 1)
-    noise = rng.standard_normal((3, box_h, box_w), dtype=np.float32)
-    return Erasing((int(top), int(left), box_h, box_w), noise)
+def _draw_erasing(height: int, width: int, rng: np.random.Generator) -> Erasing | None:
+    # A rectangle of 2 to 33 % of the area, drawn again where it does not fit: clipped, it would be a band.
+    for _ in range(TRIES):
+        area = height * width * rng.uniform(0.02, 1 / 3)
+        ratio = math.exp(rng.uniform(math.log(0.3), math.log(1 / 0.3)))
+        box_h, box_w = (
+            max(1, round(math.sqrt(area / ratio))),
+            max(1, round(math.sqrt(area * ratio))),
+        )
+        if box_h < height and box_w < width:
+            top, left = rng.integers(0, height - box_h + 1), rng.integers(0, width - box_w + 1)
+            noise = rng.standard_normal((3, box_h, box_w), dtype=np.float32)
+            return Erasing((int(top), int(left), box_h, box_w), noise)
+    return None
 
 
 def _erase(pixels: Tensor, erasing: Erasing, augmentation: Augmentation) -> Tensor:
