@@ -139,7 +139,7 @@ def probe(flags: EvalFlags, folder: Path) -> dict[str, Any]:
     how: dict[str, Any] = {"batch_size": flags.batch_size, "workers": flags.workers}
     features = [extract_features(backbone, data, preprocessing, **how) for data in (train, test)]
     assert flags.probe is not None
-    return probe_scores(flags.probe, features[0], features[1], train.classes)
+    return probe_scores(flags.probe, features[0], features[1], train.classes, train.digests)
 
 
 def open_pictures(flags: EvalFlags, split: str, classes: Any) -> Any:

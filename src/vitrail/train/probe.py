@@ -2,6 +2,7 @@
 probe.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitrail.data import ImageData
+from vitrail.data.images import hold_out
 from vitrail.data.loader import eval_batches
 from vitrail.features import Features
 from vitrail.train.evaluate import eval_mode
@@ -19,16 +21,22 @@ DECAYS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)  # of the linear probe, tried on h
 
 
 def probe_scores(
-    kind: str, train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], classes: tuple[str, ...]
+    kind: str,
+    train: tuple[Tensor, Tensor],
+    test: tuple[Tensor, Tensor],
+    classes: tuple[str, ...],
+    digests: Sequence[str],
 ) -> dict[str, Any]:
-    """Scores as of `evaluate`, from (features (N, D), labels (N,)) of training and test pictures.
+    """Scores as of `evaluate`, from (features (N, D), labels (N,)) of training and test images.
 
-    kind: "knn" or "linear".
+    kind: "knn" or "linear". digests: of the training images' content (`ImageData.digests`).
     """
     from vitrail.metrics import ClassificationMetrics  # torchmetrics takes seconds to import
 
-    predict = {"knn": knn_logits, "linear": linear_logits}[kind]
-    logits = predict(*train, test[0], len(classes))
+    if kind == "knn":
+        logits = knn_logits(*train, test[0], len(classes))
+    else:
+        logits = linear_logits(*train, test[0], len(classes), digests)
     metrics = ClassificationMetrics(len(classes), logits.device)
     metrics.update(logits, test[1])
     scores = metrics.compute()
@@ -95,29 +103,50 @@ def knn_logits(
     return (share / share.sum(1, keepdim=True) + 1e-6).log()
 
 
-def linear_logits(features: Tensor, labels: Tensor, queries: Tensor, num_classes: int) -> Tensor:
+def linear_logits(
+    features: Tensor, labels: Tensor, queries: Tensor, num_classes: int, digests: Sequence[str]
+) -> Tensor:
     """Logits (Q, K) of a logistic regression on standardised features, to its optimum.
 
-    The strength of its weight decay is the best of `DECAYS` on every fifth training picture, held out; the
-    regression is then fitted to all of them.
+    digests: of the images' content. They, and not the order of the images, say which are held out to choose
+    the weight decay.
     """
+    # In an order of its own: the order of a sum decides its last bits.
+    order = sorted(range(len(labels)), key=lambda i: (digests[i], labels[i].item()))
+    features, labels = features[order], labels[order]
     mean, std = features.mean(0), features.std(0).clamp_min(1e-6)
     features, queries = (features - mean) / std, (queries - mean) / std
-    held = torch.arange(len(features), device=features.device) % 5 == 0
-    if held.sum() == 0 or held.all():
-        raise InputError(f"a linear probe needs at least two pictures, but got {len(features)}")
-
-    def loss(decay: float) -> float:
-        weight, bias = _regression(features[~held], labels[~held], num_classes, decay)
-        return F.cross_entropy(features[held] @ weight.T + bias, labels[held]).item()
-
-    weight, bias = _regression(features, labels, num_classes, min(DECAYS, key=loss))
+    decay = choose_decay(features, labels, num_classes, [digests[i] for i in order])
+    weight, bias = regression(features, labels, num_classes, decay)
     return queries @ weight.T + bias
 
 
-def _regression(
+def choose_decay(
+    features: Tensor, labels: Tensor, num_classes: int, digests: Sequence[str]
+) -> float:
+    """The one of `DECAYS` with the lowest loss on a fifth of each class, held out by content.
+
+    Raises: InputError when no class has two images.
+    """
+    held = torch.from_numpy(hold_out(labels.cpu().numpy(), digests, 0.2, seed=0))
+    held = held.to(features.device)
+    if not held.any():
+        raise InputError(
+            "a linear probe holds out some images to choose its weight decay, but no class of the "
+            f"{len(held)} images has two; add images, or take --probe knn"
+        )
+
+    def loss(decay: float) -> float:
+        weight, bias = regression(features[~held], labels[~held], num_classes, decay)
+        return F.cross_entropy(features[held] @ weight.T + bias, labels[held]).item()
+
+    return min(DECAYS, key=loss)
+
+
+def regression(
     features: Tensor, labels: Tensor, num_classes: int, decay: float
 ) -> tuple[Tensor, Tensor]:
+    """Weight (K, D) and bias (K,) of least mean cross-entropy + decay * the weight's squared norm."""
     weight = torch.zeros(num_classes, features.shape[1], device=features.device)
     bias = torch.zeros(num_classes, device=features.device)
     parameters = [weight.requires_grad_(), bias.requires_grad_()]
