@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 from vitrail.data.plan import (
     PIXEL_TOLERANCE,
@@ -170,19 +171,112 @@ def test_repeated_augmentation_keeps_the_length_and_copies_near_but_not_side_by_
         assert all(a != b for a, b in itertools.pairwise(order))
 
 
+@pytest.mark.parametrize("drop_last", [True, False])
+@pytest.mark.parametrize("batch_size", [1, 7, 10, 30, 31])
+def test_an_epoch_has_as_many_steps_as_batches_fit(batch_size, drop_last):
+    if drop_last and batch_size == 31:
+        return  # refused, see below
+    plan = BatchPlan(length=30, batch_size=batch_size, size=(8, 6), drop_last=drop_last)
+    full, rest = divmod(30, batch_size)
+    sizes = [batch_size] * full + ([rest] if rest and not drop_last else [])
+    assert [len(b.indices) for b in plan.batches(3)] == sizes
+    assert {b.size for b in plan.batches(3)} == {(8, 6)}
+    assert plan.steps(3) == len(sizes)
+    assert plan.left_out(3) == (rest if drop_last else 0)
+    assert plan.batch_sizes() == {(8, 6): batch_size}
+
+
+def test_multi_scale_batches_have_the_samples_of_the_paper():
+    """MobileViT, section 3.3: batch * pixels / pixels(drawn); here in eights."""
+    plan = BatchPlan(length=4000, batch_size=64, size=(256, 256), scales=SCALES)
+    exact = {s: 64 * 256**2 / s**2 for s in (160, 192, 224, 256, 288, 320)}
+    assert plan.batch_sizes() == {(s, s): 8 * round(n / 8) for s, n in exact.items()}
+    batches = [b for e in range(40) for b in plan.batches(e)]
+    assert all(len(b.indices) == plan.batch_sizes()[b.size] for b in batches)
+    drawn = [sum(b.size == size for b in batches) for size in SCALES]
+    assert stats.chisquare(drawn).pvalue > 1e-3
+    first = [next(plan.batches(e)).size for e in range(30)]
+    assert len(set(first)) > 3
+    # Of a small batch eights are too coarse.
+    few = BatchPlan(length=400, batch_size=6, size=(32, 32), scales=((16, 16), (32, 32), (32, 64)))
+    assert few.batch_sizes() == {(16, 16): 24, (32, 32): 6, (32, 64): 3}
+    assert square_scales(16, 31, 5) == ((16, 16), (21, 21), (26, 26), (31, 31))
+
+
+def test_every_sample_is_as_likely_at_every_place():
+    plan = BatchPlan(length=6, batch_size=2, size=(8, 8))
+    orders = np.array([plan.order(epoch) for epoch in range(1200)])
+    counts = np.array([np.bincount(column, minlength=6) for column in orders.T])
+    assert stats.chisquare(counts.ravel(), ddof=10).pvalue > 1e-3
+    follows = np.zeros((6, 6))
+    np.add.at(follows, (orders[:, 0], orders[:, 1]), 1)
+    assert stats.chisquare(follows[~np.eye(6, dtype=bool)]).pvalue > 1e-3
+
+
+def test_over_many_epochs_every_sample_comes_as_often_as_its_weight_says():
+    weights = np.array([0.1, 1.0, 2.3, 0.0, 0.7, 3.1, 0.2])
+    expected = 7 * weights / weights.sum()
+    for strata in (None, [0, 1, 0, 1, 2, 2, 0]):
+        plan = BatchPlan(length=7, batch_size=1, size=(8, 8), weights=weights, strata=strata)
+        times = np.mean([np.bincount(plan.order(e), minlength=7) for e in range(800)], 0)
+        np.testing.assert_allclose(times, expected, atol=0.06)
+        first = np.bincount([plan.order(e)[0] for e in range(800)], minlength=7)
+        assert stats.chisquare(first[weights > 0], expected[weights > 0] * 800 / 7).pvalue > 1e-3
+
+
+def test_balanced_weights_are_one_over_the_class_and_absent_classes_do_not_matter():
+    np.testing.assert_allclose(
+        balanced_weights(np.array([0, 3, 3, 0, 3, 5])), [1 / 2, 1 / 3, 1 / 3, 1 / 2, 1 / 3, 1]
+    )
+
+
+def test_without_shuffling_the_order_is_that_of_the_data():
+    plan = {"length": 10, "batch_size": 4, "size": (8, 8), "shuffle": False}
+    assert BatchPlan(**plan).order(3).tolist() == list(range(10))
+    weighted = BatchPlan(**plan, weights=[1.0] * 5 + [3.0] * 5).order(0)
+    assert (np.diff(weighted) >= 0).all()
+    assert np.bincount(weighted, minlength=10)[5:].sum() in (7, 8)
+    doubled = BatchPlan(**{**plan, "length": 20}, repeats=2).order(0).tolist()
+    assert doubled == [*range(8), *range(8), 8, 9, 8, 9]
+    uneven = BatchPlan(**{**plan, "length": 7}, repeats=3).order(0).tolist()
+    assert uneven == [0, 1, 2, 0, 1, 2, 0]
+
+
 def test_the_order_of_a_seed_is_fixed_for_ever():
     # A resumed run, and a result in a table, rely on this across versions of numpy.
     plan = BatchPlan(length=10, batch_size=4, size=(8, 8), seed=1)
     assert plan.order(0).tolist() == ORDER_OF_SEED_1
+    labels = np.array([0, 1, 0, 0, 2, 0, 0, 1, 0, 0])
+    balanced = BatchPlan(
+        length=10,
+        batch_size=4,
+        size=(8, 8),
+        seed=1,
+        weights=balanced_weights(labels),
+        strata=labels,
+    )
+    assert balanced.order(3).tolist() == BALANCED_ORDER_OF_SEED_1
+    scales = BatchPlan(
+        length=99, batch_size=8, size=(8, 8), seed=1, scales=((8, 8), (8, 16), (16, 16))
+    )
+    assert [b.size[0] * b.size[1] // 64 for b in scales.batches(2)] == SCALES_OF_SEED_1
 
 
 ORDER_OF_SEED_1 = [2, 0, 1, 4, 5, 6, 7, 8, 3, 9]
+BALANCED_ORDER_OF_SEED_1 = [1, 4, 7, 9, 4, 4, 6, 8, 7, 4]
+SCALES_OF_SEED_1 = [1, 1, 1, 4, 2, 4, 1, 4, 4, 2, 4, 1, 1, 1, 2, 1, 1, 2]
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
         ({"batch_size": 0}, "at least 1"),
+        ({"length": 0}, "at least 1"),
+        ({"repeats": 0}, "at least 1"),
+        ({"size": (8, 0)}, "at least 1 x 1"),
+        ({"scales": ((8, 0),)}, "at least 1 x 1"),
+        ({"weights": [1.0] * 9 + [-1.0]}, "not negative"),
+        ({"weights": [1.0] * 10, "strata": [0] * 9}, "strata need"),
         ({"seed": -1}, "seed must not be negative"),
         ({"batch_size": 11}, "batch of 11 is larger than the data set of 10.* at most 10"),
         ({"size": (0, 8)}, "at least 1 x 1"),
@@ -202,3 +296,18 @@ def test_starting_behind_the_end_is_refused():
     plan = BatchPlan(length=10, batch_size=5, size=(8, 8))
     with pytest.raises(InputError, match="has 2 steps, so it cannot start at 3"):
         list(plan.batches(0, 3))
+    with pytest.raises(InputError, match="cannot start at -1"):
+        list(plan.batches(0, -1))
+    assert list(plan.batches(0, 2)) == []
+
+
+@pytest.mark.parametrize("given", [(0, 8, 2), (9, 8, 2), (4, 8, 0)])
+def test_scales_that_cannot_be_are_refused(given):
+    with pytest.raises(InputError, match="scales need 0 < low <= high and step >= 1, but got"):
+        square_scales(*given)
+
+
+def test_a_batch_of_all_the_data_is_the_largest():
+    assert BatchPlan(length=10, batch_size=10, size=(8, 8)).steps(0) == 1
+    with pytest.raises(InputError, match=r"a batch of 44 is larger than .* 40 .* at most 10 "):
+        BatchPlan(length=40, batch_size=11, size=(8, 8), scales=((4, 4), (8, 8)))
