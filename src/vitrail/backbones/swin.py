@@ -19,6 +19,8 @@ Where papers and codes differ:
 - The official code merges patches at the end of a stage; here, as in timm, a stage begins with it, and the
   four maps are what leaves the blocks. The final norm stands in this paper's classifier tail.
 - Index tables and masks are not in the state dict; they are functions of the size.
+- The official detection and segmentation code puts a LayerNorm on each of the four maps (`norm_maps`); it
+  gathers the patches to be merged channel by channel, and its weights are permuted when they are read.
 - `attn_every` is not in the paper. The study behind EfficientViT (Liu et al., CVPR 2023,
   https://arxiv.org/abs/2305.07027, section 2.1) asks how much attention such a network needs: with
   attn_every=n only every n-th block attends (a share of 1/n), the others keep their MLP alone.
@@ -55,6 +57,7 @@ class SwinConfig:
     qkv_bias: bool = True
     attn_every: int = 1  # blocks 0, n, 2n, ... of the network attend, the others keep their MLP
     drop_path_rate: float = 0.0  # rate of the last block; earlier blocks grow linearly from zero
+    norm_maps: bool = False  # a LayerNorm on every map, for dense heads
 
     def __post_init__(self) -> None:
         if len(self.depths) != len(self.num_heads):
@@ -302,7 +305,8 @@ class SwinStage(nn.Module):
 
 
 class Swin(nn.Module):
-    """images (B, 3, H, W) -> maps "c2".."c5", which are not normed: the classifier tail does that."""
+    """images (B, 3, H, W) -> maps "c2".."c5", normed only where the config says `norm_maps`: the classifier
+    tail has a norm of its own."""
 
     def __init__(self, config: SwinConfig) -> None:
         super().__init__()
@@ -330,6 +334,9 @@ class Swin(nn.Module):
             merging = PatchMerging(dims[stage - 1]) if stage else None
             stages.append(SwinStage(merging, blocks))
         self.layers = nn.ModuleList(stages)
+        self.norms = nn.ModuleDict()
+        if config.norm_maps:
+            self.norms.update({k: nn.LayerNorm(s.channels) for k, s in self.feature_specs.items()})
         self.apply(_init)
 
     def forward(self, images: Tensor, record: dict[str, Tensor] | None = None) -> Features:
@@ -346,7 +353,8 @@ class Swin(nn.Module):
                     x = checkpointed(block, x, height, width)
                 else:
                     x = block(x, height, width, record, f"layers.{stage}.blocks.{i}")
-            maps[level] = tokens_to_map(x, height, width)
+            seen = self.norms[level](x) if level in self.norms else x
+            maps[level] = tokens_to_map(seen, height, width)
         return Features(maps)
 
 
@@ -447,6 +455,35 @@ def from_hugging_face(state: Tensors, config: SwinConfig) -> Tensors:
     ]
     out = join_rows(rename_keys(state, rules), "attn.qkv", ("attn.q", "attn.k", "attn.v"))
     return from_timm(out, config)
+
+
+def maps_from_hugging_face(state: Tensors, config: SwinConfig) -> Tensors:
+    """SwinBackbone, as it stands in transformers' dense models, "embeddings.*" as released and "swin.*" as of
+    5.x; a norm for each map. Its last norm is the classifier's, and of no use here."""
+    rules = [(r"^(?:swin\.)?", "swin.")]
+    rules += [(r"^swin\.hidden_states_norms\.stage(\d+)\.", lambda m: f"norms.c{int(m[1]) + 1}.")]
+    return from_hugging_face(rename_keys(state, rules), config)
+
+
+def maps_from_mmsegmentation(state: Tensors, config: SwinConfig) -> Tensors:
+    """The backbone of mmsegmentation's and mmdetection's files: "stages.*", or "layers.*" as in the official
+    dense code, which both read; a norm for each map."""
+    rules = [
+        (r"^norm(\d)\.", lambda m: f"norms.c{int(m[1]) + 2}."),
+        (r"^patch_embed\.projection\.", "patch_embed.proj."),
+        (r"^stages\.", "layers."),
+        (r"\.attn\.w_msa\.", ".attn."),
+        (r"\.ffn\.layers\.0\.0\.", ".mlp.fc1."),
+        (r"\.ffn\.layers\.1\.", ".mlp.fc2."),
+    ]
+    gathered = any(key.startswith("stages.") for key in state)
+    out = {}
+    for key, value in rename_keys(state, rules).items():
+        if gathered and ".downsample." in key:
+            # (channel, column, row) -> (row within column, channel), as the official merging has it.
+            value = value.unflatten(-1, (-1, 2, 2)).movedim(-3, -1).transpose(-3, -2).flatten(-3)
+        out[key] = value
+    return from_official(out, config)
 
 
 _INDEX = tuple(f"*.{name}" for name in _COMPUTED)
