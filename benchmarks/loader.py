@@ -6,7 +6,8 @@ Peer: torchvision's ImageFolder, Pillow and its default training transforms (Ran
 ToTensor, Normalize) in a DataLoader, with the same number of workers, bilinear resizing, batch size and
 pictures. Ours delivers 8-bit batches, as training takes them; the rows "normalised" add the conversion that
 the peer does in its workers to our side, in the consuming process. Rounds of both sides alternate; figures
-are medians, the spread is half the distance between the quartiles. One thread per process.
+are medians, the spread is half the distance between the quartiles. One thread per process. Where a crop needs
+no more, ours decodes a JPEG at a half, a quarter or an eighth of its size; the peer decodes it whole.
 """
 
 import argparse
