@@ -11,7 +11,7 @@ from PIL import Image
 from tests.data.conftest import picture
 from vitrail.data import open_data
 from vitrail.data.checkup import check
-from vitrail.data.images import hold_out
+from vitrail.data.images import hold_out, open_source
 from vitrail.models import create_model
 from vitrail.predictor import Predictor
 from vitrail_runtime.errors import InputError
@@ -208,6 +208,24 @@ def test_a_link_to_nothing_is_a_broken_picture(class_folders):
     (root / "train" / "cat" / "gone.jpg").symlink_to(root / "nowhere.jpg")
     with pytest.raises(InputError, match=r"gone\.jpg: No such file"):
         open_data(root, "train")
+
+
+def test_an_opened_source_gives_the_same_splits_and_lists_its_files_once(
+    class_folders, monkeypatch
+):
+    root = class_folders({"": {"cat": 8, "dog": 6}})
+    (root / "cat" / "deep" / "er").mkdir(parents=True)
+    picture(77, (20, 30)).save(root / "cat" / "deep" / "er" / "x.jpg")
+    alone = [open_data(root, split) for split in ("train", "val")]
+    assert sorted(k for data in alone for k in data.keys) == sorted(
+        str(p.relative_to(root)) for p in root.rglob("*.jpg")
+    )
+    opened = open_source(root)
+    train = open_data(opened, "train")
+    monkeypatch.setattr(os, "scandir", None)  # any further look would fail
+    shared = [train, open_data(opened, "val", classes=train.classes)]
+    assert [d.content_hash for d in shared] == [d.content_hash for d in alone]
+    assert [d.notes for d in shared] == [d.notes for d in alone]
 
 
 def test_training_checking_and_predicting_agree_on_links_that_lead_nowhere(class_folders):

@@ -85,7 +85,7 @@ class ImageData:
 
 
 def open_data(
-    source: str | Path,
+    source: str | Path | Source,
     split: str,
     *,
     classes: Sequence[str] | None = None,
@@ -98,7 +98,8 @@ def open_data(
     Args:
         source: class folders (ROOT/train/CLASS/*.jpg with val and test beside train, or ROOT/CLASS/*.jpg);
             a folder of tar shards (train-*.tar, train-*.tar.gz, ...); a .csv or .tsv of file and label; or
-            a data set of the hub, hf:owner/name@revision.
+            a data set of the hub, hf:owner/name@revision; or what `open_source` gave for one of these, whose
+            files are then listed once for all splits.
         split: "train", "val", "test", or "all" for every picture of every split. Where the source has no val,
             `val_fraction` of each class of its training pictures is held out: drawn by `seed` from the
             pictures' content, so that exact duplicates stay on one side (in train, where their labels
@@ -115,7 +116,8 @@ def open_data(
         raise InputError(f"split must be one of {', '.join(SPLITS)}, but is {split!r}")
     if not 0 < val_fraction < 1:
         raise InputError(f"val_fraction must lie between 0 and 1, but is {val_fraction}")
-    opened = open_source(source)
+    opened = open_source(source) if isinstance(source, (str, Path)) else source
+    source = opened.name
     have = opened.splits()
     parts, cut = _parts(opened, split)
     names = tuple(classes) if classes is not None else opened.classes()

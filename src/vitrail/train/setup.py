@@ -13,7 +13,7 @@ from torch import nn
 
 from vitrail import models
 from vitrail.configuration import from_dict, to_dict
-from vitrail.data.images import ImageData, open_data
+from vitrail.data.images import ImageData, open_data, open_source
 from vitrail.data.loader import TrainBatch, TrainLoader
 from vitrail.data.plan import BatchPlan, balanced_weights
 from vitrail.memory import enough_memory
@@ -244,8 +244,9 @@ def open_splits(config: TrainConfig, world: int) -> tuple[ImageData, ImageData]:
     if config.tensorboard:
         check_tensorboard()
     how: dict[str, Any] = {"skip_broken": config.skip_broken, "val_fraction": config.val_fraction}
-    train_data = open_data(config.data, "train", **how)
-    return train_data, open_data(config.data, "val", classes=train_data.classes, **how)
+    source = open_source(config.data)
+    train_data = open_data(source, "train", **how)
+    return train_data, open_data(source, "val", classes=train_data.classes, **how)
 
 
 def build(config: TrainConfig, data: ImageData, world: int) -> tuple[Any, BatchPlan]:
