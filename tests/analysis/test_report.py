@@ -8,17 +8,25 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import confusion_matrix
+from PIL import Image
+from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
+from torchmetrics.functional.classification import multiclass_calibration_error
 
+import vitrail
 from tests.train.conftest import CLASSES, VIT, make_pictures, tiny_config
 from vitrail.analysis import page
 from vitrail.analysis.report import (
     Scored,
     advice,
     calibration_bins,
+    class_table,
+    confusion_section,
+    confusions,
     curves,
     expected_calibration_error,
     interval,
+    looks,
+    worst_mistakes,
 )
 from vitrail.analysis.saliency import attention_rollout, smooth_gradient
 from vitrail.cli import main
@@ -76,6 +84,251 @@ def test_the_advice_names_the_confusion_and_what_was_not_measured():
     assert "'left' taken for 'right', 5 of 10" in said
     assert "no picture of 'right', 'top'" in said
     assert "over 90 % confidence" in said
+
+
+@pytest.mark.parametrize("case", ["random", "edges", "half precision"])
+def test_calibration_error_is_torchmetrics(case):
+    rng = np.random.default_rng(1)
+    if case == "edges":  # exactly between two bins, and the last bin's end
+        first = np.array([0.5, 0.5, 0.75, 1.0, 1.0, 0.625, 0.4375])
+        probabilities = np.stack([first, (1 - first) * 0.75, (1 - first) * 0.25], 1)
+        labels = np.array([0, 1, 0, 2, 0, 0, 1])
+    else:
+        probabilities, labels = rng.dirichlet((0.4, 0.4, 0.9), 300), rng.choice([0, 2], 300)
+    if case == "half precision":
+        probabilities = probabilities.astype(np.float16).astype(np.float64)
+    ours = expected_calibration_error(answers(probabilities, labels))
+    theirs = multiclass_calibration_error(
+        torch.tensor(probabilities), torch.tensor(labels), 3, n_bins=10, norm="l1"
+    )
+    assert ours == pytest.approx(float(theirs), abs=1e-6)
+
+
+def test_a_bin_tells_its_mean_confidence_its_accuracy_and_how_many_it_holds():
+    first = np.array([0.5, 0.59, 0.6, 0.95, 1.0])
+    rest = 1 - first
+    probabilities = np.stack([first, rest, np.zeros(5)], 1)
+    bins = calibration_bins(answers(probabilities, np.array([0, 1, 0, 0, 2])))
+    expected = [(0.545, 0.5, 2), (0.6, 1.0, 1), (0.975, 0.5, 2)]
+    assert bins == [pytest.approx(row) for row in expected]
+
+
+def test_the_most_frequent_confusions_come_first_and_equal_ones_in_the_matrixs_order():
+    confusion = np.array([[9, 1, 3, 0], [1, 50, 0, 3], [0, 0, 0, 0], [4, 0, 1, 2]])
+    assert confusions(confusion, 4) == [(3, 0, 4), (0, 2, 3), (1, 3, 3), (0, 1, 1)]
+    assert len(confusions(confusion, 99)) == 6, "what never happened is no confusion"
+    assert confusion[1, 1] == 50
+
+
+def many(count: int) -> Scored:
+    """Class i is taken for the next i - 27 times, for i of 28 and more; class 1 has no images."""
+    rows = [(i, i) for i in range(count) if i != 1]
+    rows += [(i, (i + 1) % count) for i in range(28, count) for _ in range(i - 27)]
+    labels, predicted = np.array(rows).T
+    names = tuple(f"class {i}" for i in range(count))
+    return Scored(np.eye(count)[predicted] * 0.9, labels, predicted, names)
+
+
+def cells(table: str) -> list[list[str]]:
+    rows = re.findall("<tr>(.*?)</tr>", table)
+    return [re.findall("<t[dh][^>]*>(.*?)</t[dh]>", row) for row in rows]
+
+
+def test_with_many_classes_the_worst_cells_stand_for_the_matrix():
+    title, drawn = confusion_section(many(30))
+    assert title == "Confusion matrix"
+    assert "<svg" in drawn
+    title, drawn = confusion_section(many(31))
+    assert title == "Most frequent confusions"
+    assert cells(drawn) == [
+        ["true", "predicted", "pictures"],
+        ["class 30", "class 0", "3"],
+        ["class 29", "class 30", "2"],
+        ["class 28", "class 29", "1"],
+    ]
+
+
+def test_the_matrix_has_the_truth_in_rows_and_shades_shares_of_them(monkeypatch):
+    figures = []
+    monkeypatch.setattr(page, "svg", lambda fig: figures.append(fig) or "<svg>")
+    predicted = np.array([0, 1, 1, 1, 2])
+    s = Scored(np.eye(3)[predicted], np.array([0, 0, 0, 0, 2]), predicted, CLASSES)
+    confusion_section(s)
+    (axes,) = figures[0].axes
+    np.testing.assert_allclose(axes.images[0].get_array(), [[0.25, 0.75, 0], [0, 0, 0], [0, 0, 1]])
+    assert axes.images[0].get_clim() == (0, 1)
+    # (column, row): count
+    assert {t.get_position(): t.get_text() for t in axes.texts} == {
+        (0, 0): "1",
+        (1, 0): "3",
+        (2, 2): "1",
+    }
+    assert [t.get_color() for t in axes.texts] == [page.INK, "white", "white"]
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted", "true")
+    assert [t.get_text() for t in axes.get_yticklabels()] == list(CLASSES)
+
+
+def test_the_table_of_classes_has_scikit_learns_figures_weakest_first_and_unmeasured_last():
+    rng = np.random.default_rng(3)
+    labels = rng.choice([0, 1, 2, 4], 60, p=(0.7, 0.1, 0.1, 0.1))
+    predicted = np.where(rng.random(60) < 0.6, labels, rng.choice([0, 1, 3], 60))
+    predicted[labels == 2] = 0
+    names = ("a", "b", "c", "never seen", "e")
+    s = Scored(np.eye(5)[predicted], labels, predicted, names)
+    header, *rows = cells(class_table(s))
+    assert header == ["class", "pictures", "precision", "95 %", "recall", "95 %"]
+    precision, recall, _, support = precision_recall_fscore_support(
+        labels, predicted, labels=range(5), zero_division=0
+    )
+    assert rows[0][0] == "c"
+    assert rows[-1][0] == "never seen"
+    assert [float(row[4]) for row in rows[:-1]] == sorted(float(row[4]) for row in rows[:-1])
+    for name, pictures, p, p_range, r, r_range in rows:
+        i = names.index(name)
+        figures = (str(support[i]), f"{precision[i]:.3f}", f"{recall[i]:.3f}")
+        assert (pictures, p, r) == figures
+        hits, said = int(((labels == i) & (predicted == i)).sum()), int((predicted == i).sum())
+        assert p_range == ("{:.2f} to {:.2f}".format(*interval(hits, said)) if said else "none")
+        n = support[i]
+        assert r_range == ("{:.2f} to {:.2f}".format(*interval(hits, n)) if n else "none")
+
+
+class Images:
+    """Images of one grey level each, which tells them apart."""
+
+    def __init__(self, count: int) -> None:
+        self.keys = [f"val/IMG_{i:04d}.png" for i in range(count)]
+
+    def read(self, i: int) -> np.ndarray:
+        return np.full((8, 12, 3), 10 * i, np.uint8)
+
+
+def test_the_worst_mistakes_are_the_surest_wrong_answers():
+    first = np.array([0.9, 0.6, 0.99, 0.6, 0.7, 0.95])
+    probabilities = np.stack([first, 1 - first, np.zeros(6)], 1)
+    s = answers(probabilities, np.array([1, 1, 0, 2, 0, 1]))  # 2 and 4 are right
+    shown = worst_mistakes(s, Images(6))
+    assert [caption for _, caption in shown] == [
+        "said left (0.95), is right\nval/IMG_0005.png",
+        "said left (0.90), is right\nval/IMG_0000.png",
+        "said left (0.60), is right\nval/IMG_0001.png",
+        "said left (0.60), is top\nval/IMG_0003.png",
+    ]
+    assert [image.getpixel((0, 0))[0] for image, _ in shown] == [50, 0, 10, 30]
+    assert len(worst_mistakes(s, Images(6), count=2)) == 2
+
+
+@pytest.mark.parametrize(("wrong", "hits", "misses"), [(20, 4, 4), (2, 6, 2), (0, 8, 0)])
+def test_half_of_what_is_looked_at_are_mistakes_where_there_are(run, wrong, hits, misses):
+    folder, data = run
+    model, images = vitrail.load(folder / "best"), open_data(data, "train")
+    labels = images.labels
+    predicted = labels.copy()
+    predicted[:wrong] = (labels[:wrong] + 1) % 3
+    probabilities = np.full((24, 3), 0.1)
+    probabilities[np.arange(24), predicted] = 0.8
+    name, shown = looks(model, images, Scored(probabilities, labels, predicted, CLASSES))
+    assert name == "attention rollout"
+    captions = [caption for _, caption in shown]
+    assert sum(caption.endswith("(0.80), right") for caption in captions) == hits
+    assert sum(bool(re.search(r"^\w+ \(0.80\), is \w+$", c)) for c in captions) == misses
+
+
+def test_advice_for_a_model_without_mistakes_says_so_and_nothing_of_weak_classes():
+    said = advice(answers(np.eye(3)[[0, 1, 2] * 9], np.array([0, 1, 2] * 9)), [])
+    assert said == ["Every picture was classified correctly."]
+
+
+def test_the_weakest_class_is_the_one_with_the_lowest_recall_among_the_measured():
+    labels = np.array([0] * 10 + [2] * 4)
+    predicted = np.array([0] * 9 + [1] + [2, 2, 2, 0])
+    said = " ".join(advice(Scored(np.eye(3)[predicted] * 0.8, labels, predicted, CLASSES), []))
+    assert "Weakest class: 'top' with recall 0.75 (95 %: 0.30 to 0.95, 4 pictures)." in said
+    assert "Not measured: no picture of 'right' in this split." in said
+    assert "over 90 %" not in said
+
+
+@pytest.mark.parametrize(("confidence", "count"), [(0.9, 0), (0.91, 2)])
+def test_mistakes_with_over_90_percent_confidence_are_counted(confidence, count):
+    probabilities = np.array([[confidence, 1 - confidence, 0.0]] * 3)
+    said = " ".join(advice(answers(probabilities, np.array([0, 1, 1])), []))
+    assert (f"over 90 % confidence: {count};" in said) == bool(count)
+
+
+def evaluations(*scores: float, losses: tuple[float, ...] = ()) -> list[dict]:
+    losses = losses or (1.0,) * len(scores)
+    rows = zip(range(1, 99), scores, losses, strict=False)
+    return [{"step": 10 * i, "epoch": i, "top1": s, "loss": x} for i, s, x in rows]
+
+
+@pytest.mark.parametrize(
+    ("scores", "rises"),
+    [
+        ((0.1, 0.2, 0.3), True),
+        ((0.1, 0.3, 0.2), False),
+        ((0.1, 0.3, 0.3), False),
+        ((0.1, 0.2), False),
+    ],
+)
+def test_training_longer_is_advised_only_where_the_last_evaluation_is_the_best(scores, rises):
+    said = " ".join(advice(scored(), evaluations(*scores)))
+    assert ("train longer" in said) == rises
+
+
+@pytest.mark.parametrize(
+    ("losses", "overfits"),
+    [
+        ((1.0, 1.05, 1.11), True),
+        ((1.0, 1.05, 1.09), False),
+        ((1.0, 1.2), False),
+        ((1.0, 2.0, 1.0), False),
+    ],
+)
+def test_overfitting_is_told_from_a_tenth_above_the_lowest_loss_on(losses, overfits):
+    history = evaluations(*(0.5,) * len(losses), losses=losses)
+    assert ("by heart" in " ".join(advice(scored(), history))) == overfits
+
+
+def test_the_curves_draw_what_was_logged_and_ring_the_best_evaluation(monkeypatch):
+    figures = []
+    monkeypatch.setattr(page, "svg", lambda fig: figures.append(fig) or "")
+    history = [{"step": s, "loss": 3 - s / 10, "lr": s / 100} for s in (1, 2, 3)]
+    history += evaluations(0.2, 0.7, 0.7, losses=(2.0, 1.5, 1.8))
+    curves(history)
+    losses, score, rate = (fig.axes[0].lines for fig in figures)
+    drawn = {line.get_label(): line.get_xydata().tolist() for line in losses}
+    assert drawn == {
+        "training, with augmentation and smoothing": [[1, 2.9], [2, 2.8], [3, 2.7]],
+        "validation": [[10, 2.0], [20, 1.5], [30, 1.8]],
+    }
+    assert score[0].get_xydata().tolist() == [[10, 0.2], [20, 0.7], [30, 0.7]]
+    assert score[1].get_xydata().tolist() == [[20, 0.7]], "the first of equals, which best/ holds"
+    assert score[1].get_markerfacecolor() == "none"
+    assert rate[0].get_xydata().tolist() == [[1, 0.01], [2, 0.02], [3, 0.03]]
+
+
+def test_names_of_files_break_behind_separators_and_captions_have_lines():
+    image = Image.new("RGB", (4, 4))
+    drawn = page.gallery([(image, "said a<b (0.53), is c\nval/my_dog-2.png")])
+    caption = re.search("<figcaption>(.*)</figcaption>", drawn)
+    assert caption
+    assert caption[1] == "said a&lt;b (0.53), is c<br>val/<wbr>my_<wbr>dog-<wbr>2.png"
+
+
+def test_names_written_from_right_to_left_do_not_turn_round_what_stands_beside_them():
+    assert page.isolated("כלב") == "\u2068כלב\u2069"
+    assert page.isolated("كلب_2") == "\u2068كلب_2\u2069"
+    assert [page.isolated(name) for name in ("dog", "猫", "Größe")] == ["dog", "猫", "Größe"]
+    labels = np.zeros(4, int)
+    s = Scored(np.eye(2)[[1, 1, 0, 0]], labels, np.array([1, 1, 0, 0]), ("כלב", "كلب"))
+    assert "\u2068'כלב'\u2069 taken for \u2068'كلب'\u2069, 2 of 4" in advice(s, [])[0]
+
+
+def test_long_names_keep_their_beginning_and_their_end_in_a_drawing():
+    assert page.shortened("a" * 24) == "a" * 24
+    short = page.shortened("breed of a very long hunting dog 217")
+    assert short == "breed of a very… dog 217"
+    assert len(short) == 24
 
 
 def test_rollout_rows_are_shares_that_sum_to_one():

@@ -3,6 +3,8 @@
 import base64
 import html
 import io
+import re
+import unicodedata
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +25,7 @@ INK, ACCENT, SOFT, GOOD, BAD = "#1d2433", "#2f6fb3", "#dfe6ef", "#2d8a57", "#b84
 STYLE = """
 :root { color-scheme: light; }
 body { font: 15px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; color: #1d2433;
-  background: #f6f7f9; margin: 0; }
+  background: #f6f7f9; margin: 0; overflow-wrap: anywhere; }
 main { max-width: 1080px; margin: 0 auto; padding: 28px 24px 64px; }
 h1 { font-size: 26px; margin: 0 0 4px; letter-spacing: -.01em; }
 h2 { font-size: 18px; margin: 0 0 10px; }
@@ -38,17 +40,29 @@ section { background: #fff; border: 1px solid #e3e7ee; border-radius: 10px;
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: 4px 14px 4px 0; text-align: left; border-bottom: 1px solid #eef1f5; vertical-align: top; }
 th { font-weight: 600; color: #5b6577; font-size: 13px; }
+th { position: sticky; top: 0; background: #fff; }
+th, td + td { overflow-wrap: normal; }
+td:first-child { min-width: 7em; }
 td.n, th.n { text-align: right; }
-.wide { overflow-x: auto; }
+.wide { overflow: auto; max-height: 560px; }
 .gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); gap: 14px; }
 figure { margin: 0; }
 figure img { width: 100%; border-radius: 6px; display: block; background: #eef1f5; }
-figcaption { font-size: 13px; color: #434c5e; margin-top: 4px; overflow-wrap: anywhere; }
+figcaption { font-size: 13px; color: #434c5e; margin-top: 4px; }
 .plots { display: flex; flex-wrap: wrap; gap: 18px; align-items: flex-start; }
 .plots svg { max-width: 100%; height: auto; }
 pre { background: #f3f5f8; border-radius: 6px; padding: 12px; overflow-x: auto; font-size: 13px; margin: 0; }
 ul { margin: 0; padding-left: 20px; }
 .note { color: #5b6577; font-size: 13px; }
+@media (max-width: 520px) {
+  main { padding: 16px 10px 40px; }
+  section { padding: 14px; }
+  .tile { flex: 1 1 40%; min-width: 0; box-sizing: border-box; }
+  .gallery { grid-template-columns: repeat(auto-fill, minmax(130px, 1fr)); }
+  table { font-size: 13px; }
+  th, td { padding-right: 8px; }
+}
+@media print { .wide { max-height: none; } }
 """
 
 
@@ -88,12 +102,31 @@ def esc(text: Any) -> str:
     return html.escape(str(text))
 
 
+def flowing(text: Any) -> str:
+    """Text whose long names break after a slash, a dash or an underscore; elsewhere only where none helps."""
+    return re.sub(r"([/_-])(?=\w)", r"\1<wbr>", esc(text))
+
+
+def isolated(name: str) -> str:
+    """A name within a sentence: written from right to left, it would turn round the digits beside it."""
+    leftwards = any(unicodedata.bidirectional(letter) in ("R", "AL", "AN") for letter in name)
+    return f"\u2068{name}\u2069" if leftwards else name
+
+
+def shortened(name: str, most: int = 24) -> str:
+    """At most so many letters of a name: its beginning and its end, which tells numbered names apart."""
+    if len(name) <= most:
+        return name
+    end = most // 3
+    return f"{name[: most - end - 1]}…{name[-end:]}"
+
+
 def paragraph(text: str, kind: str = "note") -> str:
     return f'<p class="{kind}">{esc(text)}</p>'
 
 
 def bullets(items: Iterable[str]) -> str:
-    return "<ul>" + "".join(f"<li>{esc(i)}</li>" for i in items) + "</ul>"
+    return "<ul>" + "".join(f"<li>{flowing(i)}</li>" for i in items) + "</ul>"
 
 
 def preformatted(text: str) -> str:
@@ -108,7 +141,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
             return f'<td class="n">{value:.3f}</td>'
         if isinstance(value, int):
             return f'<td class="n">{value:,}</td>'
-        return f"<td>{esc(value)}</td>"
+        return f"<td>{flowing(value)}</td>"
 
     body = ["<tr>" + "".join(map(cell, row)) + "</tr>" for row in rows]
     head = "".join(f"<th>{esc(h)}</th>" for h in header)
@@ -116,10 +149,10 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 
 def gallery(pictures: Iterable[tuple[Image.Image, str]]) -> str:
-    """Pictures with captions, in a grid."""
+    """Images with captions, in a grid; a caption may have several lines."""
     figures = (
         f'<figure><img src="{data_uri(image)}" alt="{esc(caption)}">'
-        f"<figcaption>{esc(caption)}</figcaption></figure>"
+        f"<figcaption>{'<br>'.join(map(flowing, caption.splitlines()))}</figcaption></figure>"
         for image, caption in pictures
     )
     return f'<div class="gallery">{"".join(figures)}</div>'

@@ -62,8 +62,7 @@ def write_report(
     """
     probabilities = np.asarray(predictions["probabilities"], np.float64)
     labels, predicted = (np.asarray(predictions[key]) for key in ("labels", "predicted"))
-    # Bytes of a folder's name that are no text cannot be drawn: as escapes.
-    names = tuple(c.encode("utf-8", "backslashreplace").decode() for c in model.classes)
+    names = tuple(map(as_text, model.classes))
     scored = Scored(probabilities, labels, predicted, names)
     history = read_history(Path(run)) if run is not None else []
     accuracy, n = float(scored.right.mean()), len(scored.labels)
@@ -104,6 +103,11 @@ def write_report(
     return out.write(Path(path))
 
 
+def as_text(name: str) -> str:
+    """Bytes of a file's name that are no text cannot be drawn: they stand as escapes."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
 def interval(successes: int, trials: int) -> tuple[float, float]:
     """Wilson's 95 % confidence interval of a share; (0, 1) where nothing was counted."""
     if trials == 0:
@@ -135,28 +139,28 @@ def advice(scored: Scored, history: Sequence[dict[str, Any]]) -> list[str]:
     said = []
     confusion = scored.confusion()
     counts = confusion.sum(1)
-    off = confusion.copy()
-    np.fill_diagonal(off, 0)
-    true, predicted = divmod(int(off.argmax()), len(scored.classes))
-    if off.max() > 0:
+    names = [page.isolated(repr(name)) for name in scored.classes]
+    pairs = confusions(confusion, 1)
+    if pairs:
+        true, predicted, count = pairs[0]
         said.append(
-            f"Most confused: {scored.classes[true]!r} taken for {scored.classes[predicted]!r}, "
-            f"{off.max()} of {counts[true]} pictures."
+            f"Most confused: {names[true]} taken for {names[predicted]}, "
+            f"{count} of {counts[true]} pictures."
         )
-    with np.errstate(invalid="ignore"):
-        recall = np.where(counts > 0, confusion.diagonal() / np.maximum(counts, 1), np.nan)
-    if not np.isnan(recall).all():
-        weakest = int(np.nanargmin(recall))
+        measured = np.flatnonzero(counts)
+        recall = confusion.diagonal()[measured] / counts[measured]
+        weakest = int(measured[recall.argmin()])
         low, high = interval(int(confusion[weakest, weakest]), int(counts[weakest]))
         said.append(
-            f"Weakest class: {scored.classes[weakest]!r} with recall {recall[weakest]:.2f} "
+            f"Weakest class: {names[weakest]} with recall {recall.min():.2f} "
             f"(95 %: {low:.2f} to {high:.2f}, {counts[weakest]} pictures)."
         )
-    missing = [c for c, n in zip(scored.classes, counts, strict=True) if n == 0]
+    else:
+        said.append("Every picture was classified correctly.")
+    missing = [name for name, n in zip(names, counts, strict=True) if n == 0]
     if missing:
-        said.append(
-            f"Not measured: no picture of {', '.join(map(repr, missing[:5]))} in this split."
-        )
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        said.append(f"Not measured: no picture of {', '.join(missing[:5])}{more} in this split.")
     sure = (~scored.right) & (scored.confidence > 0.9)
     if sure.any():
         said.append(
@@ -187,7 +191,16 @@ def advice(scored: Scored, history: Sequence[dict[str, Any]]) -> list[str]:
             f"{losses[-1][0]:.2f}: the model learns its training pictures by heart. More augmentation, "
             "more pictures or fewer epochs."
         )
-    return said or ["Every picture was classified correctly."]
+    return said
+
+
+def confusions(confusion: np.ndarray, most: int) -> list[tuple[int, int, int]]:
+    """(true, predicted, count) of the most frequent mistakes; of equals the first in the matrix is first."""
+    off = confusion.copy()
+    np.fill_diagonal(off, 0)
+    order = np.argsort(-off, axis=None, kind="stable")[:most]
+    cells = [divmod(int(i), len(off)) for i in order]
+    return [(t, p, int(off[t, p])) for t, p in cells if off[t, p] > 0]
 
 
 def curves(history: Sequence[dict[str, Any]]) -> str:
@@ -232,25 +245,20 @@ def curves(history: Sequence[dict[str, Any]]) -> str:
 def confusion_section(scored: Scored) -> tuple[str, str]:
     confusion = scored.confusion()
     if len(scored.classes) > MANY_CLASSES:
-        off = confusion.copy()
-        np.fill_diagonal(off, 0)
-        order = np.argsort(off, axis=None)[::-1][:15]
-        cells = [divmod(int(i), len(scored.classes)) for i in order]
-        rows = [
-            (scored.classes[t], scored.classes[p], int(off[t, p]))
-            for t, p in cells
-            if off[t, p] > 0
-        ]
+        names = scored.classes
+        rows = [(names[t], names[p], count) for t, p, count in confusions(confusion, 15)]
         return "Most frequent confusions", page.table(("true", "predicted", "pictures"), rows)
     k = len(scored.classes)
-    side = min(1.6 + 0.42 * k, 9.0)
+    longest = min(max(map(len, scored.classes)), 24)
+    side = min(1.2 + 0.06 * longest + 0.42 * k, 9.0)
     fig, ax = page.figure(side + 0.6, side)
     share = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
     ax.imshow(share, cmap="Blues", vmin=0, vmax=1)
     ax.grid(False)
     # A name is no formula, whatever dollar signs it has.
-    ax.set_xticks(range(k), scored.classes, rotation=45, ha="right", parse_math=False)
-    ax.set_yticks(range(k), scored.classes, parse_math=False)
+    names = [page.shortened(name) for name in scored.classes]
+    ax.set_xticks(range(k), names, rotation=45, ha="right", parse_math=False)
+    ax.set_yticks(range(k), names, parse_math=False)
     ax.set_xlabel("predicted")
     ax.set_ylabel("true")
     for t in range(k):
@@ -262,14 +270,14 @@ def confusion_section(scored: Scored) -> tuple[str, str]:
 
 
 def class_table(scored: Scored) -> str:
-    """Precision and recall with 95 % intervals, weakest recall first."""
+    """Precision and recall with 95 % intervals, weakest recall first, classes without images last."""
     confusion = scored.confusion()
     rows = []
     for i, name in enumerate(scored.classes):
         hit = int(confusion[i, i])
         support, claimed = int(confusion[i].sum()), int(confusion[:, i].sum())
         rows.append((name, support, *_share(hit, claimed), *_share(hit, support)))
-    rows.sort(key=lambda r: r[4])
+    rows.sort(key=lambda r: (r[1] == 0, r[4]))
     header = ("class", "pictures", "precision", "95 %", "recall", "95 %")
     return page.table(header, rows)
 
@@ -307,8 +315,11 @@ def worst_mistakes(
     order = wrong[np.argsort(-scored.confidence[wrong], kind="stable")][:count]
     shown = []
     for i in map(int, order):
-        guess, truth = scored.classes[scored.predicted[i]], scored.classes[scored.labels[i]]
-        caption = f"said {guess} ({scored.confidence[i]:.2f}), is {truth} · {data.keys[i]}"
+        guess, truth = (
+            page.isolated(scored.classes[k]) for k in (scored.predicted[i], scored.labels[i])
+        )
+        key = page.isolated(as_text(data.keys[i]))
+        caption = f"said {guess} ({scored.confidence[i]:.2f}), is {truth}\n{key}"
         shown.append((Image.fromarray(data.read(i)), caption))
     return shown
 
@@ -332,9 +343,9 @@ def looks(
             np.array(v)[:, None, None] for v in (model.preprocessing.mean, model.preprocessing.std)
         )
         picture = ((values * std + mean) * 255).clip(0, 255).astype(np.uint8).transpose(1, 2, 0)
-        truth = scored.classes[scored.labels[i]]
+        truth = page.isolated(scored.classes[scored.labels[i]])
         verdict = "right" if scored.right[i] else f"is {truth}"
-        caption = f"{scored.classes[label]} ({scored.confidence[i]:.2f}), {verdict}"
+        caption = f"{page.isolated(scored.classes[label])} ({scored.confidence[i]:.2f}), {verdict}"
         shown.append((page.heat(picture, seen.cpu().float().numpy()), caption))
     return name, shown
 

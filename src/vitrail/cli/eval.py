@@ -173,7 +173,9 @@ def show(scores: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False)
+    # Names are no markup. Without a terminal lines are as long as they need to be.
+    width = None if sys.stdout.isatty() else 1000
+    console = Console(highlight=False, markup=False, emoji=False, width=width)
     table = Table(box=None, pad_edge=False)
     table.add_column("class")
     for heading in ("pictures", "precision", "recall", "F1"):
@@ -190,7 +192,7 @@ def show(scores: dict[str, Any]) -> None:
         if count and truth != said
     ]
     for count, truth, said in sorted(wrong, reverse=True)[:5]:
-        console.print(f"{count} x {truth} taken for {said}", markup=False)
+        console.print(f"{count} x {truth} taken for {said}")
     console.print(
         f"top-1 {scores['top1']:.4f}  top-5 {scores['top5']:.4f}  loss {scores['loss']:.4f}  "
         f"{scores['num_images']} pictures"
