@@ -80,6 +80,14 @@ def test_similarity_of_blocks_is_the_papers_sum_over_heads_and_tokens():
     torch.testing.assert_close(found, torch.stack(cosines).mean())
 
 
+def test_maps_in_half_precision_are_compared_in_full():
+    a, b = maps(1, 2, 50, 50).half(), maps(1, 2, 50, 50, seed=1).half()
+    exact = similarity_between_blocks([a.double(), b.double()])
+    torch.testing.assert_close(similarity_between_blocks([a, b]), exact, rtol=1e-6, atol=0)
+    exact = similarity_between_heads(a.double())
+    torch.testing.assert_close(similarity_between_heads(a), exact, rtol=1e-6, atol=0)
+
+
 def test_maps_of_unequal_shapes_are_refused():
     with pytest.raises(InputError, match=r"unequal shapes .* compare the blocks of one stage"):
         similarity_between_blocks([maps(1, 2, 4, 4), maps(1, 2, 9, 9)])
@@ -211,6 +219,10 @@ def test_a_study_counts_over_its_stages_and_never_from_one_to_the_next():
     assert study.neighbours(2).tolist() == []
     assert study.similar(0.75) == ["a.1"]
     assert study.similar(0.3, within=2) == ["a.1", "b.1"]
+    third = StageStudy("c", ["c.0", "c.1", "c.2"], np.array([[1, 0, 1], [0, 1, 0], [1, 0, 1.0]]))
+    study.stages.append(third)
+    assert study.similar(0.9) == []
+    assert study.similar(0.9, within=2) == ["c.2"]
     assert AttentionStudy("net", 3).neighbours().tolist() == []
 
 
@@ -300,6 +312,7 @@ def test_the_axis_that_one_window_covers_is_not_shifted():
 @pytest.mark.parametrize(
     ("family", "shape"),
     [
+        ("vit", (1, 2, 97, 24)),
         ("vit", (1, 2, 97, 50)),  # as many queries as tokens, but not as many keys
         ("vit", (1, 2, 95, 95)),
         ("vit", (4, 2, 24, 23)),
