@@ -1,7 +1,9 @@
+import pytest
 import torch
 from torch import nn
 
 from vitrail.bench.macs import count_macs, count_params
+from vitrail.models import create_model
 
 
 def test_a_grouped_convolution_and_a_linear_layer_are_counted_by_hand():
@@ -19,3 +21,47 @@ def test_counting_leaves_a_model_as_it_was():
     assert (model.training, model[0].training, model[1].training) == (True, True, False)
     for key, value in model.state_dict().items():
         assert torch.equal(value, before[key])
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 96), (224, 224)])
+def test_a_vision_transformer_is_counted_by_hand(height, width):
+    """ViT-Ti/16: patches, four projections and two products of attention, the MLP, the classifier."""
+    model = create_model("vit_tiny_patch16")
+    dim, patches = 192, (height // 16) * (width // 16)
+    tokens = patches + 1
+    block = tokens * dim * (3 * dim + dim + 8 * dim) + 2 * tokens * tokens * dim
+    expected = patches * 3 * 16 * 16 * dim + 12 * block + dim * 1000
+    if (height, width) == (64, 96):  # 14 x 14 positions become 4 x 6: one axis, then the other
+        expected += dim * (14 * 14 * 6 + 4 * 14 * 6)
+    assert count_macs(model, height, width) == expected
+    norms = 2 * 2 * dim * 12 + 2 * dim
+    biases = 12 * (3 + 1 + 4 + 1) * dim + dim + 1000
+    positions = (14 * 14 + 1) * dim + dim  # with the class token
+    weights = 3 * 16 * 16 * dim + 12 * 12 * dim * dim + dim * 1000
+    assert count_params(model) == weights + biases + norms + positions == 5_717_416
+
+
+def test_shared_and_frozen_parameters_count_once_and_statistics_do_not():
+    layer = nn.Linear(4, 4, bias=False).requires_grad_(False)
+    model = nn.Sequential(layer, layer, nn.BatchNorm1d(4))
+    assert count_params(model) == 16 + 8
+
+
+class Broken(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.part = nn.Dropout(0.5)
+        self.seen = []
+
+    def forward(self, images):
+        self.seen.append((self.training, self.part.training, images.shape, torch.is_grad_enabled()))
+        raise OSError("gone")
+
+
+def test_counting_runs_in_eval_mode_and_puts_modes_back_after_an_error():
+    model = Broken().train()
+    model.part.eval()
+    with pytest.raises(OSError, match="gone"):
+        count_macs(model, 5, 7)
+    assert model.seen == [(False, False, (1, 3, 5, 7), False)]
+    assert (model.training, model.part.training) == (True, False)
