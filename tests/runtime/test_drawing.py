@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from matplotlib.colors import hsv_to_rgb
+from PIL import Image, ImageDraw
+from scipy import ndimage
 
-from vitrail_runtime.drawing import colour_of
+from vitrail_runtime.drawing import _eroded, colour_of
 from vitrail_runtime.errors import InputError
 from vitrail_runtime.prediction import Prediction, paste_mask
 
@@ -137,3 +139,226 @@ def test_a_picture_of_another_size_or_none_is_refused():
         prediction(size=(20, 10)).draw(grey(10, 20))
     with pytest.raises(InputError, match=r"draw\(image\)"):
         prediction().draw()
+
+
+# ---- where and how large things are drawn
+
+
+@pytest.mark.parametrize(
+    ("size", "long_side", "shown"),
+    [
+        ((28, 28), 1280, (308, 308)),  # by whole factors up to 96 pixels
+        ((96, 48), 1280, (288, 144)),
+        ((48, 97), 1280, (158, 320)),
+        ((200, 319), 1280, (201, 320)),
+        ((200, 320), 1280, (200, 320)),
+        ((1280, 700), 1280, (1280, 700)),
+        ((1000, 2560), 1280, (500, 1280)),
+        ((1, 3000), 1280, (1, 1280)),
+        ((400, 200), 330, (330, 165)),
+    ],
+)
+def test_a_picture_is_shown_at_a_size_that_words_can_be_read_on(size, long_side, shown):
+    boxes = np.zeros((0, 4), np.float32)
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
+    drawn = prediction((), (), boxes=boxes).draw(pixels, long_side=long_side)
+    smooth = Image.Resampling.LANCZOS if max(size) > 96 else Image.Resampling.NEAREST
+    expected = Image.fromarray(pixels).resize((shown[1], shown[0]), smooth)
+    assert drawn.size == (shown[1], shown[0])
+    np.testing.assert_array_equal(np.asarray(drawn), np.asarray(expected))
+
+
+def test_neighbouring_classes_have_colours_far_apart_and_each_always_its_own():
+    # Hue by the golden ratio from 0.58 on; three kinds of brightness and strength in turn.
+    for label in (0, 1, 2, 3, 50):
+        value, strength = ((1.0, 0.75), (0.85, 0.6), (0.95, 0.9))[label % 3]
+        hsv = ((0.58 + label * (5**0.5 - 1) / 2) % 1, strength, value)
+        expected = np.rint(np.array(hsv_to_rgb(hsv)) * 255)
+        np.testing.assert_allclose(colour_of(label), expected, atol=1)
+    assert len({colour_of(label) for label in range(200)}) == 200
+
+
+@pytest.fixture
+def words(monkeypatch):
+    """What is written: place, text, colour, size of the letters."""
+    found = []
+    write = ImageDraw.ImageDraw.text
+
+    def text(self, xy, text, fill=None, font=None, **more):
+        found.append((tuple(xy), text, fill, font))
+        write(self, xy, text, fill=fill, font=font, **more)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", text)
+    return found
+
+
+BRIGHT, MUTED, DARK, TRACK = (245, 246, 248), (166, 172, 184), (22, 24, 29), (52, 56, 66)
+
+
+def test_the_bar_shows_the_best_three_each_with_its_score_and_how_much(words):
+    scores = (0.75, 0.2, 0.0004, 0.0003)
+    p = prediction(("cat", "dog", "emu", "fox"), scores)
+    drawn = np.asarray(p.draw(grey(320, 330)))
+    # Letters of 330 / 22 = 15 pixels, a margin of 12, lines of 3, and 32 pixels from row to row.
+    assert drawn.shape == (320 + 12 + 3 * 32 - 8 + 12, 330, 3)
+    assert (drawn[:320] == 128).all()
+    assert (drawn[320:332] == DARK).all()
+    assert [(text, fill) for _, text, fill, _ in words] == [
+        ("cat", BRIGHT), ("75.0%", BRIGHT),
+        ("dog", MUTED), ("20.0%", MUTED),
+        ("emu", MUTED), ("< 0.1%", MUTED),
+    ]  # fmt: skip
+    for i in range(3):
+        (left, top), (right, same), font = words[2 * i][0], words[2 * i + 1][0], words[2 * i][3]
+        assert (left, top, same) == (12, 332 + 32 * i, 332 + 32 * i)
+        assert right + round(font.getlength(words[2 * i + 1][1])) == 330 - 12
+        middle = drawn[332 + 32 * i + 21 + 1]
+        filled = np.flatnonzero((middle == colour_of(i)).all(1))
+        end = 12 + max(3, round((330 - 24) * scores[i]))
+        assert filled.min() in (12, 13)
+        assert abs(filled.max() - end) <= 1
+        track = np.flatnonzero((middle == TRACK).all(1))
+        assert abs(track.max() - (330 - 12)) <= 1
+        assert (drawn[332 + 32 * i + 20] == DARK).all()
+        assert (drawn[332 + 32 * i + 21 + 3 + 2] == DARK).all()
+
+
+@pytest.mark.parametrize(
+    ("share", "text"),
+    [(0.0, "0.0%"), (0.0005, "< 0.1%"), (0.001, "0.1%"), (0.756, "75.6%"), (1.0, "100.0%")],
+)
+def test_shares_are_told_in_per_cent(share, text, words):
+    drawn = np.asarray(prediction(("cat",), (share,)).draw(grey(320, 330)))
+    assert words[1][1] == text
+    coloured = (drawn == colour_of(0)).all(2).any()
+    assert coloured == (share > 0)
+
+
+def test_narrow_pictures_stand_in_the_middle_above_a_bar_that_can_be_read():
+    drawn = np.asarray(prediction(("cat",), (0.5,)).draw(grey(400, 101)))
+    assert drawn.shape[1] == 240
+    assert (drawn[:400, 69:170] == 128).all()
+    assert (drawn[:400, :69] == DARK).all()
+    assert (drawn[:400, 170:] == DARK).all()
+
+
+def test_nothing_to_say_leaves_the_picture_alone():
+    nothing = np.full((400, 500), -1)
+    drawn = prediction((), (), segmentation=nothing, classes=("sky",)).draw(grey(400, 500))
+    assert (np.asarray(drawn) == 128).all()
+    assert drawn.size == (500, 400)
+
+
+def test_the_largest_areas_of_a_segmentation_are_named_up_to_eight(words):
+    segmentation = np.zeros((400, 500), np.int64)
+    areas = {-1: 100, 3: 120, 1: 60, 12: 50, 4: 40, 5: 30, 6: 20, 7: 18, 8: 14, 9: 10}
+    start = 0
+    for value, columns in areas.items():
+        segmentation[:, start : start + columns] = value
+        start += columns
+    segmentation[:, start:] = 2  # 38 columns
+    names = [f"name {i}" for i in range(10)]
+    prediction((), (), segmentation=segmentation, classes=names).draw(grey(400, 500))
+    assert [text for _, text, _, _ in words] == [
+        "name 3", "24.0%", "name 1", "12.0%", "class 12", "10.0%", "name 4", "8.0%",
+        "name 2", "7.6%", "name 5", "6.0%", "name 6", "4.0%", "name 7", "3.6%",
+    ]  # fmt: skip
+
+
+def test_a_name_is_cut_to_the_longest_start_that_fits(words):
+    name = "abcdefghij" * 10
+    prediction((name,), (0.5,)).draw(grey(320, 330))
+    shown, font = words[0][1], words[0][3]
+    room = 330 - 2 * 12 - round(font.getlength("50.0%")) - 15
+    assert shown.endswith("…")
+    assert name.startswith(shown[:-1])
+    assert font.getlength(shown) <= room < font.getlength(name[: len(shown)] + "…")
+
+
+def test_boxes_are_drawn_at_the_scale_of_the_picture_with_a_dark_rim():
+    boxes = np.array([[10, 20, 60, 40]], np.float32)
+    drawn = np.asarray(prediction(("cat",), (0.5,), boxes=boxes).draw(grey(80, 64)))
+    assert drawn.shape[:2] == (320, 256)  # four times
+    colour = colour_of(0)
+    dark = tuple(c // 4 for c in colour)
+    row = drawn[120]
+    assert [x for x in range(256) if tuple(row[x]) == colour] == [40, 41, 239, 240]
+    assert [x for x in range(256) if tuple(row[x]) == dark] == [39, 42, 238, 241]
+    column = drawn[:, 150]
+    assert [y for y in range(90, 320) if tuple(column[y]) == colour] == [159, 160]
+    assert tuple(column[161]) == tuple(column[158]) == dark
+    assert (drawn[165:] == 128).all()
+
+
+def test_a_label_stands_above_its_box_or_inside_it_and_never_outside_the_picture(words):
+    boxes = np.array(
+        [[100, 50, 300, 250], [450, 5, 499, 300], [-30, 390, 20, 399], [200, 300, 260, 390]],
+        np.float32,
+    )
+    p = prediction(("a", "b", "c", "d"), (0.904, 0.5, 0.26, 0.1), boxes=boxes)
+    drawn = np.asarray(p.draw(grey(400, 500)))
+    # Letters of 500 // 36 = 13 pixels on a field of 18; the best is drawn last.
+    assert [text for _, text, _, _ in words] == ["d 10%", "c 26%", "b 50%", "a 90%"]
+    for (middle, text, fill, font), label in zip(words, (3, 2, 1, 0), strict=True):
+        x0, y0 = boxes[label, :2]
+        width = round(font.getlength(text) + 13 * 0.6)
+        left = min(max(0, x0), 500 - width)
+        top = y0 - 18 if y0 >= 18 else y0
+        assert middle == (left + width / 2, top + 9)
+        light = np.dot(colour_of(label), (0.299, 0.587, 0.114))
+        assert fill == ((16, 18, 22) if light > 140 else (255, 255, 255))
+        corner = drawn[int(top) + 1, int(left) + 1]
+        assert tuple(corner) == colour_of(label)
+    assert {words[i][2] for i in range(4)} == {(16, 18, 22), (255, 255, 255)}
+
+
+def test_of_boxes_that_overlap_the_best_is_on_top_and_its_label_over_all_lines():
+    boxes = np.array([[100, 100, 300, 300], [100, 60, 300, 300]], np.float32)
+    drawn = np.asarray(prediction(boxes=boxes).draw(grey(400, 500)))
+    assert tuple(drawn[200, 100]) == colour_of(0)
+    assert tuple(drawn[75, 100]) == colour_of(1)
+    assert tuple(drawn[90, 101]) == colour_of(0)  # the label's field over the second box's line
+
+
+def test_masks_are_half_open_with_a_rim_and_the_best_is_on_top():
+    boxes = np.array([[100, 50, 300, 250], [200, 150, 400, 350]], np.float32)
+    p = prediction(boxes=boxes, mask_crops=np.ones((2, 14, 14)), size=(400, 500))
+    drawn = np.asarray(p.draw(grey(400, 500))).astype(int)
+    one, other = np.array(colour_of(0)), np.array(colour_of(1))
+    np.testing.assert_allclose(drawn[100, 150], (128 + one) / 2, atol=1)
+    np.testing.assert_allclose(drawn[300, 350], (128 + other) / 2, atol=1)
+    np.testing.assert_allclose(drawn[200, 250], ((128 + other) / 2 + one) / 2, atol=1)
+
+
+def test_a_masks_rim_is_as_wide_as_the_picture_is_large():
+    """Against scipy's erosion: along the picture's border a mask has no rim."""
+    rng = np.random.default_rng(0)
+    mask = ndimage.gaussian_filter(rng.random((60, 80)), 4) > 0.5
+    for by in (1, 2, 3):
+        expected = ndimage.binary_erosion(mask, iterations=by, border_value=1)
+        np.testing.assert_array_equal(_eroded(mask, by), expected)
+    boxes = np.array([[-500, 300, 700, 900]], np.float32)
+    p = prediction(
+        ("cat",), (0.9,), boxes=boxes, mask_crops=np.ones((1, 14, 14)), size=(1200, 1000)
+    )
+    drawn = np.asarray(p.draw(grey(1200, 1000)))
+    column = [tuple(v) for v in drawn[:, 500]]
+    first = np.flatnonzero(p.masks[0, :, 500])[0]
+    inside = tuple(drawn[600, 500])
+    # The longer side is 1200: a rim of two pixels; the box's line of three lies beside it.
+    assert column[first : first + 2] == [colour_of(0)] * 2
+    assert inside != colour_of(0)
+    assert tuple(drawn[600, 0]) == inside
+
+
+def test_a_segmentation_is_laid_over_pixel_for_pixel():
+    segmentation = np.zeros((40, 60), np.int64)
+    segmentation[10:20, 30:45] = 3
+    segmentation[25:, :10] = -1
+    image = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    drawn = np.asarray(prediction((), (), segmentation=segmentation).draw(image))[:200]
+    large, shown = image.repeat(5, 0).repeat(5, 1), segmentation.repeat(5, 0).repeat(5, 1)
+    colours = np.array([colour_of(0), (0, 0, 0), (0, 0, 0), colour_of(3)])
+    expected = np.where(shown[..., None] < 0, large, (colours[shown] + large.astype(int)) / 2)
+    np.testing.assert_allclose(drawn, expected, atol=1.5)

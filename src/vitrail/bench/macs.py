@@ -12,8 +12,8 @@ def count_macs(model: nn.Module, height: int, width: int) -> int:
     """Multiply-adds of one (1, 3, height, width) image: convolutions, linear layers, attention products.
 
     Norms and activations are left out, as in the papers' tables; at another size than the model's own the
-    products that resample a table of positions count. Nothing is computed: shapes run through the operators on
-    `meta`, with the weights of a model on any device, or of none.
+    products that resample a table of positions count. Nothing is computed: shapes run through the operators
+    on `meta`, with the weights of a model on any device, or of none.
     """
     modes = [(m, m.training) for m in model.modules()]
     tensors = chain(model.named_parameters(), model.named_buffers())
