@@ -14,11 +14,11 @@ import torch
 from tests.data.conftest import picture
 from vitrail.data import loader as loader_module
 from vitrail.data import open_data
-from vitrail.data.augment import Augmentation
+from vitrail.data.augment import Augmentation, augment, needed_size
 from vitrail.data.loader import TrainLoader, batch_indices, eval_batches, train_batches
 from vitrail.data.plan import BatchPlan, square_scales
 from vitrail_runtime.errors import InputError
-from vitrail_runtime.preprocess import Preprocessing, decode, prepare
+from vitrail_runtime.preprocess import Preprocessing, decode, decode_size, prepare
 
 EVERYTHING = Augmentation(
     color_jitter=0.3, three_augment=True, randaugment_ops=2, random_erasing=0.5, scale=(0.3, 1.0)
@@ -136,6 +136,81 @@ def test_a_batch_is_contiguous_bytes_with_the_labels_of_its_pictures(data):
         assert batch.images.is_contiguous()
         assert batch.images.shape[1:] == (3, 24, 32)
         assert batch.labels.tolist() == data.labels[batch.indices].tolist()
+
+
+@pytest.fixture
+def large(tmp_path):
+    """Large enough to be decoded reduced, of two sizes, and unbalanced."""
+    for name, count in (("owl", 1), ("cat", 2), ("dog", 4)):
+        (tmp_path / "large" / name).mkdir(parents=True)
+        for i in range(count):
+            size = (240, 320) if i % 2 else (200, 180)
+            picture(10 * count + i, size).save(tmp_path / "large" / name / f"{i}.jpg")
+    return open_data(tmp_path / "large", "all")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_image_is_augmented_by_the_key_of_its_seed_epoch_and_position(large, rank):
+    plan = BatchPlan(length=7, batch_size=4, size=(24, 32), seed=11, weights=[1.0] * 6 + [2.0])
+    (batch,) = train_batches(large, plan, EVERYTHING, epoch=3, rank=rank, world=2)
+    (whole,) = plan.batches(3)
+    assert batch.step == 0
+    assert batch.indices.tolist() == list(whole.indices[2 * rank : 2 * rank + 2])
+    assert batch.positions.tolist() == [2 * rank, 2 * rank + 1]
+    for row, (i, position) in enumerate(
+        zip(batch.indices.tolist(), batch.positions.tolist(), strict=True)
+    ):
+        original = tuple(large.sizes[i].tolist())
+        least = needed_size(*original, (24, 32), EVERYTHING, (11, 3, position))
+        pixels = decode(large.read_bytes(i), at_least=least)
+        expected = augment(pixels, (24, 32), EVERYTHING, (11, 3, position), original=original)
+        assert torch.equal(batch.images[row], expected)
+        name = large.keys[i].split("/")[0]
+        assert large.classes[batch.labels[row]] == name
+
+
+def test_evaluation_decodes_reduced_and_prepares_as_for_the_original(large):
+    p = Preprocessing(size=(40, 48), mode="crop", crop_pct=0.9)
+    (first, second) = eval_batches(large, p, 4)
+    assert first.indices.tolist() == [0, 1, 2, 3]
+    assert second.indices.tolist() == [4, 5, 6]
+    assert large.classes == ("cat", "dog", "owl")
+    assert first.labels.tolist() + second.labels.tolist() == [0, 0, 1, 1, 1, 1, 2]
+    images = torch.cat([first.images, second.images])
+    assert images.dtype == torch.float32
+    reduced = 0
+    for i, image in enumerate(images):
+        pixels = decode(large.read_bytes(i), at_least=decode_size(p))
+        expected, _ = prepare(pixels, p, original=tuple(large.sizes[i].tolist()))
+        np.testing.assert_array_equal(image.numpy(), expected)
+        reduced += pixels.shape[:2] != tuple(large.sizes[i].tolist())
+    assert reduced > 0
+
+
+def test_evaluation_goes_by_size_in_the_order_of_the_data(large):
+    native = Preprocessing(mode="native")
+    assert large.sizes[:, 0].tolist() == [200, 240, 200, 240, 200, 240, 200]
+    assert batch_indices(large, native, 3) == [[0, 2, 4], [6], [1, 3, 5]]
+    # Of 4 + 3, the second group is dealt on from where the first ended.
+    dealt = [batch_indices(large, native, 3, rank, 3) for rank in range(3)]
+    assert dealt == [[[0, 6], [5]], [[2], [1]], [[4], [3]]]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"rank": 2, "world": 2}, r"rank must lie in 0\.\.1, but is 2"),
+        ({"rank": -1, "world": 2}, r"rank must lie in 0\.\.1, but is -1"),
+        ({"workers": -1}, "workers must not be negative, but is -1"),
+        ({"batch_size": 0}, "batch_size must be at least 1, but is 0"),
+    ],
+)
+def test_a_share_that_cannot_be_is_refused(data, given, message):
+    with pytest.raises(InputError, match=message):
+        list(eval_batches(data, Preprocessing(), **{"batch_size": 4, **given}))
+    if "batch_size" not in given:
+        with pytest.raises(InputError, match=message):
+            TrainLoader(data, plan_of(data), EVERYTHING, **given)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
