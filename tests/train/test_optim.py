@@ -8,7 +8,7 @@ from torch import nn
 from vitrail.models import create_model
 from vitrail.train.config import TrainConfig
 from vitrail.train.ema import Ema
-from vitrail.train.optim import create_optimizer, layer_numbers, parameter_groups
+from vitrail.train.optim import create_optimizer, is_block, layer_numbers, parameter_groups
 from vitrail.train.schedule import learning_rate
 
 
@@ -59,6 +59,32 @@ def test_layers_of_a_staged_model_grow_from_stem_to_head(efficientvit):
     assert order == sorted(order)
     assert order[0] == 0
     assert order[-1] == last == 7, "six blocks in three stages"
+
+
+@pytest.mark.parametrize(
+    ("name", "blocks"),
+    [  # as many as the papers' tables have
+        ("vit_base_patch16", 12),
+        ("deepvit_s", 16),
+        ("swin_tiny_patch4_window7", 2 + 2 + 6 + 2),
+        ("cmt_ti", 2 + 2 + 10 + 2),
+        ("efficientvit_m4", 1 + 2 + 3),
+        ("resnet50", 3 + 4 + 6 + 3),
+        ("resnet18", 2 + 2 + 2 + 2),
+        ("vit_base_r50_s16", 3 + 4 + 9 + 12),
+        ("efficientnet_b0", 1 + 2 + 2 + 3 + 3 + 4 + 1),
+        ("mobilenetv1_025", 13),
+        ("mobilenetv2_100", 1 + 2 + 3 + 4 + 3 + 3 + 1),
+        ("mobilevit_xxs", 1 + 3 + 2 + 2 + 2),
+    ],
+)
+def test_every_family_has_a_layer_for_each_of_its_blocks(name, blocks):
+    with torch.device("meta"):
+        model = create_model(name, num_classes=3)
+    layers, last = layer_numbers(model)
+    assert last == blocks + 1
+    assert list(dict.fromkeys(layers.values())) == list(range(blocks + 2)), "from stem to head"
+    assert sum(is_block(module) for module, _ in model.named_modules()) == blocks
 
 
 def test_frozen_parameters_are_in_no_group(vit):

@@ -9,7 +9,9 @@ from vitrail.train.config import TrainConfig
 
 # Tables and tokens that weight decay would only pull towards zero, whatever their shape.
 _NO_DECAY = re.compile(r"token|pos_embed|position|bias")
-_BLOCK = re.compile(r"backbone\.(?:(?:.+\.)?blocks\d*\.\d+|(?:stages|layers)\.\d+\.\d+)(?=\.)")
+_BLOCK = re.compile(
+    r"backbone\.(?:(?:.+\.)?blocks\d*\.\d+|(?:stages|layers)\.\d+\.\d+|layer\d+\.\d+)(?=\.)"
+)
 
 
 def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict]:
