@@ -34,15 +34,12 @@ def run(argv: list[str]) -> int:
     make_digits(pictures)
 
     print(f"2/4  train efficientvit_m0 from nothing, {flags.epochs} epochs -> {out}", flush=True)
-    # Batches this small gain little from a second thread, and two threads wait for each other where cores
-    # are busy with something else.
     result = train(
         replace(
             recipe_config("digits"),
             data=str(pictures),
             out=str(out),
             epochs=flags.epochs,
-            threads=1,
         )
     )
     if result.signal:

@@ -189,7 +189,9 @@ class TrainConfig:
     workers: int | None = None
     """Processes that read and augment; none: chosen by the machine."""
     threads: int | None = None
-    """Math threads of each process; none: the cores that the workers leave, or OMP_NUM_THREADS."""
+    """Math threads of each process; none: OMP_NUM_THREADS, else the cores that the workers leave, or as many
+    of them as a trial at the start of a run finds fastest.
+    """
 
     def __post_init__(self) -> None:
         if self.clip_mode == "agc" and self.parallel == "fsdp":

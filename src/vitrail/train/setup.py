@@ -43,6 +43,7 @@ from vitrail.train.state import (
     whole,
     write_state,
 )
+from vitrail.train.threads import settle_threads
 from vitrail.weights.catalogue import weight_sources
 from vitrail_runtime.errors import InputError
 
@@ -200,6 +201,8 @@ def set_up(config: TrainConfig, accelerator: Accelerator, folder: RunFolder) -> 
     per_epoch = [plan.steps(epoch) for epoch in range(config.epochs)]
     total = min(sum(per_epoch), config.max_steps or sum(per_epoch))
     warmup = min(round(config.warmup_epochs * sum(per_epoch) / config.epochs), total // 2)
+    if accelerator.num_processes == 1:
+        settle_threads(config, model, plan, updates=total, saved=saved)
     progress = Progress(total, minutes=config.max_minutes, speaks=accelerator.is_main_process)
     augmentation = replace(
         config.augmentation, mean=model.preprocessing.mean, std=model.preprocessing.std
@@ -406,6 +409,7 @@ def _identity(config: TrainConfig, train_data: ImageData, val_data: ImageData) -
         "val": val_data.content_hash,
         "counts": [len(train_data), len(val_data)],
         "classes": list(train_data.classes),
+        "threads": torch.get_num_threads(),
     }
 
 
