@@ -2,16 +2,19 @@
 
 import os
 import shutil
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from tests.damage import flipped, outcomes, zeroed
 from tests.data.conftest import picture
-from vitrail.data import open_data
+from vitrail.data import index, open_data
 from vitrail.data.checkup import check
 from vitrail.data.images import hold_out, open_source
+from vitrail.data.index import read_index
 from vitrail.models import create_model
 from vitrail.predictor import Predictor
 from vitrail_runtime.errors import InputError
@@ -130,6 +133,42 @@ def test_a_damaged_cache_is_made_again(class_folders, own_cache):
     for path in (own_cache / "index").iterdir():
         path.write_bytes(path.read_bytes()[:50])
     assert open_data(root, "train").content_hash == first.content_hash
+
+
+def test_a_stored_index_is_what_was_made_whatever_bit_of_it_is_flipped(
+    class_folders, own_cache, monkeypatch
+):
+    root = class_folders(BOTH)
+    (root / "train" / "cat" / "broken.jpg").write_bytes(b"no picture")
+    source = open_source(root)
+    written = read_index(source, "train")
+    assert list(written.problems) == [4], "a problem is stored too"
+    (path,) = (own_cache / "index").iterdir()
+    whole = path.read_bytes()
+    real, made = index.make_index, []
+    monkeypatch.setattr(index, "make_index", lambda *a: made.append(a) or real(*a))
+
+    def read() -> bool:
+        again = read_index(source, "train")
+        return all(
+            np.array_equal(getattr(again, f.name), getattr(written, f.name))
+            for f in fields(written)
+        )
+
+    assert read()
+    assert not made
+    for damaged, count in ((flipped(whole, 100), 100), (zeroed(whole), -(-len(whole) // 4096))):
+        made.clear()
+        found = outcomes(path, damaged, read)
+        assert found["equal"] == found.total() == count
+        assert len(made) == count, "made again each time"
+    other = path.with_name("0" * 32 + ".npz")
+    other.write_bytes(whole)
+    assert index._load(path) is not None
+    assert index._load(other) is None, "of another data set"
+    path.unlink()
+    path.mkdir()
+    assert read()
 
 
 def test_hidden_files_and_other_files_are_passed_over(class_folders):

@@ -7,7 +7,6 @@ files, so that the next start reads only those.
 import hashlib
 import io
 import sys
-import zipfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,7 +18,8 @@ from vitrail.data.cache import cache_folder, make_room, mark_used, write_atomica
 from vitrail_runtime.errors import InputError
 from vitrail_runtime.preprocess import decode, name_of, read_size
 
-VERSION = 1  # of the stored form; a reader of another version makes the index anew
+VERSION = 2  # of the stored form; a reader of another version makes the index anew
+SUM = 16  # bytes of the digest in front
 SHOW_PROGRESS_FROM = 5000  # pictures
 
 Place = tuple[int, int, int]  # (file, offset, bytes) inside an archive; zeros where a key is a file
@@ -185,7 +185,7 @@ def _store(index: Index, path) -> None:
         problem_at=np.array(list(index.problems), np.int64),
         problems=_pack(list(index.problems.values())),
     )
-    payload = buffer.getvalue()
+    payload = _sum(buffer.getvalue(), path) + buffer.getvalue()
     try:
         if make_room(len(payload)):
             write_atomically(path, payload)
@@ -195,21 +195,29 @@ def _store(index: Index, path) -> None:
 
 def _load(path) -> Index | None:
     try:
-        with np.load(path, allow_pickle=False) as stored:
-            columns = dict(stored)
-        hexes = columns["digests"].tobytes().hex()
-        index = Index(
-            _unpack(columns["keys"]),
-            _unpack(columns["names"]),
-            columns["sizes"],
-            [hexes[i : i + 32] for i in range(0, len(hexes), 32)],
-            columns["places"],
-            dict(zip(columns["problem_at"].tolist(), _unpack(columns["problems"]), strict=True)),
-        )
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        return None  # absent, or left by a crashed disk: made again
+        payload = path.read_bytes()
+    except OSError:
+        return None  # absent
+    if payload[:SUM] != _sum(payload[SUM:], path):
+        return None  # damaged, or of another data set: made again
+    with np.load(io.BytesIO(payload[SUM:]), allow_pickle=False) as stored:
+        columns = dict(stored)
+    hexes = columns["digests"].tobytes().hex()
+    index = Index(
+        _unpack(columns["keys"]),
+        _unpack(columns["names"]),
+        columns["sizes"],
+        [hexes[i : i + 32] for i in range(0, len(hexes), 32)],
+        columns["places"],
+        dict(zip(columns["problem_at"].tolist(), _unpack(columns["problems"]), strict=True)),
+    )
     mark_used(path)
     return index
+
+
+def _sum(payload: bytes, path) -> bytes:
+    """What stands in front of a stored index: a digest of it and of its name, which tells whose it is."""
+    return hashlib.blake2b(path.name.encode() + payload, digest_size=SUM).digest()
 
 
 def _pack(texts: list[str]) -> np.ndarray:
