@@ -1,13 +1,16 @@
 """Names to models, and models to folders and back."""
 
+import hashlib
 import json
 import os
 import shutil
+from itertools import islice
 
 import pytest
 import torch
 
 import vitrail
+from tests.damage import flipped, outcomes, zeroed
 from tests.parity import randomise
 from vitrail import models, weights
 from vitrail.models import build_classifier
@@ -70,7 +73,61 @@ def test_a_saved_folder_serves_as_weights_and_the_report_is_kept(model, folder):
 def change_config(folder, **changes):
     path = folder / "config.json"
     config = json.loads(path.read_text()) | changes
-    path.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+    config = {k: v for k, v in config.items() if v is not None}
+    path.write_text(json.dumps(config | {"config_sha256": models.config_hash(config)}))
+
+
+@pytest.mark.parametrize("read", [models.load, models.read_config])
+def test_a_config_that_is_not_as_it_was_written_is_refused_unless_the_hash_is_taken_out(
+    folder, read
+):
+    path = folder / "config.json"
+    text = path.read_text().replace('"ant"', '"ape"')
+    path.write_text(text)
+    with pytest.raises(InputError, match=r"config\.json is not as it was written.*take its line"):
+        read(folder)
+    path.write_text("\n".join(x for x in text.splitlines() if "config_sha256" not in x)[:-3] + "}")
+    assert vitrail.load(folder).classes == ("ape", *CLASSES[1:])
+
+
+def test_the_hash_of_a_config_is_sha256_over_all_else_in_it(folder):
+    config = json.loads((folder / "config.json").read_text())
+    said = config.pop("config_sha256")
+    text = json.dumps(config, sort_keys=True)
+    assert said == hashlib.sha256(text.encode()).hexdigest()
+
+
+def test_no_flipped_bit_of_a_model_folder_passes_for_what_was_written(folder):
+    """The slow test below flips more of them."""
+    flip_bits(folder, 12)
+
+
+@pytest.mark.slow
+def test_no_flipped_bit_nor_zeroed_block_of_a_model_folder_passes_for_what_was_written(folder):
+    flip_bits(folder, 1000)
+
+
+def flip_bits(folder, count: int) -> None:
+    written = vitrail.load(folder)
+    state = written.state_dict()
+
+    def read() -> bool:
+        again = vitrail.load(folder)
+        theirs = again.state_dict()
+        return again.info == written.info and all(torch.equal(state[k], theirs[k]) for k in state)
+
+    for name in ("model.safetensors", "config.json"):
+        path = folder / name
+        whole = path.read_bytes()
+        draws = {
+            "bits flipped": flipped(whole, count),
+            "blocks of 4 KiB zeroed": islice(zeroed(whole), count),
+        }
+        for what, damaged in draws.items():
+            found = outcomes(path, damaged, read, named=str(folder))
+            print(f"{name}, {len(whole)} bytes, {found.total()} {what}: {dict(found)}")
+            assert found["silent"] == found["traceback"] == 0
+            assert found["refused"] > 0.9 * found.total()
 
 
 @pytest.mark.parametrize(

@@ -149,6 +149,7 @@ def save(model: Any, folder: str | Path, *, metrics: Mapping[str, Any] | None = 
         "preprocessing": to_dict(info.preprocessing),
         "weights_sha256": weights_hash(state),
     }
+    config["config_sha256"] = config_hash(config)
     text = json.dumps(config, indent=2) + "\n"
     # The file of weights carries the text too: a save over an older one, stopped between the two
     # files, loses neither model.
@@ -164,8 +165,8 @@ def save(model: Any, folder: str | Path, *, metrics: Mapping[str, Any] | None = 
 def load(folder: str | Path) -> Classifier:
     """The model that `save` wrote, in eval mode, on the CPU.
 
-    Raises InputError when the folder is not a model, was written by a newer version, or its weights
-    are not those that config.json was written for.
+    Raises InputError when the folder is not a model, was written by a newer version, its weights are not
+    those that config.json was written for, or one of the two files is not as it was written.
     """
     folder = Path(folder)
     path = folder / "config.json"
@@ -220,6 +221,8 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         what = "no such folder" if not folder.is_dir() else "has no config.json"
         if (folder / "config.yaml").is_file() and not hint:
             what = _run_without_best(folder)
+        elif what == "no such folder" and (folder.parent / "config.yaml").is_file():
+            what += ", " + _run_without_best(folder.parent, folder.name)
         raise InputError(f"{folder} is not a saved model ({what}){hint}")
     try:
         return _checked(path.read_text(encoding="utf-8"), path)
@@ -227,11 +230,13 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         raise InputError(f"{path} cannot be read: {error}") from error
 
 
-def _run_without_best(run: Path) -> str:
+def _run_without_best(run: Path, gone: str = "best") -> str:
     there = sorted(p.parent for p in run.glob("[!.]*/config.json"))
     if there:
         names = ", ".join(p.name for p in there)
-        return f"a training run without its best/; what is there: {names}; give {there[-1]} instead"
+        return (
+            f"a training run without its {gone}/; what is there: {names}; give {there[-1]} instead"
+        )
     again = f"vitrail train --config {run / 'config.yaml'}"
     if (run / "report.html").is_file():
         return f"a finished training run whose models are gone; train again: {again} --out ANOTHER"
@@ -270,7 +275,19 @@ def _checked(text: str, path: Path) -> dict[str, Any]:
                 f"{path} lacks {key!r} (expected {kind.__name__}); copy the folder again"
             )
     class_names(config["classes"], None)
+    # The first model folders had none.
+    if "config_sha256" in config and config["config_sha256"] != config_hash(config):
+        raise InputError(
+            f"{path} is not as it was written (its config_sha256 is of another text): copy the folder "
+            'again; if you changed it on purpose, take its line "config_sha256" out'
+        )
     return config
+
+
+def config_hash(config: Mapping[str, Any]) -> str:
+    """sha256 over what config.json says, without this hash itself."""
+    said = {key: value for key, value in config.items() if key != "config_sha256"}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def weights_hash(state: Mapping[str, Tensor]) -> str:

@@ -409,3 +409,50 @@ def test_a_folder_where_the_file_should_go_is_named(tmp_path):
     with pytest.raises(InputError, match="cannot be written"):
         write_state(STATE, tmp_path / "w.safetensors")
     assert os.listdir(tmp_path) == ["w.safetensors"]
+
+
+# --- digests -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda s, t: s["a.bias"].neg_(),
+        lambda s, t: s.update({"a.bias": s["a.bias"].to(torch.float64)}),
+        lambda s, t: s.update({"a.weight": s["a.weight"].reshape(3, 2)}),
+        lambda s, t: s.update({"b.bias": s.pop("a.bias")}),
+        lambda s, t: s.pop("a.bias"),
+        lambda s, t: s.update({"new": torch.ones(1)}),
+        lambda s, t: t.update(said="other"),
+        lambda s, t: t.update(new="text"),
+        lambda s, t: t.pop("said"),
+    ],
+)
+def test_what_is_not_as_it_was_written_is_refused(tmp_path, change):
+    path = tmp_path / "w.safetensors"
+    write_state(STATE, path, metadata={"said": "this"})
+    state, texts = load_file(path), files.read_metadata(path)
+    assert texts.keys() == {"format", "said", files.DIGEST}
+    save_file(state, path, metadata=texts)
+    assert_same(read_state(path))
+    change(state, texts)
+    save_file(state, path, metadata=texts)
+    with pytest.raises(InputError, match=rf"^{path} is damaged: its digest is not .*copy it again"):
+        read_state(path)
+
+
+def test_a_file_without_a_digest_is_read_as_it_is(tmp_path):
+    save_file(STATE, tmp_path / "w.safetensors", metadata={"format": "pt"})
+    assert_same(read_state(tmp_path / "w.safetensors"))
+
+
+def test_a_digest_does_not_depend_on_layout_order_or_threads():
+    state = {"b": torch.arange(60_000.0).reshape(300, 200).t(), "a": torch.ones(1)}
+    digest = files.digest_of(state)
+    assert files.digest_of({k: v.contiguous() for k, v in reversed(state.items())}) == digest
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(4)
+        assert files.digest_of(state) == digest
+    finally:
+        torch.set_num_threads(threads)

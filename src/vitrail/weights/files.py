@@ -8,6 +8,7 @@ temporary file beside the target, flushed to the disk and renamed over it.
 import argparse
 import contextlib
 import difflib
+import hashlib
 import json
 import os
 import pickle
@@ -17,6 +18,7 @@ import struct
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,7 @@ FOLDER_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+DIGEST = "vitrail_digest"  # of a file's tensors and texts, among the texts of its header
 # A header of 70,000 tensors fits; parsed JSON of this size stays within a few hundred megabytes.
 MAX_HEADER = 16 * 2**20
 
@@ -221,21 +224,53 @@ def _look_at_start(path: Path) -> None:
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """Key -> tensor. Nothing larger than the file itself is allocated, whatever its header claims."""
+    """Key -> tensor. Nothing larger than the file itself is allocated, whatever its header claims.
+
+    A file that carries a digest, as `write_state` gives it, is checked against it.
+    """
     _check_header(path)
     try:
         with safetensors.safe_open(path, framework="pt") as file:
+            texts = dict(file.metadata() or {})
             # Cloned: the reader maps the file, and whoever overwrites it would change the weights.
             # An open file is no mapping: `in file` would fail.
-            return {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
+            state = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
     except safetensors.SafetensorError as error:
         raise InputError(
             f"{path} is not a whole safetensors file ({error}); download or copy it again"
         ) from error
+    written = texts.pop(DIGEST, None)
+    if written is not None and written != digest_of(state, texts):
+        raise InputError(
+            f"{path} is damaged: its digest is not that of what was written; copy it again"
+        )
+    return state
+
+
+def digest_of(tensors: Mapping[str, Tensor], texts: Mapping[str, str] | None = None) -> str:
+    """32 hex characters over texts by name, and over name, dtype, shape and bytes of every tensor.
+
+    The order of the names does not matter. As many threads hash as torch computes with.
+    """
+
+    def one(item: tuple[str, Tensor]) -> bytes:
+        key, value = item
+        about = json.dumps([key, str(value.dtype), list(value.shape)])
+        digest = hashlib.blake2b(about.encode(), digest_size=16)
+        # BLAKE2b is as fast on every processor; SHA-256 is half as fast on those without instructions for it.
+        data = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        digest.update(data)
+        return digest.digest()
+
+    digest = hashlib.blake2b(json.dumps(dict(texts or {}), sort_keys=True).encode(), digest_size=16)
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        for part in threads.map(one, sorted(tensors.items(), key=lambda item: item[0])):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The text that travels in a safetensors file's header; {} where there is none."""
+    """The text that travels in a safetensors file's header, unchecked; {} where there is none."""
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             return dict(file.metadata() or {})
@@ -384,7 +419,8 @@ def write_state(
 ) -> None:
     """Write tensors as safetensors. The path holds the old file or the whole new one, at any moment.
 
-    metadata: text that travels in the file's header; `read_metadata` gives it back.
+    metadata: text that travels in the file's header; `read_metadata` gives it back. A digest of tensors and
+        text travels with it, against which `read_state` checks them.
     Raises InputError when it cannot be written (a full disk, no permission); the old file stays.
     """
     path = Path(path)
@@ -399,9 +435,11 @@ def write_state(
             value = value.clone()
         places.add(value.untyped_storage().data_ptr())
         tensors[key] = value
+    # The format's readers in other libraries expect to be told the framework.
+    texts = {"format": "pt", **(metadata or {})}
+    texts[DIGEST] = digest_of(tensors, texts)
     with _replacing(path) as temporary:
-        # The format's readers in other libraries expect to be told the framework.
-        save_file(tensors, temporary, metadata={"format": "pt", **(metadata or {})})
+        save_file(tensors, temporary, metadata=texts)
 
 
 def write_text(path: str | Path, text: str) -> None:
