@@ -15,6 +15,7 @@ from scipy.stats import binomtest
 from vitrail.analysis import page
 from vitrail.analysis.saliency import where_it_looks
 from vitrail.data.images import ImageData
+from vitrail_runtime.errors import InputError
 from vitrail_runtime.preprocess import prepare
 
 OVERFITTED = 1.1  # a last validation loss of so many times the lowest deserves a word
@@ -106,6 +107,29 @@ def write_report(
 def as_text(name: str) -> str:
     """Bytes of a file's name that are no text cannot be drawn: they stand as escapes."""
     return name.encode("utf-8", "backslashreplace").decode()
+
+
+def read_predictions(path: Path, data: ImageData, classes: Sequence[str]) -> dict[str, np.ndarray]:
+    """predictions.npz of a model folder, as `write_report` takes it.
+
+    Raises InputError where it is gone or damaged, or says something of other pictures.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as stored:  # a zip file: every part has a checksum
+            found = {key: stored[key] for key in ("probabilities", "labels", "predicted", "keys")}
+    except Exception as error:  # numpy and zipfile raise whatever a broken file leads them to
+        problem = "is gone" if isinstance(error, FileNotFoundError) else f"is damaged ({error})"
+    else:
+        count = len(data)
+        shapes = {"probabilities": (count, len(classes)), "labels": (count,), "predicted": (count,)}
+        fits = all(found[key].shape == shape for key, shape in shapes.items())
+        if fits and found["keys"].tolist() == list(data.keys):
+            return found
+        problem = "is about other pictures"
+    raise InputError(
+        f"{path} {problem}; measure the model anew: vitrail eval {path.parent} --data {data.source.name} "
+        "--report FILE.html"
+    )
 
 
 def interval(successes: int, trials: int) -> tuple[float, float]:

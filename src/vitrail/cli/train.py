@@ -45,24 +45,40 @@ def run(argv: list[str]) -> int:
         say(f"{result.reason}: stopped at update {result.steps}, all saved; go on with: {command}")
         return 128 + result.signal
     say(f"{result.reason}: {counted(result.steps, 'update')} in {result.seconds / 60:.1f} minutes")
-    say(f"report: {report_run(config, result.folder)}")
-    print(f"best top-1 {result.best:.4f} on the validation pictures: {result.folder / 'best'}")
+    name = model_to_show(result.folder)
+    say(f"report: {report_run(config, result.folder, name)}")
+    if name == "best":
+        print(f"best top-1 {result.best:.4f} on the validation pictures: {result.folder / name}")
+    else:
+        print(f"the last model, instead of the best one: {result.folder / name}")
     return 0
 
 
-def report_run(config: Any, folder: Path) -> Path:
-    """The page about a run's best model, from what it said of the validation pictures."""
-    import numpy as np
+def model_to_show(folder: Path) -> str:
+    """ "best", or "last" where best/ is gone or damaged and there is another."""
+    from vitrail.models import load
 
-    from vitrail.analysis.report import write_report
+    try:
+        load(folder / "best")
+    except InputError as error:
+        if not (folder / "last" / "model.safetensors").is_file():
+            raise
+        say(f"{error}; the report is about {folder / 'last'}")
+        return "last"
+    return "best"
+
+
+def report_run(config: Any, folder: Path, name: str = "best") -> Path:
+    """The page about a run's best model, from what it said of the validation pictures."""
+    from vitrail.analysis.report import read_predictions, write_report
     from vitrail.data import open_data
     from vitrail.models import load
 
-    model = load(folder / "best")
+    model = load(folder / name)
     how: dict[str, Any] = {"skip_broken": config.skip_broken, "val_fraction": config.val_fraction}
     data = open_data(config.data, "val", classes=model.classes, **how)
-    with np.load(folder / "best" / "predictions.npz") as predictions:
-        return write_report(folder / "report.html", model, data, predictions, run=folder)
+    predictions = read_predictions(folder / name / "predictions.npz", data, model.classes)
+    return write_report(folder / "report.html", model, data, predictions, run=folder)
 
 
 def effective_config(recipe: str | None, file: str | None, argv: list[str]) -> "TrainConfig":
