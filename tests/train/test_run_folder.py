@@ -9,17 +9,20 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 
 import vitrail.train.folder as folder_module
 import vitrail.train.state as state_module
 from tests.train.children import CONTEXT, run
-from tests.train.conftest import VIT, make_pictures, tiny_config
+from tests.train.conftest import CLASSES, VIT, make_pictures, tiny_config
+from vitrail import models
+from vitrail.cli import main
+from vitrail.cli.train import model_to_show
+from vitrail.train import loop
 from vitrail.train.config import TrainConfig, read_config
+from vitrail.train.evaluate import evaluate as real_evaluate
 from vitrail.train.folder import RunFolder
 from vitrail.train.loop import train
-from vitrail.train.state import read_state, states
+from vitrail.train.state import read_header, read_state, states
 from vitrail_runtime.errors import InputError
 
 
@@ -79,22 +82,17 @@ def test_models_without_a_state_are_not_written_over(pictures, tmp_path):
         train(config)
 
 
-def test_a_state_of_a_newer_version_is_refused(stopped):
-    newest = states(Path(stopped.out) / "state")[0]
-    with safe_open(newest, framework="pt") as file:
-        header = json.loads(file.metadata()["vitrail"])
-    text = json.dumps(header | {"schema_version": 99, "what": "is new"})
-    save_file(load_file(newest), newest, metadata={"vitrail": text})
-    with pytest.raises(InputError, match=r"newer vitrail.*schema 99.*update"):
-        train(stopped)
-
-
-def test_a_damaged_state_is_passed_over_for_the_one_before(stopped):
+def test_a_damaged_state_is_passed_over_for_the_one_before(stopped, capsys):
     newest = states(Path(stopped.out) / "state")[0]
     os.truncate(newest, newest.stat().st_size // 2)
     with pytest.raises(InputError, match="not a complete run state"):
         read_state(newest)
+    capsys.readouterr()
     assert train(stopped).steps == 8
+    said = capsys.readouterr().err.splitlines()
+    assert f"{newest} is not a complete run state" in said[-5]
+    assert said[-4].startswith("going on from the state before, ")
+    assert said[-3].startswith("going on at update ")
 
 
 def test_two_runs_into_one_folder_are_kept_apart(pictures, tmp_path):
@@ -239,6 +237,198 @@ def test_a_row_cut_off_by_a_crash_is_left_out(tmp_path):
     with open(folder.metrics, "a") as file:
         file.write('{"step": 2, "lo')
     assert folder.rows() == [{"step": 1}]
+
+
+def test_rows_after_the_state_are_forgotten_and_damaged_ones_are_told(tmp_path):
+    folder = RunFolder(tmp_path)
+    assert folder.keep_rows(0) == (0, [])
+    for step in range(5):
+        folder.add_row({"step": step})
+    assert folder.keep_rows(4) == (4, [])
+    assert folder.rows() == [{"step": step} for step in range(4)]
+    lines = folder.metrics.read_bytes().splitlines()
+    for damage in (bytes(len(lines[1])), b"\xff" + lines[1], b"[1]"):
+        folder.metrics.write_bytes(b"\n".join([lines[0], damage, *lines[2:]]) + b"\n")
+        assert [row["step"] for row in folder.rows()] == [0, 2, 3]
+    kept, (said,) = folder.keep_rows(3)
+    assert kept == 2
+    assert "metrics.jsonl has 2 of the 3 rows that it had" in said
+    assert folder.rows() == [{"step": 0}, {"step": 2}]
+    folder.metrics.unlink()
+    kept, (said,) = folder.keep_rows(2)
+    assert kept == 0
+    assert "has 0 of the 2 rows" in said
+    folder.metrics.unlink()
+    folder.metrics.mkdir()
+    with pytest.raises(InputError, match=r"metrics\.jsonl cannot be read: Is a directory"):
+        folder.keep_rows(1)
+
+
+def damaged_place(path: Path, how: str) -> None:
+    if how == "gone":
+        path.unlink() if path.is_file() else shutil.rmtree(path)
+    elif how == "zeroed":
+        path.write_bytes(bytes(100))
+    elif how == "a file":
+        shutil.rmtree(path)
+        path.write_text("hello")
+    elif how == "a link":
+        shutil.move(path, path.with_name("elsewhere"))
+        path.symlink_to("elsewhere")
+    elif how == "a link to nothing":
+        shutil.rmtree(path)
+        path.symlink_to("nowhere")
+
+
+def test_a_config_that_is_gone_or_damaged_is_written_anew(stopped, capsys):
+    place = Path(stopped.out) / "config.yaml"
+    damaged_place(place, "zeroed")
+    capsys.readouterr()
+    assert train(replace(stopped, workers=0)).steps == 8
+    assert "config.yaml was not that of this run any more" in capsys.readouterr().err
+    assert read_config(place) == replace(stopped, workers=0)
+    train(stopped)
+    assert "config.yaml" not in capsys.readouterr().err
+    assert read_config(place).workers == 0, "one that is whole stays"
+
+
+def during(monkeypatch, step: int, act) -> None:
+    """Do something to the run folder after so many updates."""
+    real = loop.update
+
+    def update(run, *args) -> int:
+        asked = real(run, *args)
+        if run.at.step == step:
+            act(run)
+        return asked
+
+    monkeypatch.setattr(loop, "update", update)
+
+
+def test_files_deleted_while_a_run_goes_are_written_anew(pictures, tmp_path, monkeypatch, capsys):
+    config = tiny_config(pictures, tmp_path / "run", **VIT, save_every=0.0, log_every=1)
+
+    def delete(run) -> None:
+        for place in (run.folder.metrics, run.folder.config, run.folder.path / "last"):
+            damaged_place(place, "gone")
+
+    during(monkeypatch, 5, delete)
+    assert train(config).steps == 8
+    assert "metrics.jsonl is gone; a new one begins here" in capsys.readouterr().err
+    folder = RunFolder(config.out)
+    assert [row["step"] for row in folder.rows()] == [5, 6, 7, 8, 8]
+    assert folder.config_is(config)
+    assert models.load(folder.path / "last").classes == CLASSES
+    with monkeypatch.context() as patch:  # a finished run: nothing is left to do
+        patch.setattr(loop, "update", None)
+        train(config)
+    said = capsys.readouterr().err
+    assert "metrics.jsonl has 5 of the 10 rows that it had" in said
+
+
+class Scores:
+    """Evaluations that give these scores, one after another."""
+
+    def __init__(self, monkeypatch, *top1: float) -> None:
+        self.left = list(top1)
+
+        def evaluate(*args, **kwargs):
+            return real_evaluate(*args, **kwargs) | {"top1": self.left.pop(0)}
+
+        monkeypatch.setattr(loop, "evaluate", evaluate)
+
+
+@pytest.mark.parametrize("how", ["gone", "a file", "a link to nothing"])
+def test_a_best_model_deleted_while_a_run_goes_is_the_best_of_those_to_come(
+    pictures, tmp_path, monkeypatch, capsys, how
+):
+    config = tiny_config(pictures, tmp_path / "run", **VIT, epochs=5, early_stopping=3)
+    best = tmp_path / "run" / "best"
+    Scores(monkeypatch, 0.9, 0.2, 0.5, 0.6, 0.4)
+    during(monkeypatch, 6, lambda run: damaged_place(best, how))  # of 4 an epoch
+    result = train(config)
+    said = capsys.readouterr().err
+    assert said.count(f"{best}, of top-1 0.9000, is gone: the best model from here on") == 1
+    assert (result.steps, result.best) == (20, 0.6)
+    assert json.loads((best / "metrics.json").read_text())["top1"] == 0.6
+    rows = [(row["top1"], row["best"]) for row in RunFolder(config.out).rows() if "top1" in row]
+    assert rows == [(0.9, 0.9), (0.2, 0.2), (0.5, 0.5), (0.6, 0.6), (0.4, 0.6)]
+    assert sorted(p.name for p in best.parent.iterdir() if p.name.startswith(".")) == []
+
+
+def test_the_best_score_and_what_came_since_outlive_a_stop(pictures, tmp_path, monkeypatch):
+    config = tiny_config(pictures, tmp_path / "run", **VIT, epochs=5, early_stopping=2, keep=9)
+    config = replace(config, save_every=0.0)
+    Scores(monkeypatch, 0.5, 0.7, 0.6, 0.65)
+    assert train(config).reason == "no better score in 2 evaluations"
+    for path in states(tmp_path / "run" / "state"):
+        if read_header(path)[0].step > 13:
+            path.unlink()  # as if stopped after the third evaluation
+    Scores(monkeypatch, 0.7)
+    result = train(config)
+    assert result.reason == "no better score in 2 evaluations"
+    assert (result.steps, result.best) == (16, 0.7)
+    position = read_header(states(tmp_path / "run" / "state")[0])[0]
+    assert (position.best, position.best_step, position.stale) == (0.7, 8, 2)
+
+
+@pytest.mark.parametrize("how", ["a file", "a link", "a link to nothing"])
+def test_what_stands_in_a_models_place_is_replaced_and_leaves_nothing_behind(tmp_path, how):
+    folder, place = RunFolder(tmp_path), tmp_path / "best"
+    place.mkdir()
+    damaged_place(place, how)
+    (tmp_path / ".best.new").write_text("in the way")
+    (tmp_path / ".best.old").symlink_to("nowhere")
+    with folder.replacing("best") as new:
+        (new / "model").write_text("new")
+    assert (place / "model").read_text() == "new"
+    assert not place.is_symlink()
+    elsewhere = ["elsewhere"] * (how == "a link")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["best", *elsewhere]
+
+
+def test_leftovers_that_are_no_folders_are_cleared_away(tmp_path):
+    (tmp_path / "best").mkdir()
+    (tmp_path / ".best.old").write_text("x")
+    (tmp_path / ".last.new").symlink_to("nowhere")
+    (tmp_path / ".last.old").symlink_to("best")
+    with RunFolder(tmp_path).locked():
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["best", "last", "lock"]
+
+
+def test_a_file_in_place_of_the_states_is_told_before_the_run_begins(pictures, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "state").write_text("")
+    with pytest.raises(InputError, match=r"state is not a folder .*move it away"):
+        train(tiny_config(pictures, tmp_path / "run", **VIT))
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_the_command_shows_the_last_model_where_the_best_is_gone(pictures, tmp_path, capsys):
+    config = tiny_config(pictures, tmp_path / "run", **VIT, epochs=1)
+    train(config)
+    command = ["train", "--config", str(tmp_path / "run" / "config.yaml")]
+    best, last = tmp_path / "run" / "best", tmp_path / "run" / "last"
+    content = bytearray((best / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (best / "model.safetensors").write_bytes(content)
+    assert main(command) == 0
+    said = capsys.readouterr()
+    assert (
+        "model.safetensors is damaged: its digest is not that of what was written; copy it again; the report "
+        f"is about {last}\n" in said.err
+    )
+    assert said.out == f"the last model, instead of the best one: {last}\n"
+    shutil.rmtree(best)
+    assert model_to_show(best.parent) == "last"
+    said = capsys.readouterr().err
+    assert "a training run without its best/; what is there: last; give" in said
+    shutil.rmtree(last)
+    gone = (
+        r"best is not a saved model \(no such folder, a finished training run whose models are gone"
+    )
+    with pytest.raises(InputError, match=gone):
+        model_to_show(best.parent)
 
 
 def test_windows_is_refused_before_anything_is_made(tmp_path, monkeypatch):

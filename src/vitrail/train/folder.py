@@ -14,8 +14,8 @@ import yaml
 from safetensors import SafetensorError
 
 from vitrail.configuration import to_dict
-from vitrail.train.config import TrainConfig
-from vitrail.train.state import states
+from vitrail.train.config import TrainConfig, differences, read_config
+from vitrail.train.state import newest_whole
 from vitrail.weights import write_text
 from vitrail_runtime.errors import InputError
 
@@ -115,22 +115,40 @@ class RunFolder:
         text = yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
         write_text(self.config, text)
 
-    def rows(self) -> list[dict[str, Any]]:
-        """The rows of metrics.jsonl; a last one cut off by a crash is left out."""
-        if not self.metrics.is_file():
-            return []
-        rows = []
-        for line in self.metrics.read_text(encoding="utf-8").splitlines():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
-        return rows
+    def config_is(self, config: TrainConfig) -> bool:
+        """Whether config.yaml can be read and is that of a run with this configuration."""
+        try:
+            return not differences(config, read_config(self.config))
+        except InputError:
+            return False
 
-    def keep_rows(self, count: int) -> None:
-        """Forget what was logged after the state that the run resumes from."""
-        text = "".join(json.dumps(row) + "\n" for row in self.rows()[:count])
-        write_text(self.metrics, text)
+    def rows(self) -> list[dict[str, Any]]:
+        """The rows of metrics.jsonl; one that is damaged, or cut off by a crash, is left out."""
+        return [row for line in self._lines() if (row := _row(line)) is not None]
+
+    def keep_rows(self, count: int) -> tuple[int, list[str]]:
+        """Forget what was logged after the state that the run resumes from, of which there were `count` rows.
+
+        Returns how many rows there are now, and what a person should know about the others.
+        """
+        rows = [_row(line) for line in self._lines()[:count]]
+        whole = [row for row in rows if row is not None]
+        notes = []
+        if len(whole) < count:
+            notes.append(
+                f"{self.metrics} has {len(whole)} of the {count} rows that it had: the others are gone "
+                "or damaged, and the curves of the report lack them"
+            )
+        write_text(self.metrics, "".join(json.dumps(row) + "\n" for row in whole))
+        return len(whole), notes
+
+    def _lines(self) -> list[bytes]:
+        try:
+            return self.metrics.read_bytes().splitlines()
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise InputError(f"{self.metrics} cannot be read: {error.strerror}") from error
 
     def add_row(self, row: Mapping[str, Any]) -> None:
         with open(self.metrics, "a", encoding="utf-8") as file:
@@ -140,34 +158,56 @@ class RunFolder:
         """Names of the model folders in it: best, last, ..."""
         return sorted(path.parent.name for path in self.path.glob("*/model.safetensors"))
 
+    def has(self, name: str) -> bool:
+        """Whether a model folder of this name stands there; how whole it is, `models.load` finds out."""
+        return (self.path / name / "model.safetensors").is_file()
+
     @contextmanager
     def replacing(self, name: str) -> Iterator[Path]:
         """A new folder to fill, which then takes the place of NAME; a crash leaves one of the two whole."""
         new, old, place = (self.path / n for n in (f".{name}.new", f".{name}.old", name))
-        shutil.rmtree(new, ignore_errors=True)
+        _remove(new)
         new.mkdir()
         try:
             yield new
         except BaseException:
             shutil.rmtree(new, ignore_errors=True)
             raise
-        if place.exists():
+        if os.path.lexists(place):  # a link to nothing too
+            _remove(old)
             os.replace(place, old)
         os.replace(new, place)
-        shutil.rmtree(old, ignore_errors=True)
+        with suppress(OSError):
+            _remove(old)
 
     def _recover(self) -> None:
         """Clean up after a crash between the two renames of `replacing`, and after unfinished writes."""
         for old in self.path.glob(".*.old"):
             place = self.path / old.name[1:].removesuffix(".old")
-            if place.exists():
-                shutil.rmtree(old)
+            if os.path.lexists(place):
+                _remove(old)
             else:
                 os.replace(old, place)
         for new in self.path.glob(".*.new"):
-            shutil.rmtree(new)
+            _remove(new)
         for partial in self.state.glob("*.partial"):
             partial.unlink()
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) else None
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder with all that is in it, or a file or a link that stands in its place."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -180,8 +220,8 @@ def explained(folder: RunFolder) -> Iterator[None]:
             error.__cause__, (OSError, SafetensorError)
         ):
             raise
-        saved = states(folder.state)
-        safe = f"the state in {saved[0]} is complete" if saved else "no state was saved yet"
+        saved = newest_whole(folder.state)
+        safe = f"the state in {saved} is complete" if saved else "no state was saved yet"
         full = getattr(error, "errno", None) == errno.ENOSPC or "space" in str(error).lower()
         todo = "free some space" if full else "put it right"
         raise InputError(

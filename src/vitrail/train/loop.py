@@ -32,7 +32,7 @@ from vitrail.train.progress import counted
 from vitrail.train.replay import keep_batch, not_finite
 from vitrail.train.schedule import learning_rate
 from vitrail.train.setup import Run, introduce, seed_update, set_up
-from vitrail.train.state import states
+from vitrail.train.state import newest_whole
 from vitrail_runtime.errors import InputError, NotFinite
 
 
@@ -97,10 +97,10 @@ def failures_told(config: TrainConfig, folder: RunFolder, world: int) -> Iterato
         size = f"{side} x {side}" if side else "the model's own size"
         less = "give a smaller --batch-size, a larger --accumulate, a smaller --image-size"
         less += "" if config.grad_checkpointing else ", or --grad-checkpointing"
-        saved = states(folder.state)
+        saved = newest_whole(folder.state)
         if saved:
             less += (
-                f" (another run then, with another --out)\n{saved[0]} is complete: once there is memory, the "
+                f" (another run then, with another --out)\n{saved} is complete: once there is memory, the "
                 "same command goes on from it"
             )
         what = f"an update on {pictures} of {size}{parts}"
@@ -277,6 +277,7 @@ def score(run: Run) -> None:
         if not math.isfinite(scores["loss"]):
             raise not_finite(run)
         names = ["last"]
+        run.forget_lost_best()
         if at.best is None or scores["top1"] > at.best:
             at.best, at.best_step, at.stale = scores["top1"], at.step, 0
             names.append("best")

@@ -16,7 +16,7 @@ from vitrail.data.loader import TrainBatch
 from vitrail.train.config import read_config
 from vitrail.train.folder import RunFolder, explained
 from vitrail.train.losses import loss_of
-from vitrail.train.state import states, whole
+from vitrail.train.state import newest_whole, whole
 from vitrail_runtime.errors import InputError
 
 if TYPE_CHECKING:
@@ -49,10 +49,8 @@ def keep_batch(run: "Run", batch: TrainBatch, images: Tensor, targets: Tensor) -
         }
         with explained(run.folder):
             save_file(tensors | model, path, metadata={"vitrail": json.dumps(about)})
-    saved = states(run.folder.state)
-    state = (
-        f"the last state, from before it, is {saved[0]}" if saved else "no state was saved before"
-    )
+    saved = newest_whole(run.folder.state)
+    state = f"the last state, from before it, is {saved}" if saved else "no state was saved before"
     return InputError(
         f"loss or gradient is not finite at step {at.step + 1} (epoch {at.epoch + 1}, batch "
         f"{batch.step + 1}); the batch and the weights are kept in {path}, {state}\n"

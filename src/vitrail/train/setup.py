@@ -34,6 +34,7 @@ from vitrail.train.parallel import (
 from vitrail.train.progress import Progress, counted
 from vitrail.train.scalars import Scalars, check_tensorboard
 from vitrail.train.state import (
+    NewerState,
     Position,
     gather,
     read_header,
@@ -71,6 +72,7 @@ class Run:
     at: Position
     total_steps: int
     warmup_steps: int
+    notes: list[str]  # what became of files of earlier starts
     scalars: Scalars | None = None  # of the main process
     started: float = 0.0  # on the monotonic clock, moved back by the time of earlier starts
     saved_at: float = 0.0  # training seconds
@@ -138,6 +140,8 @@ class Run:
         row = {"kind": kind, "step": at.step, "epoch": at.epoch, "images": at.images}
 
         def add() -> None:
+            if at.rows and not self.folder.metrics.exists():
+                self.progress.say(f"{self.folder.metrics} is gone; a new one begins here")
             with explained(self.folder):
                 self.folder.add_row(row | figures | {"seconds": round(at.seconds, 3)})
                 if self.scalars is not None:
@@ -146,12 +150,25 @@ class Run:
         on_main(self.accelerator, add)
         at.rows += 1
 
+    def forget_lost_best(self) -> None:
+        """Where best/ was deleted, the best model is the best of those still to come."""
+        at = self.at
+        if at.best is None or on_main(self.accelerator, lambda: self.folder.has("best")):
+            return
+        self.progress.say(
+            f"{self.folder.path / 'best'}, of top-1 {at.best:.4f}, is gone: the best model from here on "
+            "takes its place"
+        )
+        at.best, at.best_step, at.stale = None, 0, 0
+
     def save_state(self) -> None:
         """Write where the run stands, so that it can go on from here."""
         tensors = gather(self.model, self.optimizer, self.ema)
 
         def write() -> None:
             with explained(self.folder):
+                if not self.folder.config.is_file():  # deleted meanwhile; to go on is by its name
+                    self.folder.write_config(self.config)
                 about = _identity(self.config, self.train_data, self.val_data)
                 write_state(self.folder.state, tensors, self.at, about, keep=self.config.keep)
 
@@ -178,7 +195,7 @@ class Run:
 def set_up(config: TrainConfig, accelerator: Accelerator, folder: RunFolder) -> Run:
     """Build everything and bring it to where the run in `folder` stopped, if one did."""
     train_data, val_data = together(lambda: open_splits(config, accelerator.num_processes))
-    saved = on_main(accelerator, lambda: find_state(config, folder, train_data, val_data))
+    saved, notes = on_main(accelerator, lambda: find_state(config, folder, train_data, val_data))
 
     torch.manual_seed(config.seed)
     # A run that goes on has its own weights: where it started from need not be there any more.
@@ -195,8 +212,12 @@ def set_up(config: TrainConfig, accelerator: Accelerator, folder: RunFolder) -> 
     ema = Ema(model, config.ema) if config.ema else None
     position = Position()
     if saved is not None:
-        position, _ = together(lambda: read_header(saved))
-        restore(together(lambda: read_state(saved)), model, optimizer, ema)
+        position = together(lambda: bring_back(saved, model, optimizer, ema))
+        position.rows, lost = on_main(accelerator, lambda: folder.keep_rows(position.rows))
+        notes += lost
+        if not on_main(accelerator, lambda: folder.config_is(config)):
+            on_main(accelerator, lambda: folder.write_config(config))
+            notes.append(f"{folder.config} was not that of this run any more, and is written anew")
 
     per_epoch = [plan.steps(epoch) for epoch in range(config.epochs)]
     total = min(sum(per_epoch), config.max_steps or sum(per_epoch))
@@ -232,6 +253,7 @@ def set_up(config: TrainConfig, accelerator: Accelerator, folder: RunFolder) -> 
         at=position,
         total_steps=total,
         warmup_steps=warmup,
+        notes=notes,
     )
     run.started = time.monotonic() - position.seconds
     run.saved_at = position.seconds
@@ -306,6 +328,8 @@ def introduce(run: Run) -> None:
         f"{len(run.model.classes)} classes; {counted(run.total_steps, 'update')}; "
         f"{processes}{run.accelerator.device}, {threads}, {workers}"
     )
+    for note in run.notes:
+        run.progress.say(note)
     if at.step and not at.finished:
         run.progress.say(f"going on at update {at.step}, epoch {at.epoch + 1}")
 
@@ -337,40 +361,87 @@ def seed_update(config: TrainConfig, step: int, rank: int) -> None:
 
 def find_state(
     config: TrainConfig, folder: RunFolder, train_data: ImageData, val_data: ImageData
-) -> Path | None:
-    """The newest whole state in a run folder, None in a new one.
+) -> tuple[Path | None, list[str]]:
+    """The newest whole state in a run folder, None in a new one; and what a person should know about it.
 
-    Raises InputError when the folder is another run's (saying what differs), or a newer version's.
+    Raises InputError when the folder is another run's (saying what differs), or a newer version's, or when no
+    state in it is whole.
     """
     problems = []
     for path in states(folder.state):
         try:
             position, about = read_header(path)
+            _check_run(config, folder, position, about, _identity(config, train_data, val_data))
+            read_state(path)
+        except (NewerState, OtherRun):
+            raise
         except InputError as error:
-            if "newer vitrail" in str(error):
-                raise
             problems.append(str(error))  # damaged after it was written; the one before will do
             continue
-        theirs = from_dict(TrainConfig, about["config"], where=str(path))
-        settings = differences(config, theirs)
-        pictures = _other_pictures(about, _identity(config, train_data, val_data))
-        if settings or pictures:
-            back = [f"the configuration of that run, --config {folder.config}"] * bool(settings)
-            back += ["its pictures as they were"] * bool(pictures)
-            raise InputError(
-                f"{folder.path} holds another run, {position.step} steps on:\n  "
-                + "\n  ".join(settings + pictures)
-                + f"\nto go on with it: {' and '.join(back)}; to start anew: another --out, and to start "
-                f"anew from its weights --weights {folder.path / 'last'} as well"
+        notes = [*problems]
+        if problems:
+            notes.append(f"going on from the state before, {path}")
+        if about["schema_version"] == 1:
+            notes.append(
+                f"{path} is of an older vitrail and carries no digest: whether it is as it was written "
+                "cannot be told; the next state will carry one"
             )
-        folder.keep_rows(position.rows)
-        return path
+        return path, notes
     if problems:
         raise InputError(
-            "\n".join(problems) + f"\nno whole state is left; delete {folder.state} to start over"
+            "\n".join(problems)
+            + f"\nno whole state is left in {folder.state}: put one back from a copy of "
+            "it, or delete that folder to start over"
         )
     keep_models(config, folder)
-    return None
+    return None, []
+
+
+class OtherRun(InputError):
+    """A folder that holds the run of another configuration, or on other pictures."""
+
+
+def _check_run(
+    config: TrainConfig,
+    folder: RunFolder,
+    position: Position,
+    about: dict[str, Any],
+    ours: dict[str, Any],
+) -> None:
+    """Raise OtherRun unless a state is one of this run."""
+    try:
+        theirs = from_dict(TrainConfig, about["config"], where=f"the run in {folder.path}")
+    except InputError as error:
+        raise OtherRun(
+            f"{error}; another version of vitrail trained it; give another --out"
+        ) from error
+    settings = differences(config, theirs)
+    pictures = _other_pictures(about, ours)
+    if settings or pictures:
+        there = f"the configuration of that run, --config {folder.config}"
+        if not folder.config_is(theirs):
+            there = f"these settings as they are there ({folder.config} is no longer that run's)"
+        back = [there] * bool(settings)
+        back += ["its pictures as they were"] * bool(pictures)
+        raise OtherRun(
+            f"{folder.path} holds another run, {position.step} steps on:\n  "
+            + "\n  ".join(settings + pictures)
+            + f"\nto go on with it: {' and '.join(back)}; to start anew: another --out, and to start "
+            f"anew from its weights --weights {folder.path / 'last'} as well"
+        )
+
+
+def bring_back(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema | None
+) -> Position:
+    """Fill model, optimiser and average from a state file; where the run stood."""
+    position, _ = read_header(path)
+    tensors = read_state(path)
+    try:
+        restore(tensors, model, optimizer, ema)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    return position
 
 
 def begin(config: TrainConfig, folder: RunFolder) -> None:
