@@ -216,6 +216,25 @@ def test_models_stand_side_by_side_each_in_its_colour(tmp_path, figures):
     assert colours[0] != colours[1]
 
 
+def test_long_names_leave_room_for_the_plots_and_are_told_apart_by_their_end(tmp_path, figures):
+    runs = "runs/an_experiment_with_a_long_name/"
+    both = [
+        study([0.9, 0.8], name=f"{runs}seed_{i}", layers=[layer("a", 0.5, [1, 2])])
+        for i in range(2)
+    ]
+    text = text_of(collapse_page(tmp_path / "a.html", both, {}, threshold=0.7))
+    heads_page(tmp_path / "b.html", both, {})
+    labels = [page.shortened(f"{runs}seed_{i}") for i in range(2)]
+    assert labels[0] != labels[1]
+    assert max(map(len, labels)) < 30
+    for fig in (figures[0], figures[-3]):
+        assert [t.get_text() for t in fig.axes[0].get_legend().get_texts()] == labels
+    bars = figures[2].axes[0]
+    assert [tick.get_text() for tick in bars.get_yticklabels()] == labels
+    assert [bar.get_width() for bar in bars.patches] == [3, 3, 2, 2]
+    assert page.flowing(f"{runs}seed_0: 2 of 3") in text  # in words the name is whole
+
+
 def test_shifted_windows_are_explained(tmp_path, figures):
     one = AttentionStudy("net", 3, [], [blocks([0.9, 0.8], "layers.0", "layers.0.blocks")])
     assert "Windows are shifted from block to block" in text_of(

@@ -202,7 +202,7 @@ def attention_pictures(
 def _depth_plot(studies: Sequence[AttentionStudy], k: int, threshold: float) -> str:
     fig, ax = page.figure(5.0, 3.3)
     for i, study in enumerate(studies):
-        at, colour, label = 0, COLOURS[i % len(COLOURS)], study.model
+        at, colour, label = 0, COLOURS[i % len(COLOURS)], page.shortened(study.model)
         for stage in study.stages:
             values = stage.to_next(k)
             if values.size:
@@ -222,10 +222,11 @@ def _depth_plot(studies: Sequence[AttentionStudy], k: int, threshold: float) -> 
 
 def _similar_plot(studies: Sequence[AttentionStudy], threshold: float, within: int) -> str:
     fig, ax = page.figure(5.0, 3.3)
-    names = [study.model for study in studies]
+    at = range(len(studies))
     counts = [len(study.similar(threshold, within)) for study in studies]
-    ax.barh(names, [_blocks(s) for s in studies], color=page.SOFT, label="blocks")
-    ax.barh(names, counts, color=[COLOURS[i % len(COLOURS)] for i in range(len(names))])
+    ax.barh(at, [_blocks(s) for s in studies], color=page.SOFT, label="blocks")
+    ax.barh(at, counts, color=[COLOURS[i % len(COLOURS)] for i in at])
+    ax.set_yticks(at, [page.shortened(study.model) for study in studies])
     ax.invert_yaxis()
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_title("similar blocks of all attention blocks", fontsize=11)
@@ -253,9 +254,9 @@ def _heads_plot(studies: Sequence[AttentionStudy]) -> str:
             if layer.heads > 1 and not layer.trivial
         ]
         at = [n for n, _ in several]
-        colour = COLOURS[i % len(COLOURS)]
+        colour, label = COLOURS[i % len(COLOURS)], page.shortened(study.model)
         alike = [layer.most_alike for _, layer in several]
-        ax.plot(at, alike, "o-", color=colour, markersize=4, linewidth=1.4, label=study.model)
+        ax.plot(at, alike, "o-", color=colour, markersize=4, linewidth=1.4, label=label)
     ax.set_ylim(0, 1.02)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_xlabel("attention layer")
