@@ -518,6 +518,16 @@ def test_channels_compete_relative_to_the_root_mean_square_of_their_layer():
     assert [w[3] for w in propose(made, found, 0.9).widths if w[1] == "FFN"] == [32]
 
 
+def test_the_width_of_a_layer_does_not_count_when_channels_compete():
+    """Scores from 1 to 2 in layers of 64, 96 and 128 channels: each keeps as large a share."""
+    made = model("efficientvit_m0")
+    found = importance(made, batches(1))
+    for part, score in zip(found.slices, found.scores, strict=True):
+        score[:] = torch.linspace(1, 2, part.count)
+    widths = propose(made, found, 0.5).widths
+    assert [w[3] for w in sorted(widths) if w[1] == "FFN"] == [32, 48, 64]
+
+
 def test_a_width_that_stays_leaves_its_field():
     vit = ViTConfig(embed_dim=32, depth=2, num_heads=2)
     assert slim_config(vit, [(0, "QK", 16, 16), (0, "FFN", 128, 128)]) == vit
