@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import struct
 import subprocess
 import sys
@@ -11,7 +12,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vitrail_runtime.decoding import MAX_PIXELS_VARIABLE, decode, read_size
+from vitrail_runtime.decoding import (
+    IMAGE_SUFFIXES,
+    MAX_PIXELS,
+    MAX_PIXELS_VARIABLE,
+    decode,
+    name_of,
+    pixel_limit,
+    read_size,
+)
 from vitrail_runtime.errors import InputError
 
 
@@ -366,3 +375,165 @@ def test_pillow_never_speaks(tmp_path):
     command = [sys.executable, "-W", "always", "-c", code, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+# ---- the same rules, number by number
+
+
+def test_16_bit_values_are_divided_by_257_to_the_nearest():
+    values = np.array([[0, 128, 129, 385, 386, 65406, 65407, 65535]], dtype=np.uint16)
+    expected = np.floor(values.astype(float) / 257 + 0.5)
+    assert expected.tolist() == [[0, 0, 1, 1, 2, 254, 255, 255]]
+    np.testing.assert_array_equal(decode(Image.fromarray(values))[:, :, 2], expected)
+
+
+@pytest.mark.parametrize("values", [(-1, 5), (0, 65536)])
+def test_integers_of_more_than_16_bits_are_refused_on_both_sides(values):
+    with pytest.raises(InputError, match=f"integers from {values[0]} to {values[1]}"):
+        decode(Image.fromarray(np.array([values], dtype=np.int32)))
+
+
+@pytest.mark.parametrize("values", [(-0.01, 0.5), (0.5, 1.01)])
+def test_floats_outside_0_to_1_are_refused_on_both_sides(values):
+    with pytest.raises(InputError, match=rf"floats from {values[0]} to {values[1]}, but \[0, 1\]"):
+        decode(Image.fromarray(np.array([values], dtype=np.float32)))
+
+
+def test_floats_go_to_the_nearest_of_256_steps():
+    values = np.array([[0.4 / 255, 0.6 / 255, 100.4 / 255, 254.6 / 255]], dtype=np.float32)
+    np.testing.assert_array_equal(decode(Image.fromarray(values))[0, :, 0], [0, 1, 100, 255])
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "RGBa", "LA", "La", "PA"])
+def test_every_mode_with_transparency_is_laid_over_white(mode):
+    rgba = np.array([[[80, 80, 80, 255], [80, 80, 80, 0], [80, 80, 80, 64]]], dtype=np.uint8)
+    grey = 255 - (255 - 80) * rgba[0, :, 3].astype(float) / 255
+    image = Image.fromarray(rgba)
+    if mode in ("LA", "La"):
+        image = image.convert("LA")
+    if mode != image.mode:
+        image = image.convert(mode)
+    seen = decode(image)
+    assert seen.shape == (1, 3, 3)
+    assert np.abs(seen[0] - grey[:, None]).max() <= (3 if mode == "PA" else 1.5)
+
+
+def test_other_colour_spaces_are_converted():
+    image = Image.fromarray(gradient(9, 7))
+    seen = decode(image.convert("YCbCr")).astype(int)
+    assert np.abs(seen - gradient(9, 7)).max() <= 4
+
+
+@pytest.mark.parametrize(("value", "turned"), [(0, False), (1, False), (8, True), (9, False)])
+def test_an_orientation_that_means_nothing_turns_nothing(tmp_path, value, turned):
+    exif = Image.Exif()
+    exif[0x0112] = value
+    path = saved(tmp_path, Image.fromarray(gradient(20, 30)), "jpg", exif=exif)
+    shape = (30, 20) if turned else (20, 30)
+    assert decode(path).shape[:2] == read_size(path) == shape
+
+
+def test_an_open_image_is_turned_too_and_stays_as_it_was(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = saved(tmp_path, Image.fromarray(gradient(20, 30)), "png", exif=exif)
+    with Image.open(path) as image:
+        assert read_size(image) == (30, 20)
+        seen = decode(image)
+        np.testing.assert_array_equal(seen, np.rot90(gradient(20, 30), -1))
+        seen[:] = 0  # a copy of its own
+        np.testing.assert_array_equal(np.asarray(image), gradient(20, 30))
+    image = Image.fromarray(gradient(20, 30))
+    decode(image)[:] = 0
+    np.testing.assert_array_equal(np.asarray(image), gradient(20, 30))
+
+
+def test_a_reduced_jpeg_is_the_picture_seen_from_further_away(tmp_path):
+    path = saved(tmp_path, Image.fromarray(gradient(160, 240)), "jpg", quality=98)
+    for at_least, shape in (
+        ((80, 120), (80, 120)),
+        ((41, 20), (80, 120)),
+        ((20, 61), (80, 120)),
+        ((40, 60), (40, 60)),
+    ):
+        seen = decode(path, at_least=at_least)
+        assert seen.shape[:2] == shape
+        assert np.abs(seen.astype(int) - gradient(*shape)).max() <= 8
+
+
+def test_the_files_that_a_folder_is_searched_for_can_be_read(tmp_path):
+    image = Image.fromarray(gradient(12, 16))
+    for suffix in sorted(IMAGE_SUFFIXES):
+        path = tmp_path / f"a{suffix}"
+        kinds = {".jpe": "JPEG", ".jfif": "JPEG", ".pbm": "PPM", ".pgm": "PPM", ".apng": "PNG"}
+        image.convert("1" if suffix == ".pbm" else "RGB").save(path, kinds.get(suffix))
+        assert decode(path).shape == (12, 16, 3)
+    for kind in ("ICO", "DIB"):
+        image.save(tmp_path / f"a.{kind.lower()}", kind)
+        assert decode(tmp_path / f"a.{kind.lower()}").shape[2] == 3
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+def test_a_pipe_is_refused_instead_of_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    with pytest.raises(InputError, match=r"pipe\.jpg is not a regular file"):
+        decode(tmp_path / "pipe.jpg")
+
+
+def test_messages_call_a_source_by_its_path_or_by_what_it_is(tmp_path):
+    path = saved(tmp_path, Image.new("RGB", (2, 2)), "png")
+    assert name_of(path) == name_of(str(path)) == str(path)
+    assert name_of(b"12345") == "<5 bytes>"
+    with Image.open(path) as image:
+        assert name_of(image) == str(path)
+    assert name_of(Image.new("RGB", (2, 2))) == "<Image>"
+    with pytest.raises(InputError, match=r"^<4 bytes> is not a picture"):
+        read_size(b"text")
+    with pytest.raises(InputError, match=r"^mine is too large to decode"):
+        read_size(Image.new("RGB", (20, 20)), max_pixels=399, name="mine")
+
+
+def test_the_limit_is_the_one_given_or_the_environments_or_512_mib_of_rgb(monkeypatch):
+    monkeypatch.delenv(MAX_PIXELS_VARIABLE, raising=False)
+    assert pixel_limit() == MAX_PIXELS == 2**29 // 3
+    monkeypatch.setenv(MAX_PIXELS_VARIABLE, "")
+    assert pixel_limit() == MAX_PIXELS
+    monkeypatch.setenv(MAX_PIXELS_VARIABLE, "5e3")
+    assert (pixel_limit(), pixel_limit(7), pixel_limit(0)) == (5000, 7, 0)
+    wide = Image.new("RGB", (100, 50))
+    assert read_size(wide) == (50, 100)
+    monkeypatch.setenv(MAX_PIXELS_VARIABLE, "4999")
+    with pytest.raises(InputError, match=r"50 x 100 is 0\.0 megapixels, above the limit of 0\.0"):
+        decode(wide)
+
+
+def test_a_raised_limit_is_raised_for_this_picture_alone(monkeypatch, tmp_path):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    path = saved(tmp_path, Image.fromarray(gradient(30, 40)), "png")
+    with pytest.raises(InputError, match="is too large to decode: "):
+        decode(path)
+    assert decode(path, max_pixels=MAX_PIXELS + 1).shape == (30, 40, 3)
+    assert Image.MAX_IMAGE_PIXELS == 100
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # a caller who wants no limit keeps none
+    assert decode(path, max_pixels=MAX_PIXELS + 1).shape == (30, 40, 3)
+    assert Image.MAX_IMAGE_PIXELS is None
+
+
+def test_grey_and_transparent_arrays_are_pictures_too():
+    grey = np.array([[3, 200, 7]], dtype=np.uint8)
+    for array in (grey, grey[:, :, None]):
+        np.testing.assert_array_equal(decode(array), [[[3] * 3, [200] * 3, [7] * 3]])
+    four = np.full((4, 6, 4), 255, np.uint8)
+    four[0, 1] = (9, 9, 9, 0)
+    seen = decode(four[:, ::2])
+    assert seen.shape == (4, 3, 3)
+    assert (seen == 255).all()
+    assert read_size(four) == (4, 6)
+    for bad in (
+        np.zeros((4, 5, 2), np.uint8),
+        np.zeros((4, 5, 5), np.uint8),
+        np.zeros((4, 0), np.uint8),
+    ):
+        for read in (decode, read_size):
+            with pytest.raises(InputError, match="an array must be a uint8 picture"):
+                read(bad)

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from vitrail_runtime.decoding import decode
+from vitrail_runtime.decoding import IMAGE_SUFFIXES, decode
 from vitrail_runtime.errors import InputError
 from vitrail_runtime.pictures import find_pictures
 
@@ -95,3 +95,34 @@ def test_a_pattern_for_any_depth_goes_round_no_loop(tree, monkeypatch):
     assert names(tree, f"{tree}/s*/**/[ab].*") == ["sub/a.png"]
     monkeypatch.chdir(tree)
     assert [str(p) for p in find_pictures("**/*.png")] == ["a.png", "sub/a.png"]
+
+
+def test_every_suffix_of_a_picture_counts_in_either_case_and_no_other(tmp_path):
+    other = ("eps", "svg", "pdf", "txt", "jpgx", "")
+    for i, suffix in enumerate([*sorted(IMAGE_SUFFIXES), *other]):
+        (tmp_path / f"{i:02}{suffix}").touch()
+        (tmp_path / f"{i:02}-large{suffix.upper()}").touch()
+    (tmp_path / "jpg").touch()  # a name, not a suffix
+    for source in (tmp_path, f"{tmp_path}/*", f"{tmp_path}/**"):
+        found = find_pictures(source)
+        assert len(found) == 2 * len(IMAGE_SUFFIXES)
+        assert found == sorted(found)
+        assert {p.suffix.lower() for p in found} == IMAGE_SUFFIXES
+
+
+def test_hidden_files_and_folders_count_where_they_are_named(tree):
+    assert names(tree, tree / ".git") == [".git/d.jpg"]
+    assert names(tree, tree / ".hidden.jpg") == [".hidden.jpg"]
+    assert names(tree, f"{tree}/.git/*") == [".git/d.jpg"]
+    with pytest.raises(InputError, match="no pictures match"):
+        find_pictures(f"{tree}/*hidden*")
+
+
+def test_a_folder_that_a_pattern_matches_is_searched_and_each_file_comes_once(tree):
+    (tree / "sub" / "deep").mkdir()
+    (tree / "sub" / "deep" / "e.png").touch()
+    assert names(tree, f"{tree}/s*") == ["sub/c.webp", "sub/deep/e.png", "sub/Äpfel.tif"]
+    assert names(tree, f"{tree}/sub/*") == ["sub/c.webp", "sub/deep/e.png", "sub/Äpfel.tif"]
+    assert names(tree, f"{tree}/?.png") == ["a.png"]
+    assert names(tree, f"{tree}/**/d*/*") == ["sub/deep/e.png"]
+    assert names(tree, f"{tree}/**/sub/**") == ["sub/c.webp", "sub/deep/e.png", "sub/Äpfel.tif"]

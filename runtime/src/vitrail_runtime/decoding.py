@@ -310,7 +310,8 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
             )
         return Image.fromarray(np.rint(values * 255).astype(np.uint8)).convert("RGB")
     if "transparency" in image.info or mode in ("RGBA", "LA", "PA", "La", "RGBa"):
-        return _over_white(image.convert("RGBA"))
+        straight = image.convert("LA") if mode == "La" else image  # Pillow knows no shorter way
+        return _over_white(straight.convert("RGBA"))
     try:
         return image.convert("RGB")
     except ValueError:
