@@ -189,6 +189,7 @@ class DeepViT(ViT):
         super().__init__(config, stem, blocks)
 
 
+HALF = (0.5, 0.5, 0.5)  # the official models are shown images as the first ViT, not as DeiT
 README = "the official README"
 QUOTED = "top-1: the official README; the counts: the paper's table, as later papers quote it"
 CODE = (
@@ -220,7 +221,7 @@ register_backbone(
     layouts={
         "official": Layout(from_timm, TIMM_MARKS, source="github.com/zhoudaquan/dvit_repo"),
     },
-    preprocessing=Preprocessing(crop_pct=0.9),
+    preprocessing=Preprocessing(crop_pct=0.9, mean=HALF, std=HALF),
     published={
         "deepvit_s": Published(
             params=27,

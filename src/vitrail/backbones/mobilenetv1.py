@@ -102,6 +102,7 @@ def from_timm(state: Tensors, config: MobileNetV1Config) -> Tensors:
     return rename_keys(state, rules)
 
 
+HALF = (0.5, 0.5, 0.5)
 TABLE = "the paper's table 6, as TensorFlow's and Keras's documentation quote it"
 
 register_backbone(
@@ -115,7 +116,11 @@ register_backbone(
             source="timm/mobilenetv1_*",
         )
     },
-    preprocessing=Preprocessing(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)),
+    preprocessing={
+        # timm's only weights of this width are evaluated so.
+        name: Preprocessing(crop_pct=0.9 if name.endswith("125") else 0.875, mean=HALF, std=HALF)
+        for name in VARIANTS
+    },
     published={
         "mobilenetv1_025": Published(params=0.5, macs=0.041, top1=50.6, source=TABLE),
         "mobilenetv1_050": Published(params=1.3, macs=0.149, top1=63.7, source=TABLE),
