@@ -1,0 +1,283 @@
+"""When a run logs, evaluates, saves, keeps and stops, and what its rows say: scores and clock are given."""
+
+import math
+import os
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.train.conftest import VIT, tiny_config
+from vitrail.train import loop
+from vitrail.train.evaluate import evaluate
+from vitrail.train.folder import RunFolder
+from vitrail.train.interrupt import Interrupt
+from vitrail.train.loop import train
+from vitrail.train.replay import replay
+from vitrail.train.state import read_header, states
+from vitrail_runtime.errors import InputError
+
+
+def rows(out: Path, kind: str) -> list[dict[str, Any]]:
+    return [row for row in RunFolder(out).rows() if row["kind"] == kind]
+
+
+def position(out: Path):
+    return read_header(states(out / "state")[0])[0]
+
+
+def scored(monkeypatch, top1: list[float]) -> list[dict[str, Any]]:
+    """Let the evaluations of a run give these scores; what each was asked for, as it comes."""
+    asked = []
+
+    def evaluate_as_told(model, data, **how):
+        asked.append(how | {"split": data.split})
+        return evaluate(model, data, **how) | {"top1": top1[len(asked) - 1]}
+
+    monkeypatch.setattr(loop, "evaluate", evaluate_as_told)
+    return asked
+
+
+@pytest.fixture
+def clock(monkeypatch) -> list[float]:
+    """Every update takes six seconds, and nothing else takes any."""
+    now, real = [1000.0], loop.update
+
+    def update(*args) -> int:
+        now[0] += 6
+        return real(*args)
+
+    monkeypatch.setattr(loop, "update", update)
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    return now
+
+
+@pytest.fixture(scope="module")
+def each(pictures, tmp_path_factory) -> list[dict[str, Any]]:
+    """The rows of a run of ten updates, one by one."""
+    out = tmp_path_factory.mktemp("each") / "run"
+    train(tiny_config(pictures, out, **VIT, batch_size=12, epochs=5, log_every=1))
+    return rows(out, "train")
+
+
+def test_best_is_the_first_of_the_highest_scores_and_last_the_newest(
+    pictures, tmp_path, monkeypatch, capsys, each
+):
+    out = tmp_path / "run"
+    scores = [0.2, 0.5, 0.5, 0.4, 0.6]
+    asked = scored(monkeypatch, scores)
+    config = tiny_config(pictures, out, **VIT, batch_size=12, epochs=5, log_every=3, keep_every=2)
+    result = train(config)
+    assert (result.reason, result.steps, result.best, result.signal) == ("all epochs", 10, 0.6, 0)
+    said = [line for line in capsys.readouterr().err.splitlines() if "top-1" in line]
+    assert [line.endswith("(best)") for line in said] == [True, True, False, False, True]
+    evaluated = rows(out, "eval")
+    assert [row["best"] for row in evaluated] == [0.2, 0.5, 0.5, 0.5, 0.6]
+    assert [row["top1"] for row in evaluated] == scores
+    assert [(row["epoch"], row["step"], row["images"]) for row in evaluated] == [
+        (e, 2 * e, 24 * e) for e in range(1, 6)
+    ]
+    at = position(out)
+    assert (at.best, at.best_step, at.stale, at.finished) == (0.6, 10, 0, "all epochs")
+    assert (at.epoch, at.batch, at.rows, at.images) == (5, 0, 3 + 5, 120)
+    assert sorted(p.name for p in out.glob("epoch-*")) == ["epoch-0002", "epoch-0004"]
+    told = {"batch_size": 12, "workers": 0, "rank": 0, "world": 1, "predictions": True}
+    assert asked == [told | {"split": "val"}] * 5
+    trained = rows(out, "train")
+    assert [row["step"] for row in trained] == [3, 6, 9]
+    assert [row["epoch"] for row in trained] == [1, 2, 4], "epochs that are over"
+    for i, row in enumerate(trained):
+        mean = sum(r["loss"] for r in each[3 * i : 3 * i + 3]) / 3
+        assert row["loss"] == pytest.approx(mean, rel=1e-12)
+        assert row["lr"] == each[3 * i + 2]["lr"]
+        assert row["grad_norm"] == each[3 * i + 2]["grad_norm"]
+    assert at.losses == (each[9]["loss"],), "since the last row"
+
+
+@pytest.mark.parametrize(
+    ("scores", "evaluations"),
+    [([0.5, 0.5, 0.4], 3), ([0.2, 0.1, 0.3, 0.3, 0.2], 5), ([0.1, 0.2, 0.3, 0.4, 0.5, 0.6], 6)],
+)
+def test_early_stopping_counts_evaluations_since_the_best(
+    pictures, tmp_path, monkeypatch, scores, evaluations
+):
+    out = tmp_path / "run"
+    scored(monkeypatch, scores)
+    config = tiny_config(pictures, out, **VIT, batch_size=24, epochs=6, early_stopping=2)
+    result = train(config)
+    assert len(rows(out, "eval")) == evaluations == result.steps
+    stopped = "no better score in 2 evaluations"
+    assert result.reason == ("all epochs" if evaluations == 6 else stopped)
+    assert result.best == max(scores)
+    assert position(out).best_step == 1 + scores.index(max(scores))
+
+
+def test_a_run_that_ends_by_itself_is_not_said_to_be_stopped_early(pictures, tmp_path, monkeypatch):
+    scored(monkeypatch, [0.5, 0.4, 0.3])
+    config = tiny_config(
+        pictures, tmp_path / "run", **VIT, batch_size=24, epochs=3, early_stopping=2
+    )
+    assert train(config).reason == "all epochs"
+
+
+@pytest.mark.parametrize(
+    ("changes", "epochs", "kept"),
+    [
+        ({"epochs": 5, "eval_every": 2, "keep_every": 4}, [2, 4, 5], ["epoch-0004"]),
+        ({"epochs": 3, "max_steps": 3, "keep_every": 1}, [1, 1], ["epoch-0001"]),
+        ({"epochs": 3, "max_steps": 1, "keep_every": 1}, [0], []),
+        ({"epochs": 2, "max_steps": 99, "eval_every": 3}, [2], []),
+    ],
+    ids=str,
+)
+def test_evaluations_stand_at_the_ends_of_epochs_and_of_the_run(
+    pictures, tmp_path, changes, epochs, kept
+):
+    out = tmp_path / "run"
+    result = train(tiny_config(pictures, out, **VIT, batch_size=12, **changes))
+    assert [row["epoch"] for row in rows(out, "eval")] == epochs
+    assert sorted(p.name for p in out.glob("epoch-*")) == kept
+    assert result.reason == ("all steps" if "max_steps" in changes else "all epochs")
+    assert result.steps == min(changes.get("max_steps", 99), 2 * changes["epochs"])
+
+
+def test_a_time_limit_ends_the_run_and_its_schedule(pictures, tmp_path, clock):
+    out = tmp_path / "run"
+    settings = {"lr": 0.5, "min_lr": 0.1, "warmup_epochs": 1.0, "warmup_lr": 0.0, "log_every": 1}
+    config = tiny_config(pictures, out, **VIT, epochs=10, max_minutes=1.0, **settings)
+    result = train(config)
+    assert (result.reason, result.steps, result.seconds) == ("time limit", 10, 60.0)
+    trained = rows(out, "train")
+    assert [row["seconds"] for row in trained] == [6.0 * k for k in range(1, 11)]
+    rates = [0.0, 0.125, 0.25, 0.375]  # four updates of warm-up, a tenth of forty
+    for k in range(4, 10):  # when k tenths of the time are over
+        turned = math.pi * (k / 10 - 0.1) / 0.9
+        rates.append(0.1 + 0.4 * (1 + math.cos(turned)) / 2)
+    assert [row["lr"] for row in trained] == pytest.approx(rates)
+
+
+def test_states_are_saved_by_the_clock_and_the_newest_kept(pictures, tmp_path, clock):
+    config = tiny_config(pictures, tmp_path / "all", **VIT, save_every=0.3, keep=9, epochs=2)
+    train(config)
+    saved = [path.name for path in states(tmp_path / "all" / "state")]
+    assert saved == [f"step-0000000{n}.safetensors" for n in (8, 6, 3)]
+    train(replace(config, out=str(tmp_path / "two"), keep=2))
+    assert len(states(tmp_path / "two" / "state")) == 2
+
+
+def test_training_time_goes_on_where_it_stood(pictures, tmp_path, clock, monkeypatch):
+    out = tmp_path / "run"
+    config = tiny_config(pictures, out, **VIT, epochs=2, log_every=1)
+    real = loop.update
+
+    def update(run, *args) -> int:
+        return real(run, *args) or (signal.SIGTERM if run.at.step == 3 else 0)
+
+    with monkeypatch.context() as once:
+        once.setattr(loop, "update", update)
+        stopped = train(config)
+    assert (stopped.reason, stopped.signal, stopped.steps) == ("SIGTERM", signal.SIGTERM, 3)
+    assert [p.name for p in states(out / "state")] == ["step-00000003.safetensors"]
+    clock[0] += 500  # between the two starts
+    assert train(config).seconds == 48.0
+    assert [row["seconds"] for row in rows(out, "train")] == [6.0 * k for k in range(1, 9)]
+
+
+def test_a_signal_is_a_wish_and_a_second_one_an_end():
+    before = signal.getsignal(signal.SIGTERM)
+    with Interrupt() as interrupt:
+        assert interrupt.asked == 0
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert interrupt.asked == signal.SIGTERM
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+        assert interrupt.asked == signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_batch_that_gave_no_number_replays_as_it_was_trained(
+    pictures, tmp_path, monkeypatch, what
+):
+    dropping = VIT | {"model_fields": VIT["model_fields"] | {"drop_path_rate": 0.3}}
+    config = tiny_config(
+        pictures, tmp_path / "whole", **dropping, accumulate=2, log_every=1, epochs=1
+    )
+    train(config)
+    out, real = tmp_path / "run", loop.backward
+
+    def backward(run, images, targets):
+        loss = real(run, images, targets)
+        if run.at.step != 2:
+            return loss
+        if what == "loss":
+            return loss * math.nan
+        next(run.model.parameters()).grad[0] = math.inf
+        return loss
+
+    monkeypatch.setattr(loop, "backward", backward)
+    with pytest.raises(InputError, match=r"not finite at step 3 \(epoch 1, batch 3\)"):
+        train(replace(config, out=str(out)))
+    found = replay(out)
+    whole = rows(tmp_path / "whole", "train")[2]
+    assert found["step"] == 3
+    assert found["loss"] == pytest.approx(whole["loss"], rel=1e-6)
+    assert found["loss_fp32"] == found["loss"]
+    assert found["gradient_norm"] == pytest.approx(whole["grad_norm"], rel=1e-5)
+    assert (found["weights"], found["pictures"], found["num_pictures"]) == ([], [], 6)
+    assert [row["step"] for row in rows(out, "train")] == [1, 2]
+
+
+def test_a_replay_names_the_images_and_the_weights_that_are_not_finite(
+    pictures, tmp_path, monkeypatch
+):
+    config = tiny_config(pictures, tmp_path / "run", **VIT, precision="bf16", train_only="head")
+    real = loop.to_device
+
+    def to_device(run, batch):
+        images, targets = real(run, batch)
+        images[4] = math.nan
+        to_device.name = run.train_data.where(int(batch.indices[4]))
+        return images, targets
+
+    monkeypatch.setattr(loop, "to_device", to_device)
+    with pytest.raises(InputError, match=r"not finite at step 1 .*\n.*--replay"):
+        train(config)
+    found = replay(config.out)
+    assert found["pictures"] == [to_device.name]
+    assert math.isnan(found["loss"])
+    assert math.isnan(found["loss_fp32"])
+
+
+def test_what_is_evaluated_and_saved_is_the_average_and_training_goes_on_from_the_weights(
+    pictures, tmp_path, monkeypatch
+):
+    seen = []
+
+    def evaluate_and_look(model, data, **how):
+        seen.append({k: v.clone() for k, v in model.state_dict().items()})
+        return evaluate(model, data, **how)
+
+    monkeypatch.setattr(loop, "evaluate", evaluate_and_look)
+    config = tiny_config(pictures, tmp_path / "run", **VIT, epochs=2, ema=0.9)
+    train(config)
+    train(replace(config, out=str(tmp_path / "own"), ema=0.0))
+    average, weights = seen[1], seen[3]
+    assert any(not torch.equal(average[k], weights[k]) for k in weights)
+    run, own = (
+        {k: v for k, v in _tensors(tmp_path / n).items() if k.startswith("model.")}
+        for n in ("run", "own")
+    )
+    assert all(torch.equal(run[k], own[k]) for k in own), "the average changes no update"
+    saved = _tensors(tmp_path / "run")
+    assert all(torch.equal(saved[f"ema.{k}"], v) for k, v in average.items())
+
+
+def _tensors(out: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(states(out / "state")[0])
