@@ -262,6 +262,19 @@ def test_a_part_of_the_steps_mixes():
         ({"randaugment_magnitude": 11}, "randaugment_magnitude must lie"),
         ({"color_jitter": 2.0}, "color_jitter must lie"),
         ({"mixup": -0.1}, "mixup must not be negative"),
+        ({"scale": (0.0, 0.5)}, r"scale must be .* but is \(0\.0, 0\.5\)"),
+        ({"scale": (0.5, 1.1)}, "scale must be"),
+        ({"ratio": (2.0, 1.0)}, "ratio must be 0 < low <= high"),
+        ({"flip": -0.1}, "flip is a probability"),
+        ({"random_erasing": 1.1}, "random_erasing is a probability"),
+        ({"mix_prob": -0.1}, "mix_prob is a probability"),
+        ({"randaugment_magnitude": -1}, r"must lie in \[0, 10\], but is -1"),
+        ({"color_jitter": -0.1}, "color_jitter must lie"),
+        ({"cutmix": float("nan")}, "cutmix must not be negative, but is nan"),
+        ({"mixup": float("inf")}, "mixup must not be negative, but is inf"),
+        ({"randaugment_std": -1.0}, "randaugment_std must not be"),
+        ({"randaugment_ops": -1}, "randaugment_ops must not be"),
+        ({"padding": -1}, "padding must not be"),
     ],
 )
 def test_a_setting_out_of_range_is_refused(given, message):
@@ -272,3 +285,39 @@ def test_a_setting_out_of_range_is_refused(given, message):
 def test_a_negative_seed_is_refused():
     with pytest.raises(InputError, match="seed must not be negative"):
         augment(pixels(), (8, 8), WHOLE, (-1, 0, 0))
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"scale": (1.0, 1.0)},
+        {"ratio": (2.0, 2.0)},
+        {"flip": 0.0, "random_erasing": 1.0, "mix_prob": 0.0},
+        {"flip": 1.0, "random_erasing": 0.0, "mix_prob": 1.0},
+        {"randaugment_magnitude": 0, "color_jitter": 0.0, "padding": 0},
+        {"randaugment_magnitude": 10, "color_jitter": 1.0},
+    ],
+)
+def test_a_setting_at_the_end_of_its_range_is_taken(given):
+    assert Augmentation(**given) == Augmentation(**given)
+
+
+def test_by_default_an_image_is_cropped_and_flipped_and_nothing_else():
+    """torchvision's RandomResizedCrop and RandomHorizontalFlip, of the model's ImageNet values."""
+    a = Augmentation()
+    assert (a.crop, a.scale, a.ratio, a.flip) == (
+        "random_resized",
+        (0.08, 1.0),
+        (3 / 4, 4 / 3),
+        0.5,
+    )
+    assert (a.padding, a.interpolation) == (4, "bicubic")
+    assert (a.color_jitter, a.three_augment, a.randaugment_ops, a.random_erasing) == (
+        0,
+        False,
+        0,
+        0,
+    )
+    assert (a.randaugment_magnitude, a.randaugment_std) == (9.0, 0.5)
+    assert (a.mixup, a.cutmix, a.mix_prob) == (0.0, 0.0, 1.0)
+    assert (a.mean, a.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from vitrail.cli import main
 from vitrail.data import digits, open_data
@@ -83,3 +84,34 @@ def test_the_attribution_lies_beside_the_pictures(made):
 def test_an_unknown_action_is_one_message(capsys):
     assert main(["data", "mak"]) == 2
     assert "unknown action 'mak'" in capsys.readouterr().err
+
+
+def test_every_class_is_split_in_the_same_proportions():
+    _, labels, _ = digits._source()
+    splits = np.array(digits.split_digits(labels, 0))
+    for label, count in enumerate(np.bincount(labels).tolist()):
+        train, val = round(0.8 * count), round(0.1 * count)
+        of_class = Counter(splits[labels == label].tolist())
+        assert of_class == {"train": train, "val": val, "test": count - train - val}
+
+
+def test_a_drawn_digit_is_its_source_in_dark_ink_on_light_paper():
+    images, _, _ = digits._source()
+    sizes, alike = [], 0
+    for i in range(40):
+        drawn = digits.draw_digit(images[i], np.random.default_rng([0, i]))
+        sizes.append(drawn.size[::-1])
+        grey = np.asarray(drawn.convert("L"), float)
+        dark = grey < (grey.min() + np.median(grey)) / 2
+        rows, columns = np.flatnonzero(dark.any(1)), np.flatnonzero(dark.any(0))
+        part = dark[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+        ink = images[i] / 16
+        ink = ink[ink.any(1)][:, ink.any(0)]
+        shown = np.asarray(
+            Image.fromarray(part.astype(np.float32)).resize(ink.shape[::-1], Image.Resampling.BOX)
+        )
+        alike += np.corrcoef(shown.ravel(), ink.ravel())[0, 1] > 0.6
+    assert alike >= 36
+    heights, widths = zip(*sizes, strict=True)
+    assert 56 <= min(heights) < 65 < 120 < max(heights) <= 128
+    assert 56 <= min(widths) < 65 < 120 < max(widths) <= 144

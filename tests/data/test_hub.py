@@ -68,3 +68,59 @@ def test_what_the_hub_says_is_passed_on(hub, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", fail)
     with pytest.raises(InputError, match="cannot be loaded from the hub: offline"):
         open_data("hf:some/pets@main", "train")
+
+
+def loaded(monkeypatch, columns: dict, **splits) -> None:
+    """Put a made-up data set in the hub's place: columns' types, and rows of each split."""
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features({c: getattr(datasets, t)(**g) for c, (t, g) in columns.items()})
+    parts = {s: datasets.Dataset.from_list(rows, features=features) for s, rows in splits.items()}
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **g: datasets.DatasetDict(parts))
+
+
+def row(number: int, label, column: str = "label") -> dict:
+    return {"image": {"bytes": encoded(number), "path": None}, column: label}
+
+
+IMAGE, TEXT = ("Image", {}), ("Value", {"dtype": "string"})
+
+
+def test_splits_of_other_names_and_labels_of_text_are_taken(monkeypatch):
+    rows = [row(i, "zebra" if i % 3 else "ant") for i in range(6)]
+    columns = {"image": IMAGE, "label": TEXT}
+    loaded(monkeypatch, columns, validation=rows[:4], training=rows, unsupervised=rows)
+    train, val = (open_data("hf:some/pets@main", s) for s in ("train", "val"))
+    assert train.classes == val.classes == ("ant", "zebra")
+    assert train.labels.tolist() == [0, 1, 1, 0, 1, 1]
+    assert val.labels.tolist() == [0, 1, 1, 0]
+    assert [val.read_bytes(i) for i in range(4)] == [encoded(i) for i in range(4)]
+    assert val.keys[2] == "val/2"
+
+
+@pytest.mark.parametrize(
+    ("columns", "splits", "message"),
+    [
+        ({"label": TEXT}, {"train": [{"label": "a"}]}, "no column of images; it has label"),
+        (
+            {"image": IMAGE, "kind": TEXT},
+            {"train": [row(1, "a", "kind")]},
+            "no column of class labels",
+        ),
+        (
+            {"image": IMAGE, "label": TEXT},
+            {"rest": [row(1, "a")]},
+            "no train, val or test split; it has rest",
+        ),
+        (
+            {"image": IMAGE, "label": ("ClassLabel", {"names": ["a", "b"]})},
+            {"train": [row(1, 0), row(2, 1)], "test": [row(3, 0), row(4, -1)]},
+            "test row 1 has label -1, which stands for no class",
+        ),
+    ],
+)
+def test_a_hub_data_set_that_cannot_be_learnt_from_is_refused(
+    monkeypatch, columns, splits, message
+):
+    loaded(monkeypatch, columns, **splits)
+    with pytest.raises(InputError, match=message):
+        open_data("hf:some/pets@main", "test" if "test" in splits else "train")

@@ -27,12 +27,16 @@ def rows(*, label=lambda i: "ab"[i % 2], split=lambda i: None) -> str:
     return "\n".join(",".join(c for c in line if c is not None) for line in lines) + "\n"
 
 
-def test_file_and_label_are_found_by_name_or_by_place(table):
+def test_file_and_label_are_found_by_name_or_by_place(table, tmp_path):
     for header in ("file,label", "picture,what", "Filename,CLASS"):
         data = open_data(table(f"{header}\n{rows()}"), "all")
         assert data.classes == ("a", "b")
         assert data.labels.tolist() == [0, 1] * 5
         assert data.read(3).shape == (20, 30, 3)
+        for i in range(10):
+            name = f"pictures/{i}.jpg"
+            assert data.keys[i] == name
+            assert data.read_bytes(i) == (tmp_path / name).read_bytes()
     swapped = "label,width,file\n" + "".join(
         f"{'xy'[i % 2]},5,pictures/{i}.jpg\n" for i in range(10)
     )
