@@ -265,6 +265,8 @@ def test_the_page_on_heads_has_a_row_for_each_layer(tmp_path, figures):
     assert "Layers of one token, or whose geometry is not known, are left out." in text
     assert "<p>MAPS</p>" in text
     alike, far = (fig.axes[0] for fig in figures)
+    assert alike.get_title() == "similarity of a head to the one most like it"
+    assert (far.get_title(), far.get_ylabel()) == ("mean attention distance of each head", "pixels")
     (line,) = alike.lines
     assert (line.get_xdata().tolist(), line.get_ydata().tolist()) == ([0, 1], [0.5, 0.25])
     dots = np.concatenate([c.get_offsets() for c in far.collections])
@@ -278,7 +280,9 @@ def test_the_page_on_heads_tells_random_weights_and_draws_several_models(tmp_pat
     ]
     text = text_of(heads_page(tmp_path / "a.html", both, {}, random=["one"]))
     assert "<li>The weights of one are random" in text
-    assert text.count("How far do heads reach?") == 1  # of the model whose geometry is known
+    assert text.count("<h2>How far do heads reach? one</h2>") == 1  # whose geometry is known
+    assert text.count("How far do heads reach?") == 1
+    assert '<p class="lead"></p>' in text
     assert "are left out" not in text
     assert "Attention over a picture" not in text
     assert [line.get_label() for line in figures[0].axes[0].lines] == ["one", "two"]
@@ -334,6 +338,15 @@ def test_maps_are_drawn_over_the_picture_as_it_was_before_it_was_normalised(fami
         np.testing.assert_array_equal(picture, pixels)
         places = places_of(backbone, name, layers[name], features)
         np.testing.assert_array_equal(values, received(layers[name], places)[0].numpy())
+
+
+def test_a_picture_of_one_token_is_drawn_and_colours_out_of_range_end_at_black_and_white(drawn):
+    image = torch.stack([torch.full((16, 16), v) for v in (-0.5, 0.5, 1.5)])
+    plain = Preprocessing(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    attention_pictures(tiny("mobilevit"), image, plain, heads=1)
+    (picture, _), *maps = drawn[0]
+    assert np.asarray(picture)[0, 0].tolist() == [0, 128, 255]
+    assert len(maps) == 4
 
 
 def test_a_few_heads_of_a_few_blocks_from_the_first_to_the_last_are_drawn(drawn):
