@@ -8,19 +8,24 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 from accelerate.state import AcceleratorState
 
 import vitrail.metrics  # noqa: F401  (imported once, by the server)
+from vitrail.data import open_data
 from vitrail.data.images import ImageData
 from vitrail.train import loop
 from vitrail.train.config import TrainConfig
+from vitrail.train.evaluate import evaluate
 from vitrail.train.loop import train
 from vitrail_runtime.errors import InputError
+from vitrail_runtime.preprocess import Preprocessing
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.train.children"])
@@ -78,6 +83,52 @@ def run_many(config: TrainConfig, world: int, *, unreadable: str = "") -> list[i
     return [child.exitcode for child in children]
 
 
+def evaluate_many(
+    make_model: Callable[[], Any],
+    folder: Path,
+    preprocessing: Preprocessing | None,
+    world: int,
+    out: Path,
+) -> list[int]:
+    """Evaluate on the val split of `folder` in `world` processes, in batches of two; their exit codes.
+
+    What each was given by `evaluate` stands in OUT-0, OUT-1 and so on.
+    """
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    children = [
+        CONTEXT.Process(
+            target=_evaluate, args=(make_model, folder, preprocessing, rank, world, port, out)
+        )
+        for rank in range(world)
+    ]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join()
+    return [child.exitcode for child in children]
+
+
+def _evaluate(
+    make_model: Callable[[], Any],
+    folder: Path,
+    preprocessing: Preprocessing | None,
+    rank: int,
+    world: int,
+    port: int,
+    out: Path,
+) -> None:
+    faulthandler.dump_traceback_later(300, exit=True)
+    torch.set_num_threads(1)
+    address = f"tcp://localhost:{port}"
+    torch.distributed.init_process_group("gloo", address, rank=rank, world_size=world)
+    data = open_data(folder, "val")
+    how = {"batch_size": 2, "rank": rank, "world": world, "predictions": True}
+    torch.save(evaluate(make_model(), data, preprocessing, **how), f"{out}-{rank}")
+    torch.distributed.destroy_process_group()
+
+
 def ask_to_stop(config: TrainConfig, number: int) -> int:
     """Train in a child, send it and its workers a signal once it has logged something; the exit code."""
     child = _logging(config)
@@ -121,7 +172,7 @@ def _child(config: TrainConfig, dies_at: str = "", unreadable: str = "") -> None
     # Processes that wait for each other would wait for ever: say where, and end.
     said = open(f"{config.out}.stderr", "a")  # noqa: SIM115  (the server's own is nobody's capture)
     os.dup2(said.fileno(), 2)
-    faulthandler.dump_traceback_later(300, exit=True)
+    faulthandler.dump_traceback_later(3000, exit=True)
     torch.set_num_threads(1)  # the server's math threads do not exist in a fork
     if dies_at:
         count = int(dies_at.partition(":")[2])
