@@ -194,6 +194,15 @@ def test_a_loss_that_is_not_finite_stops_with_a_batch_that_can_be_run_again(
     assert "weights that are not finite: none" in said
     assert f"of {found['num_pictures']}\n" in said
     kept = tmp_path / "run" / "nonfinite.safetensors"
+    whole = kept.read_bytes()
+    for damaged in (
+        whole[:-1] + bytes([whole[-1] ^ 1]),
+        b"",
+        whole.replace(b"vitrail", b"vitrai1"),
+    ):
+        kept.write_bytes(damaged)
+        with pytest.raises(InputError, match=r"nonfinite\.safetensors is not whole"):
+            replay(tmp_path / "run")
     kept.write_bytes(kept.read_bytes()[:1000])
     with pytest.raises(InputError, match=r"nonfinite\.safetensors is not whole"):
         replay(tmp_path / "run")

@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from vitrail.data.loader import TrainBatch
@@ -17,6 +15,7 @@ from vitrail.train.config import read_config
 from vitrail.train.folder import RunFolder, explained
 from vitrail.train.losses import loss_of
 from vitrail.train.state import newest_whole, whole
+from vitrail.weights.files import read_metadata, read_safetensors, write_state
 from vitrail_runtime.errors import InputError
 
 if TYPE_CHECKING:
@@ -48,7 +47,7 @@ def keep_batch(run: "Run", batch: TrainBatch, images: Tensor, targets: Tensor) -
             "pictures": keys,
         }
         with explained(run.folder):
-            save_file(tensors | model, path, metadata={"vitrail": json.dumps(about)})
+            write_state(tensors | model, path, metadata={"vitrail": json.dumps(about)})
     saved = newest_whole(run.folder.state)
     state = f"the last state, from before it, is {saved}" if saved else "no state was saved before"
     return InputError(
@@ -98,11 +97,9 @@ def replay(path: str | Path) -> dict[str, Any]:
         raise InputError(f"{folder.path} keeps no batch: there is no {NAME} in it")
     config = replace(read_config(folder.config), weights=None)
     try:
-        with safe_open(file, framework="pt") as kept:
-            about = json.loads(kept.metadata()["vitrail"])
-            # An open file is no mapping: `in kept` would fail.
-            tensors = {key: kept.get_tensor(key) for key in kept.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
+        tensors = read_safetensors(file)
+        about = json.loads(read_metadata(file)["vitrail"])
+    except (OSError, KeyError, ValueError) as error:
         raise InputError(
             f"{file} is not whole ({error}); train again to keep the batch anew"
         ) from error
