@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from vitrail.analysis import page
 from vitrail.analysis.attention import study_attention
 from vitrail.analysis.importance import importance
 from vitrail.analysis.importance_page import importance_words
@@ -69,7 +70,7 @@ def test_several_models_stand_side_by_side_and_random_weights_are_said(
     assert [len(s["layers"]) for s in studies[1]["stages"]] == [1, 2, 3]
     assert "random weights: efficientvit_m0" in captured.err
     text = out.read_text(encoding="utf-8")
-    assert "The weights of efficientvit_m0 are random" in text
+    assert page.flowing("The weights of efficientvit_m0 are random") in text
     assert "similar blocks of all attention blocks" in text
 
 
