@@ -97,8 +97,12 @@ def _value(hint: Any, value: Any, where: str) -> Any:
             _value(a, v, f"{where}[{i}]") for i, (a, v) in enumerate(zip(args, value, strict=True))
         )
     if origin is list:
+        if not isinstance(value, (list, tuple)):
+            raise InputError(f"{where} is {value!r}, but must be a list")
         return [_value(args[0], v, f"{where}[{i}]") for i, v in enumerate(value)]
     if origin in (dict, Mapping) or hint in (dict, Mapping):
+        if not isinstance(value, Mapping):
+            raise InputError(f"{where} is {value!r}, but must be a mapping of keys to values")
         return dict(value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
