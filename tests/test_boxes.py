@@ -132,6 +132,8 @@ def test_anchors_take_strides_that_are_not_whole_and_a_centre_offset():
     centres = bx.xyxy_to_cxcywh(grid)[:, :2].tolist()
     assert centres[:4] == [[1.75, 1.75], [5.25, 1.75], [8.75, 1.75], [1.75, 5.25]]
     assert torch.equal(bx.anchor_grid(shapes, 1, 1, (4, 8)), shapes)
+    both = bx.xyxy_to_cxcywh(bx.anchor_grid(shapes, 2, 2, (4, 8), offset=0.5))[:, :2]
+    assert both.tolist() == [[4, 2], [12, 2], [4, 6], [12, 6]]  # (vertical, horizontal)
 
 
 def test_an_anchor_shape_keeps_its_area_over_ratios():
@@ -141,6 +143,22 @@ def test_an_anchor_shape_keeps_its_area_over_ratios():
     torch.testing.assert_close(size[:, 1] / size[:, 0], torch.tensor([0.5, 0.5, 1, 1, 2, 2]))
     with pytest.raises(InputError, match="positive"):
         bx.anchor_shapes([32], [0])
+
+
+def test_boxes_turned_inside_out_have_no_area_and_an_empty_target_has_a_finite_code():
+    assert bx.area(torch.tensor([[5.0, 5, 1, 9], [5, 5, 9, 1], [5, 5, 1, 1]])).tolist() == [0, 0, 0]
+    anchor, point = torch.tensor([[0.0, 0, 10, 10]]), torch.tensor([[3.0, 4, 3, 4]])
+    deltas = bx.encode(point, anchor)
+    assert deltas.isfinite().all()
+    torch.testing.assert_close(bx.decode(deltas, anchor), point, atol=1e-6, rtol=0)
+
+
+def test_without_a_word_deltas_are_not_weighted_and_sizes_end_at_62_and_a_half():
+    anchor = torch.tensor([[0.0, 0.0, 16.0, 16.0]])
+    wide = bx.decode(torch.tensor([[0.0, 0.0, 9.0, 0.0]]), anchor)
+    torch.testing.assert_close(wide, torch.tensor([[-492.0, 0.0, 508.0, 16.0]]))
+    own = bx.decode(torch.tensor([[0.0, 0.0, 9.0, 0.0]]), anchor, max_log_ratio=math.log(2))
+    torch.testing.assert_close(own, torch.tensor([[-8.0, 0.0, 24.0, 16.0]]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

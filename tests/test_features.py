@@ -74,6 +74,19 @@ def test_of_several_maps_of_one_stride_the_deepest_serves():
     assert {source for source, _ in adapt.sources.values()} == {"b11"}
 
 
+def test_of_two_equally_near_strides_the_finer_serves():
+    adapt = adapt_levels({"c3": FeatureSpec(3, 8), "c5": FeatureSpec(5, 32)}, (16,))
+    assert adapt.sources == {"c4": ("c3", 0.5)}
+    assert adapt.feature_specs == {"c4": FeatureSpec(3, 16)}
+    assert isinstance(adapt.feature_specs["c4"].stride, int)
+
+
+def test_a_pyramid_halves_its_maps_from_the_first_stride_on():
+    want = {"c3": FeatureSpec(5, 8), "c4": FeatureSpec(7, 16), "c5": FeatureSpec(9, 32)}
+    assert pyramid_specs((5, 7, 9), first_stride=8) == want
+    assert list(adapt_levels(want).feature_specs) == ["c2", "c3", "c4", "c5"]
+
+
 def test_no_maps_is_an_error():
     with pytest.raises(InputError, match="at least one map"):
         adapt_levels({})
@@ -86,6 +99,8 @@ def test_padding_adds_zeros_right_and_below_and_copies_nothing_that_fits():
     assert padded[..., :5, :].eq(1).all()
     assert padded[..., 5:, :].eq(0).all()
     assert pad_to_multiple(x, (5, 4)) is x
+    assert pad_to_multiple(x, (4, 5)).shape == (1, 2, 8, 10)  # (height, width)
+    check_images(torch.zeros(2, 3, 1, 1), torch.nn.Identity())
 
 
 @pytest.mark.parametrize(
@@ -94,6 +109,8 @@ def test_padding_adds_zeros_right_and_below_and_copies_nothing_that_fits():
         (torch.zeros(3, 8, 8), "add a batch axis"),
         (torch.zeros(1, 4, 8, 8), "takes 3 channels, but got 4"),
         (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), "normalised floats"),
+        (torch.zeros(1, 3, 0, 8), "any size from 1 x 1 pixel"),
+        (torch.zeros(1, 3, 8, 0), "any size from 1 x 1 pixel"),
     ],
 )
 def test_wrong_images_are_named_with_what_to_do(images, words):

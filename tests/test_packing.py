@@ -77,6 +77,37 @@ def test_every_pack_keeps_the_budget_prefix_tokens_included(sizes, extra, prefix
     assert len(loads) < 2 or loads[0] + loads[1] > budget
 
 
+def test_an_image_goes_where_the_least_room_is_left_and_ties_to_the_lower_index():
+    """Longest first; 6 of 10, then 5, then 4 beside the 6, which it fills, and 3 beside the 5."""
+    sizes = [(PATCH, n * PATCH) for n in (3, 5, 4, 6)]
+    assert plan_packs(sizes, PATCH, 10, 0) == [[3, 2], [1, 0]]
+    # 2 fits beside 7 (3 left) and beside 6 (4 left): the fuller pack takes it.
+    sizes = [(PATCH, n * PATCH) for n in (2, 6, 7)]
+    assert plan_packs(sizes, PATCH, 10, 0) == [[2, 0], [1]]
+    assert plan_packs([(PATCH, PATCH)] * 3, PATCH, 2, 0) == [[0, 1], [2]]
+    # Without a word one token of prefix is counted for each.
+    assert plan_packs([(PATCH, PATCH)] * 3, PATCH, 4) == [[0, 1], [2]]
+    images = [torch.zeros(3, PATCH, PATCH)] * 3
+    assert [p.image_ids for p in pack(images, PATCH, 4)] == [(0, 1), (2,)]
+    assert [p.image_ids for p in pack(images, PATCH, 4, 0)] == [(0, 1, 2)]
+    assert pack([torch.zeros(3, 20, 17)])[0].grids == ((2, 2),)  # patches of 16
+
+
+def test_a_pack_moves_to_another_dtype_with_its_places():
+    (packed,) = pack(pictures([(5, 9), (4, 4)]), PATCH)
+    half = packed.to(torch.float16)
+    assert half.patches.dtype == torch.float16
+    assert torch.equal(half.patches, packed.patches.half())
+    assert packed.patches.dtype == torch.float64
+    assert (half.grids, half.image_ids, half.sizes) == (
+        packed.grids,
+        packed.image_ids,
+        packed.sizes,
+    )
+    assert half.sizes == ((5, 9), (4, 4))
+    assert half.lengths == [6, 1]
+
+
 @pytest.mark.parametrize("name", MODELS)
 @given(sizes=SIZES)
 @example(sizes=[(8, 12), (12, 8), (24, 4), (1, 1)])  # equal lengths of unequal grids

@@ -4,7 +4,15 @@ import pytest
 
 import vitrail
 from vitrail.backbones.efficientvit import EfficientViT, EfficientViTConfig
-from vitrail.registry import list_backbones, register_backbone, rename_keys, unknown, with_fields
+from vitrail.registry import (
+    backbone_entry,
+    list_backbones,
+    register_backbone,
+    rename_keys,
+    tiny_entries,
+    unknown,
+    with_fields,
+)
 from vitrail_runtime.errors import InputError
 
 
@@ -54,6 +62,33 @@ def test_names_are_listed_by_pattern_and_sorted():
     assert vitrail.list_models("efficientvit_*", task="classify") == names
     with pytest.raises(InputError, match="unknown task 'fly'"):
         vitrail.list_models(task="fly")
+
+
+def test_a_variant_has_its_own_preprocessing_and_figures_or_the_familys():
+    small, large = (backbone_entry(f"swin_base_patch4_window{w}") for w in (7, 12))
+    assert (small.preprocessing.size, large.preprocessing.size) == ((224, 224), (384, 384))
+    assert (small.published.image_size, large.published.image_size) == (224, 384)
+    assert {small.family, large.family} == {"swin"}
+    assert tiny_entries()["swin"].name == "tiny_swin"
+    tiny_entries().clear()
+    assert tiny_entries()
+
+
+def test_a_backbone_without_tables_says_that_it_has_no_image_size():
+    with pytest.raises(
+        InputError, match="resnet18 has no image_size: it takes pictures of any size"
+    ):
+        vitrail.create_backbone("resnet18", image_size=64)
+
+
+def test_many_known_names_are_cut_after_twelve():
+    names = [f"{letter}{letter}" for letter in "abcdefghijklmn"]
+    assert str(unknown("verb", "0", names)) == (
+        "unknown verb '0'; known: aa, bb, cc, dd, ee, ff, gg, hh, ii, jj, kk, ll, ..."
+    )
+    assert (
+        str(unknown("verb", "evl", ["Eval", "train"])) == "unknown verb 'evl'; did you mean 'Eval'?"
+    )
 
 
 def test_keys_are_renamed_by_rules_in_order():

@@ -11,6 +11,7 @@ from vitrail.backbones.deepvit import DeepViT, DeepViTConfig
 from vitrail.backbones.vit import ViT, ViTConfig
 from vitrail.layers.attention import map_to_tokens
 from vitrail.models import create_backbone
+from vitrail.registry import backbone_entry, list_backbones
 from vitrail_runtime.errors import InputError
 
 SHAPE = {"embed_dim": 48, "depth": 3, "num_heads": 4, "patch_size": 8, "mlp_ratio": 3.0}
@@ -41,6 +42,59 @@ def official_taps(name, images, blocks, attn, **fields):
 def test_deepvit_16b_at_64_pixels_equals_the_official_code_in_every_tap():
     taps = official_taps("deepvit_16b", image(2, 64, 64).double(), (0, 15), attn=0, image_size=64)
     check("deepvit_16b", taps)
+
+
+def test_the_convolutional_stem_and_first_block_of_deepvit_s_equal_the_official_codes():
+    """At the paper's size, and no further: the rest takes seconds."""
+    model, taps, record = filled_officially("deepvit_s"), {}, {}
+    backbone = model.backbone
+    with torch.no_grad():
+        taps["patch_embed"] = map_to_tokens(backbone.patch_embed(image(1, 224, 224).double()))
+        tokens, _ = backbone.embed(image(1, 224, 224).double())
+        taps["blocks.0#0"] = backbone.blocks[0](tokens, record=record, name="x")
+        taps["blocks.0#1"] = record["x.attn.weights"]
+    check("deepvit_s", taps)
+
+
+@pytest.mark.parametrize("scale_maps", [True, False])
+def test_re_attention_mixes_heads_norms_the_maps_and_scales_them_where_the_variant_says(scale_maps):
+    """Equation 3 as the official code has it: mixing with a bias, then BatchNorm over heads."""
+    config = DeepViTConfig(**SHAPE, image_size=40, mix_from=1, scale_maps=scale_maps)
+    attn = DeepViT(config).double().eval().blocks[1].attn
+    randomise(attn)
+    x = torch.randn(2, 7, 48, generator=torch.Generator().manual_seed(0)).double()
+    with torch.no_grad():
+        q, k, v = attn.qkv(x).reshape(2, 7, 3, 4, 12).permute(2, 0, 3, 1, 4)
+        maps = (q @ k.mT / 12**0.5).softmax(-1)
+        mixing, norm = attn.reatten_matrix, attn.var_norm
+        mixed = torch.einsum("gh,bhqk->bgqk", mixing.weight[..., 0, 0], maps)
+        mixed = mixed + mixing.bias[:, None, None] - norm.running_mean[:, None, None]
+        mixed = mixed * (norm.weight / (norm.running_var + 1e-5).sqrt())[:, None, None]
+        mixed = (mixed + norm.bias[:, None, None]) * (12**-0.5 if scale_maps else 1)
+        want = attn.proj((mixed @ v).transpose(1, 2).flatten(2))
+        record = {}
+        torch.testing.assert_close(attn(x, record=record, name="attn"), want)
+    torch.testing.assert_close(record["attn.weights"], mixed)
+    torch.testing.assert_close(record["attn.softmax"], maps)
+
+
+def test_the_official_variants_scale_mix_and_halve_as_their_code():
+    """(blocks without mixing, blocks, scaled maps, halved branches, convolutional stem), width."""
+    found = {
+        name: (c.mix_from, c.depth, c.scale_maps, c.branch_scale, c.stem, c.embed_dim)
+        for name in list_backbones("deepvit_*")
+        for c in [backbone_entry(name).config]
+    }
+    assert found == {
+        "deepvit_s": (11, 16, True, 0.5, "conv", 396),
+        "deepvit_l": (20, 32, False, 0.5, "conv", 420),
+        "deepvit_16b": (0, 16, False, 1.0, "patch", 384),
+        "deepvit_24b": (0, 24, False, 1.0, "patch", 384),
+        "deepvit_32b": (0, 32, False, 1.0, "patch", 384),
+    }
+    for name in found:
+        config = backbone_entry(name).config
+        assert (config.num_heads, config.mlp_ratio, config.norm_eps) == (12, 3.0, 1e-6)
 
 
 @pytest.mark.slow

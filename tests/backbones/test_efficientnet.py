@@ -7,6 +7,7 @@ import torch
 from tests.backbones.peers import assert_equals_peer
 from vitrail.backbones.efficientnet import VARIANTS, EfficientNet, compound_scale
 from vitrail.bench.macs import count_macs
+from vitrail.registry import backbone_entry
 from vitrail_runtime.errors import InputError
 
 timm = pytest.importorskip("timm")
@@ -51,6 +52,20 @@ def test_torchvisions_other_epsilon_is_taken_up_by_the_running_variances():
     assert_equals_peer(
         peer_of("torchvision", "efficientnet_b5"), "efficientnet_b5", "torchvision", [(40, 56)]
     )
+
+
+@pytest.mark.parametrize("number", range(8))
+def test_the_key_map_takes_up_torchvisions_epsilon_where_it_is_another(number):
+    name = f"efficientnet_b{number}"
+    with torch.device("meta"):
+        theirs = torchvision.models.get_model(name).features[0][1].eps
+    entry = backbone_entry(name)
+    state = {"features.0.1.running_var": torch.ones(3, dtype=torch.float64)}
+    moved = entry.layouts["torchvision"].convert(state, entry.config)[
+        "backbone.stem.bn.running_var"
+    ]
+    want = torch.full_like(moved, 1 + theirs - entry.config.norm["eps"])
+    torch.testing.assert_close(moved, want, atol=1e-12, rtol=0)
 
 
 def macs_of(config):

@@ -39,7 +39,6 @@ def test_logits_equal_timms():
     assert_equals_peer(timm.create_model("mobilevitv2_050"), "mobilevitv2_050", "timm", [(128, 64)])
 
 
-@pytest.mark.slow
 def test_logits_equal_transformers():
     transformers = pytest.importorskip("transformers")
     config = transformers.MobileViTV2Config(num_labels=1000, width_multiplier=0.5)

@@ -5,6 +5,7 @@ import warnings
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from torchvision.models.swin_transformer import SwinTransformer as TorchvisionSwin
 
 from tests.golden.compare import check, load
@@ -180,6 +181,19 @@ def test_a_table_of_another_window_is_resampled_over_its_offsets():
     wide = wide.reshape(23, 23)
     assert wide[11, 11].item() == pytest.approx(4.0)  # the offset (0, 0) stays in the middle
     assert (wide.diff(dim=1)[:, 3:-3] > 0).all()
+
+
+@pytest.mark.parametrize(("old", "new"), [(7, 12), (12, 7), (5, 6)])
+def test_a_table_is_resampled_bicubically_as_in_the_official_code(old, new):
+    key = "backbone.layers.0.blocks.0.attn.relative_position_bias_table"
+    table = torch.randn((2 * old - 1) ** 2, 3, generator=torch.Generator().manual_seed(0))
+    config = SwinConfig(embed_dim=24, depths=(2,), num_heads=(3,), window_size=new)
+    grid = table.T.reshape(1, 3, 2 * old - 1, 2 * old - 1)
+    want = F.interpolate(grid, (2 * new - 1, 2 * new - 1), mode="bicubic").flatten(2)[0].T
+    got = resample({key: table, "backbone.norm.weight": table}, config)
+    torch.testing.assert_close(got[key], want)
+    assert got["backbone.norm.weight"] is table
+    assert resample({key: want}, config)[key] is want
 
 
 def test_weights_of_window_7_load_into_window_12():

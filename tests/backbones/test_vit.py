@@ -141,13 +141,17 @@ def test_it_equals_timm_at_full_size(name):
 def test_every_variant_has_the_tensors_of_timms(name):
     with torch.device("meta"):
         classes = 0 if "dinov2" in name else 1000
-        state = timm.create_model(timms_name(name), num_classes=classes).state_dict()
-        entry = backbone_entry(name)
+        peer = timm.create_model(timms_name(name), num_classes=classes)
+        state, entry = peer.state_dict(), backbone_entry(name)
         own = build_classifier(entry, entry.config, 1000).state_dict()
     theirs = {k: v.shape for k, v in entry.layouts["timm"].convert(state, entry.config).items()}
     if not classes:
         own = {k: v for k, v in own.items() if k.startswith("backbone.")}
     assert {k: v.shape for k, v in own.items()} == theirs
+    # What no shape tells.
+    assert entry.config.num_heads == peer.blocks[0].attn.num_heads
+    assert entry.config.norm_eps == peer.norm.eps
+    assert entry.config.patch_size == peer.patch_embed.patch_size[0]
 
 
 def huggingface(cls: str, **fields: Any) -> nn.Module:
@@ -418,6 +422,12 @@ def test_the_conv_stem_pads_as_convolutions_with_padding_one():
     with torch.no_grad():
         torch.testing.assert_close(first(F.pad(x, (1, 0, 1, 0))), want)
         assert embed(x).shape == (2, 32, 4, 6)
+        # Convolution, GELU, norm, three times; then patches of half the size.
+        for i in (0, 3, 6):
+            conv = embed.stem[i]
+            x = F.conv2d(x, conv.weight, conv.bias, stride=1 if i else 2, padding=1)
+            x = embed.stem[i + 2](F.gelu(x))
+        torch.testing.assert_close(embed(picture(2, 3, 16, 24)), embed.proj(x))
 
 
 @pytest.mark.parametrize("pool", ["token", "avg", "both"])
@@ -433,6 +443,19 @@ def test_heads_read_what_pool_says(pool, head):
     other = features._replace(prefix=features.prefix + 1)
     randomise(tail)
     assert torch.equal(tail(features), tail(other)) == (pool == "avg")
+
+
+@pytest.mark.parametrize(("head", "act"), [("tanh", torch.tanh), ("mlp", F.gelu)])
+def test_a_hidden_layer_is_followed_by_its_activation(head, act):
+    backbone = tiny(pool="both", head=head, head_hidden_dim=20)
+    tail = ViTHead(backbone.config, backbone.feature_specs, 5).double()
+    randomise(tail)
+    with torch.no_grad():
+        features = backbone(picture(2, 3, 16, 12))
+        (last,) = features.maps.values()
+        x = torch.cat([features.prefix[:, 0], last.flatten(2).mean(2)], dim=1)
+        want = tail.fc(act(x @ tail.hidden.weight.T + tail.hidden.bias))
+        torch.testing.assert_close(tail(features), want)
 
 
 def test_the_distilled_head_averages_the_two_answers_that_timm_gives():
@@ -496,6 +519,19 @@ def test_memory_is_a_row_of_each_blocks_input_that_is_dropped_behind_it():
     torch.testing.assert_close(features.prefix, want[:, :1], atol=1e-12, rtol=0)
     (only,) = features.maps.values()
     torch.testing.assert_close(only.flatten(2).transpose(1, 2), want[:, 1:], atol=1e-12, rtol=0)
+
+
+def test_checkpointing_hands_the_memory_on():
+    gradients = []
+    for checkpointing in (False, True):
+        backbone = tiny(layer_scale_init=0.5).train()
+        backbone.grad_checkpointing = checkpointing
+        memory = [(picture(4, 32) * (i + 1)).requires_grad_() for i in range(3)]
+        backbone(picture(2, 3, 8, 12), memory=memory).prefix.square().sum().backward()
+        gradients.append([rows.grad for rows in memory])
+    for plain, again in zip(*gradients, strict=True):
+        assert plain.abs().max() > 0
+        torch.testing.assert_close(plain, again, atol=1e-12, rtol=0)
 
 
 class NormedPatches(nn.Module):

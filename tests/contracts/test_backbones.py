@@ -3,6 +3,7 @@ behaviour with numbers on the tiny config of each family."""
 
 import copy
 import math
+import re
 
 import pytest
 import torch
@@ -119,6 +120,41 @@ def test_gradient_checkpointing_changes_nothing(family):
     # The second run of a block must not move running statistics again.
     for (name, a), b in zip(backbone.named_buffers(), twin.buffers(), strict=True):
         torch.testing.assert_close(a, b, msg=lambda m, n=name: f"{n}: {m}")
+
+
+BLOCK = re.compile(
+    r"(blocks\.\d+|stages\.\d+\.(blocks\.)?\d+|layers\.\d+\.blocks\.\d+|layer\d\.\d+)\."
+)
+
+
+def runs_of_each_block(family: str, checkpointing: bool, training: bool) -> dict[str, int]:
+    """How often the layers of each block run, at most, in a forward and a backward pass."""
+    backbone = make_tiny(family).train(training)
+    backbone.grad_checkpointing = checkpointing
+    calls: dict[str, int] = {}
+    for name, module in backbone.named_modules():
+        block = BLOCK.match(f"{name}.")
+        if block and not list(module.children()) and list(module.parameters()):
+            calls[name] = 0
+            module.register_forward_hook(
+                lambda m, given, out, name=name: calls.update({name: calls[name] + 1})
+            )
+    sum(v.sum() for v in finest_and_all(backbone(images(2, 40, 56)))).backward()
+    runs: dict[str, int] = {}
+    for name, count in calls.items():
+        block = BLOCK.match(f"{name}.")[0]
+        # The second run ends with the last tensor that the gradients need.
+        runs[block] = max(count, runs.get(block, 0))
+    return runs
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_gradient_checkpointing_computes_every_block_again_in_training_alone(family):
+    plain = runs_of_each_block(family, checkpointing=False, training=True)
+    again = runs_of_each_block(family, checkpointing=True, training=True)
+    assert plain, "no block was found"
+    assert again == {block: 2 * count for block, count in plain.items()}
+    assert runs_of_each_block(family, checkpointing=True, training=False) == plain
 
 
 @pytest.mark.parametrize("family", TINY)

@@ -82,7 +82,13 @@ def test_gates_are_a_function_of_the_pooled_map():
 
 @pytest.mark.parametrize(
     ("out", "hidden", "stride", "shortcut"),
-    [(6, 12, 1, True), (6, 6, 1, True), (6, 12, 2, False), (8, 12, 1, False)],
+    [
+        (6, 12, 1, True),
+        (6, 6, 1, True),
+        (6, 12, 2, False),
+        (8, 12, 1, False),
+        (12, 12, 1, False),
+    ],
 )
 def test_an_inverted_residual_widens_filters_gates_and_narrows(out, hidden, stride, shortcut):
     se = SqueezeExcite(hidden, 3, act=nn.ReLU)

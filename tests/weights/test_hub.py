@@ -95,6 +95,46 @@ def test_one_file_of_a_repository_can_be_named(online, cache):
         read_checkpoint("hf:owner/name/gone.safetensors")
 
 
+def test_a_file_in_a_folder_of_the_repository_can_be_named_online_and_in_the_cache(online, cache):
+    (cache / "sub").mkdir()
+    save_file({"c": torch.ones(1)}, cache / "sub" / "x.safetensors")
+    online.files.append("sub/x.safetensors")
+    found = hub.fetch("hf:owner/name/sub/x.safetensors@main")
+    assert found.path == cache / "sub" / "x.safetensors"
+    assert found.name == f"hf:owner/name/sub/x.safetensors@{COMMIT}"
+    again = hub.fetch(f"hf:owner/name/sub/x.safetensors@{COMMIT}")
+    assert (again.path, again.name, again.notes) == (found.path, found.name, [])
+
+
+def test_shards_are_fetched_with_what_describes_them_and_no_odd_names(online, cache):
+    (cache / "model.safetensors").unlink()
+    index = cache / "model.safetensors.index.json"
+    index.write_text('{"weight_map": {"a": "2.safetensors", "b": "1.safetensors"}}')
+    for shard, key in (("1", "b"), ("2", "a")):
+        save_file({key: torch.ones(1)}, cache / f"{shard}.safetensors")
+    online.files[:] = ["model.safetensors.index.json", "config.json", "preprocessor_config.json"]
+    (cache / "preprocessor_config.json").write_text("{}")
+    assert set(read_checkpoint("hf:owner/name").state) == {"a", "b"}
+    names = [name for _, name, _ in online.fetched]
+    assert names == [
+        "model.safetensors.index.json",
+        "1.safetensors",
+        "2.safetensors",
+        "config.json",
+        "preprocessor_config.json",
+    ]
+    for odd in ("../1.safetensors", "code.py"):
+        index.write_text('{"weight_map": {"a": "ODD"}}'.replace("ODD", odd))
+        with pytest.raises(InputError, match="not a plain weight file"):
+            hub.fetch("hf:owner/name@main")
+
+
+def test_an_address_is_taken_apart():
+    assert hub.parse("hf:a/b") == ("a/b", None, None)
+    assert hub.parse("hf:a/b.c-d@v1.0/x") == ("a/b.c-d", None, "v1.0/x")
+    assert hub.parse("hf://a/b/c/d.safetensors@r") == ("a/b", "c/d.safetensors", "r")
+
+
 def test_a_repository_without_weights_says_so(online):
     online.files[:] = ["README.md", "tf_model.h5"]
     with pytest.raises(InputError, match="it has no weight files"):

@@ -10,7 +10,7 @@ from tests.parity import randomise
 from tests.weights.conftest import Toy, ToyConfig, ToyTail
 from vitrail.classifiers import Classifier
 from vitrail.weights import load_weights, write_state
-from vitrail.weights.layouts import look_alikes
+from vitrail.weights.layouts import best_fit, candidates, listed, look_alikes
 from vitrail_runtime.errors import InputError
 
 
@@ -183,6 +183,54 @@ def test_the_backbone_of_a_detector_is_taken_from_among_its_parts(toy):
     assert report.layout == "foreign"
     assert "neck.conv.weight" in report.left
     assert "took the part 'backbone.'" in str(report)
+
+
+def test_the_report_says_line_by_line_what_became_of_every_key(toy):
+    report = load(classifier(num_classes=7, image_size=16), foreign(num_classes=3), toy)
+    assert str(report) == (
+        "the mapping given: layout 'foreign', 10 keys used\n"
+        "  head dropped: the file has 3 classes, the model 7 (head.fc.weight, head.fc.bias)\n"
+        "  resampled backbone.pos_embed from (1, 2, 4) to (1, 4, 4)\n"
+        "  left in the file (1): index"
+    ).replace("the mapping given", report.source)
+
+
+def test_a_count_of_batches_that_the_model_has_not_may_be_left(toy):
+    report = load(classifier(), foreign() | {"other.num_batches_tracked": torch.tensor(3)}, toy)
+    assert set(report.left) == {"index", "other.num_batches_tracked"}
+
+
+def test_a_class_layer_is_not_dropped_where_the_names_of_a_layout_are_only_half_there(toy):
+    state = foreign(num_classes=3)
+    state["fc.bias"] = torch.zeros(4)  # three classes in one tensor, four in the other
+    with pytest.raises(InputError, match="shapes differ"):
+        load(classifier(num_classes=7), state, toy)
+
+
+def test_all_marks_of_a_layout_are_asked_for(toy):
+    state = {k: v for k, v in foreign().items() if not k.startswith("k.")}
+    with pytest.raises(
+        InputError, match=r"in no layout that toy_small knows|does not fit toy_small"
+    ):
+        load(classifier(), state, toy)
+    assert candidates(foreign(), classifier().state_dict(), toy) == ["foreign"]
+    assert candidates({"q.weight": torch.ones(1)}, classifier().state_dict(), toy) == []
+
+
+def test_the_layout_with_the_fewest_problems_is_taken(toy):
+    """A file whose keys bear both: ours fits wholly, the other's map would leave most of it."""
+    model = classifier()
+    state = {**model.state_dict()}
+    assert best_fit(state, model.state_dict(), toy, model.backbone.config).layout == "vitrail"
+    fit = best_fit(foreign(), model.state_dict(), toy, model.backbone.config)
+    assert (fit.layout, fit.problems, fit.matched) == ("foreign", 0, 12)
+    assert best_fit({"x": torch.ones(1)}, model.state_dict(), toy, model.backbone.config) is None
+
+
+def test_lists_are_shown_to_the_limit_with_the_rest_counted():
+    assert listed("abc") == "a, b, c"
+    assert listed("abcd", limit=3) == "a, b, c, ... (1 more)"
+    assert listed([1, 2, 3], separator="; ", limit=1) == "1; ... (2 more)"
 
 
 def test_a_layout_can_be_named_and_an_unknown_one_lists_the_closest(toy):
