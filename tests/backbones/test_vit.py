@@ -394,6 +394,18 @@ def test_a_share_of_the_blocks_attends_and_the_others_keep_their_mlp():
     assert record["blocks.0.attn.weights"].shape == (1, 2, 7, 7)
 
 
+def test_what_leaves_each_block_is_recorded_before_the_norm():
+    backbone, record = tiny(out_blocks=(0, 2)), {}
+    with torch.no_grad():
+        features = backbone(picture(2, 3, 8, 12), record=record)
+        for i, name in ((0, "b0"), (2, "b2")):
+            tokens = backbone.norm(record[f"blocks.{i}"])[:, 1:]
+            torch.testing.assert_close(tokens, features.maps[name].flatten(2).mT)
+        torch.testing.assert_close(backbone.norm(record["blocks.2"])[:, :1], features.prefix)
+    blocks = [key for key in record if "attn" not in key]
+    assert blocks == ["blocks.0", "blocks.1", "blocks.2"]
+
+
 def test_narrow_queries_and_keys_leave_the_values_their_width():
     backbone = tiny(qk_dim=6)
     randomise(backbone)

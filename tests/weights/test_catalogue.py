@@ -1,5 +1,6 @@
 """The catalogue's names are real: timm's own list of released weights has them."""
 
+import re
 from dataclasses import fields
 
 import pytest
@@ -32,10 +33,58 @@ def test_every_timm_name_is_one_that_timm_has(timm_configs):
                 assert source.removeprefix("hf:") in timm_configs
 
 
+@pytest.mark.parametrize("name", RELEASED)
+def test_every_timm_weight_is_of_this_very_model(name):
+    """The architecture is ours with a size, or with the width that timm counts in per cent."""
+    for source in RELEASED[name]:
+        if source.startswith("hf:timm/"):
+            architecture = source.removeprefix("hf:timm/").split(".")[0]
+            assert re.fullmatch(rf"{name}(_\d+)?", architecture)
+
+
+WORDS = {  # how transformers' repositories call the sizes
+    "xxs": "xx-small",
+    "xs": "x-small",
+    "s": "small",
+    "distilled": "distilled",
+    "reg4": "with-registers",
+    "dinov2": "dinov2",
+}
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_every_repository_of_transformers_says_the_models_size(name):
+    words = [WORDS.get(word, word) for word in name.split("_")]
+    for source in RELEASED[name]:
+        repo = source.removeprefix("hf:").partition("/")[2]
+        if source.startswith("hf:") and not source.startswith("hf:timm/"):
+            missing = [w for w in words if w not in repo and not w.startswith("patch14")]
+            assert missing in ([], ["vit"]), (source, missing)
+            assert not set(re.findall(r"tiny|small|base|large|giant|huge", repo)) - set(
+                re.findall(r"tiny|small|base|large|giant|huge", " ".join(words))
+            )
+
+
 def test_every_file_of_dinov2_is_the_one_that_timm_converted(timm_configs):
-    addresses = {cfg.url for cfg in timm_configs.values()}
-    for name in ("vit_small_patch14_dinov2", "vit_giant_patch14_reg4_dinov2"):
-        assert downloads(name)[-1] in addresses
+    for name in list_models("*dinov2"):
+        assert downloads(name) == [timm_configs[f"timm/{name}.lvd142m"].url]
+
+
+def test_files_of_the_other_authors_are_called_as_the_models():
+    for i in range(6):
+        (address,) = downloads(f"efficientvit_m{i}")
+        assert address.endswith(f"/efficientvit_m{i}.pth")
+    for short, long in (("ti", "tiny"), ("xs", "xs"), ("s", "small"), ("b", "base")):
+        (address,) = downloads(f"cmt_{short}")
+        assert address.endswith(f"/cmt_{long}.pth")
+
+
+def test_the_default_comes_first_and_what_is_not_listed_has_none():
+    assert weight_sources("vit_base_patch16")[0] == (
+        "hf:timm/vit_base_patch16_224.augreg2_in21k_ft_in1k"
+    )
+    assert downloads("resnet18") == ["https://download.pytorch.org/models/resnet18-f37072fd.pth"]
+    assert weight_sources("deepvit_16b") == downloads("deepvit_16b") == []
 
 
 def test_every_source_is_a_hub_name_or_an_address():
