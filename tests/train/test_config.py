@@ -1,10 +1,14 @@
+import dataclasses
+
 import pytest
+import yaml
 
 from vitrail.cli import flags, main
 from vitrail.cli.train import effective_config, field_value
+from vitrail.configuration import to_dict
 from vitrail.data.augmentation import Augmentation
 from vitrail.recipes import RECIPES, recipe_config
-from vitrail.train.config import TrainConfig, differences, read_config
+from vitrail.train.config import RANGES, TrainConfig, differences, read_config
 from vitrail_runtime.errors import InputError
 
 
@@ -151,6 +155,146 @@ def test_a_number_out_of_range_is_refused_before_a_folder_is_made(
     assert main(["train", "--data", "d", "--out", "run", *given]) == 2
     assert f"vitrail: {message}" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+SMALL, INF, NAN = 1e-9, float("inf"), float("nan")
+
+
+@pytest.mark.parametrize(
+    ("name", "allowed", "refused"),
+    [
+        ("val_fraction", (SMALL, 1 - SMALL), (0, 1)),
+        ("image_size", (1,), (0,)),
+        ("crop_pct", (SMALL, 1), (0, 1 + SMALL)),
+        ("epochs", (1,), (0,)),
+        ("max_steps", (1,), (0,)),
+        ("max_minutes", (0.001,), (0.001 - SMALL,)),
+        ("batch_size", (1,), (0,)),
+        ("accumulate", (1,), (0,)),
+        ("repeats", (1,), (0,)),
+        ("lr", (0,), (-SMALL,)),
+        ("momentum", (0, 1 - SMALL), (-SMALL, 1)),
+        ("eps", (0,), (-SMALL,)),
+        ("weight_decay", (0,), (-SMALL,)),
+        ("layer_decay", (SMALL, 1), (0, 1 + SMALL)),
+        ("warmup_epochs", (0,), (-SMALL,)),
+        ("warmup_lr", (0,), (-SMALL,)),
+        ("min_lr", (0,), (-SMALL,)),
+        ("clip_grad", (SMALL,), (0,)),
+        ("label_smoothing", (0, 1 - SMALL), (-SMALL, 1)),
+        ("ema", (0, 1 - SMALL), (-SMALL, 1)),
+        ("seed", (0, 2**63 - 1), (-1, 2**63)),
+        ("eval_every", (1,), (0,)),
+        ("early_stopping", (1,), (0,)),
+        ("keep_every", (1,), (0,)),
+        ("save_every", (0,), (-SMALL,)),
+        ("keep", (1,), (0,)),
+        ("log_every", (1,), (0,)),
+        ("workers", (0,), (-1,)),
+        ("threads", (1,), (0,)),
+        ("sizes", ((), (1, 1)), ((0,), (32, 0))),
+        ("betas", ((0, 0), (1 - SMALL, 1 - SMALL)), ((1, 0.9), (0.9, 1), (-SMALL, 0.9))),
+    ],
+)
+def test_a_number_may_be_what_its_range_includes_and_nothing_else(name, allowed, refused):
+    for value in allowed:
+        assert getattr(TrainConfig(**{name: value}), name) == value
+    for value in (*refused, *(() if name in ("sizes", "betas") else (INF, -INF, NAN))):
+        with pytest.raises(InputError, match=f"^{name} must be "):
+            TrainConfig(**{name: value})
+    assert name in ("sizes", "betas") or name in RANGES
+
+
+def test_every_range_is_tried():
+    (mark,) = test_a_number_may_be_what_its_range_includes_and_nothing_else.pytestmark
+    assert {name for name, *_ in mark.args[1]} == {*RANGES, "sizes", "betas"}
+
+
+def test_every_setting_but_those_of_carrying_it_out_makes_another_run(tmp_path):
+    # Written out: what is missing here may not change when a run goes on.
+    outward = ["data", "out", "device", "workers", "threads", "log_every", "save_every", "keep"]
+    outward += ["keep_every", "tensorboard"]
+    others = {
+        "data": "d",
+        "val_fraction": 0.5,
+        "model": "m",
+        "out": "o",
+        "weights": "w",
+        "train_only": "head",
+        "model_fields": {"depth": 1},
+        "image_size": 8,
+        "crop_pct": 0.5,
+        "resize": "fit",
+        "skip_broken": True,
+        "epochs": 2,
+        "max_steps": 3,
+        "max_minutes": 4.0,
+        "batch_size": 5,
+        "accumulate": 6,
+        "sampling": "balanced",
+        "repeats": 7,
+        "sizes": (8, 9),
+        "optimizer": "sgd",
+        "lr": 0.5,
+        "betas": (0.1, 0.2),
+        "eps": 0.3,
+        "momentum": 0.4,
+        "weight_decay": 0.6,
+        "layer_decay": 0.7,
+        "schedule": "constant",
+        "warmup_epochs": 0.5,
+        "warmup_lr": 0.8,
+        "min_lr": 0.25,
+        "clip_grad": None,
+        "clip_mode": "agc",
+        "label_smoothing": 0.5,
+        "ema": 0.5,
+        "augmentation": Augmentation(flip=0.25, scale=(0.5, 0.75)),
+        "seed": 11,
+        "eval_every": 12,
+        "early_stopping": 13,
+        "keep_every": 14,
+        "save_every": 0.5,
+        "keep": 15,
+        "log_every": 16,
+        "tensorboard": True,
+        "precision": "bf16",
+        "grad_checkpointing": True,
+        "parallel": "fsdp",
+        "device": "cuda",
+        "workers": 17,
+        "threads": 18,
+    }
+    known = {f.name for f in dataclasses.fields(TrainConfig)}
+    assert others.keys() == known, "a new setting: is it another run?"
+    for name, value in others.items():
+        ours = TrainConfig(**{name: value})
+        lines = differences(ours, TrainConfig())
+        assert bool(lines) == (name not in outward), name
+        assert lines == [] or lines[0].startswith(name)
+        assert bool(differences(TrainConfig(), ours)) == (name not in outward), name
+        file = tmp_path / "config.yaml"
+        file.write_text(yaml.safe_dump(to_dict(ours), sort_keys=False))
+        assert read_config(file) == ours, name
+
+
+def test_the_defaults_are_what_the_documentation_says():
+    c = TrainConfig()
+    assert (c.epochs, c.batch_size, c.accumulate, c.repeats, c.sizes) == (30, 128, 1, 1, ())
+    assert (c.optimizer, c.lr, c.betas, c.eps) == ("adamw", 1e-3, (0.9, 0.999), 1e-8)
+    assert (c.momentum, c.weight_decay, c.layer_decay, c.schedule) == (0.9, 0.05, 1.0, "cosine")
+    assert (c.warmup_epochs, c.warmup_lr, c.min_lr) == (1.0, 1e-6, 1e-5)
+    assert (c.clip_grad, c.clip_mode, c.label_smoothing, c.ema) == (1.0, "norm", 0.1, 0.0)
+    assert (c.seed, c.val_fraction, c.eval_every, c.early_stopping) == (0, 0.2, 1, None)
+    assert (c.keep, c.keep_every, c.save_every, c.log_every) == (2, None, 5.0, 20)
+    assert (c.precision, c.parallel, c.device, c.train_only) == ("fp32", "data", "auto", "full")
+    assert (c.sampling, c.skip_broken, c.grad_checkpointing, c.tensorboard) == (
+        "uniform",
+        *[False] * 3,
+    )
+    given = (c.max_steps, c.max_minutes, c.weights, c.image_size, c.crop_pct, c.resize, c.workers)
+    assert (*given, c.threads) == (None,) * 8
+    assert (c.model, c.model_fields, c.augmentation) == ("", {}, Augmentation())
 
 
 def test_settings_that_do_not_change_the_result_are_no_difference():

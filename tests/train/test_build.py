@@ -1,0 +1,128 @@
+"""The model of a run: what the configuration asks for, what the weights that it starts from bring."""
+
+import pytest
+import torch
+
+from tests.train.conftest import VIT, tiny_config
+from vitrail import models
+from vitrail.train import agreement
+from vitrail.train.build import build_model, check_parts, settled, starting_weights
+from vitrail.train.config import TrainConfig
+from vitrail_runtime.errors import InputError
+
+CLASSES = ("a", "b")
+
+
+def test_a_model_sees_images_as_the_configuration_says():
+    own = build_model(TrainConfig(**VIT), CLASSES)
+    assert own.preprocessing.size == (224, 224)
+    assert not own.backbone.grad_checkpointing
+    settings = {"image_size": 32, "crop_pct": 0.75, "resize": "fit", "grad_checkpointing": True}
+    asked = build_model(TrainConfig(**VIT, **settings), CLASSES)
+    p = asked.preprocessing
+    assert (p.size, p.crop_pct, p.mode) == ((32, 32), 0.75, "fit")
+    assert (p.mean, p.std) == (own.preprocessing.mean, own.preprocessing.std)
+    assert asked.info.preprocessing == p
+    assert asked.classes == CLASSES
+    assert asked.backbone.grad_checkpointing
+    assert asked.backbone.config.image_size == 32
+
+
+def test_a_run_from_a_model_is_that_model_but_for_what_is_given(tmp_path):
+    config = TrainConfig(**VIT, image_size=32, crop_pct=0.75, resize="squash")
+    models.save(build_model(config, CLASSES), tmp_path / "model")
+    weights = str(tmp_path / "model")
+    ours = settled(TrainConfig(weights=weights))
+    assert (ours.model, ours.out) == ("vit_tiny_patch16", "runs/vit_tiny_patch16")
+    assert (ours.image_size, ours.crop_pct, ours.resize) == (32, 0.75, "squash")
+    assert ours.model_fields == VIT["model_fields"], "without those of the default"
+    given = TrainConfig(
+        weights=weights,
+        image_size=16,
+        crop_pct=0.5,
+        resize="fit",
+        out="o",
+        model_fields={"drop_path_rate": 0.1, "depth": 1},
+    )
+    ours = settled(given)
+    assert (ours.image_size, ours.crop_pct, ours.resize, ours.out) == (16, 0.5, "fit", "o")
+    assert ours.model_fields == VIT["model_fields"] | {"drop_path_rate": 0.1, "depth": 1}
+    other = settled(TrainConfig(weights=weights, model="deit_tiny_patch16"))
+    assert (other.model, other.model_fields, other.image_size) == ("deit_tiny_patch16", {}, None)
+
+
+def test_weights_for_other_classes_or_another_order_of_them_are_taken_without_the_head(tmp_path):
+    folder = tmp_path / "model"
+    models.save(build_model(TrainConfig(**VIT, image_size=32), CLASSES), folder)
+    assert starting_weights(str(folder), CLASSES) == str(folder)
+    for classes in (("b", "a"), ("a", "c"), ("a", "b", "c")):
+        assert starting_weights(str(folder), classes) == {"backbone": str(folder)}
+    assert starting_weights("hf:owner/name@main", CLASSES) == "hf:owner/name@main"
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 7])
+@pytest.mark.parametrize(("world", "accumulate"), [(1, 1), (1, 2), (1, 3), (2, 2)])
+def test_a_part_of_one_image_is_refused_for_batchnorm_alone(count, world, accumulate, tmp_path):
+    share = torch.arange(count // world)
+    alone = any(len(part) == 1 for part in share.chunk(accumulate)) if len(share) else False
+    if not len(share):
+        return
+    config = tiny_config(tmp_path, tmp_path / "out", accumulate=accumulate)
+    if alone:
+        with pytest.raises(InputError, match="BatchNorm, which cannot learn from one"):
+            check_parts(config, CLASSES, {(32, 32): count}, world)
+    else:
+        check_parts(config, CLASSES, {(32, 32): count}, world)
+    vit = tiny_config(tmp_path, tmp_path / "out", **VIT, accumulate=accumulate)
+    check_parts(vit, CLASSES, {(32, 32): count}, world)
+
+
+@pytest.mark.parametrize(
+    ("met", "said"),
+    [
+        ([None, None, None], None),
+        ([("no file", "x"), ("no file", "x"), ("no file", "y")], "no file"),
+        (
+            [None, ("no file", "x"), ("no room", "y")],
+            "process 1 on x: no file\nprocess 2 on y: no room",
+        ),
+    ],
+)
+def test_one_error_tells_what_the_processes_met_and_which(monkeypatch, met, said):
+    def all_gather_object(into, mine):
+        into[:] = met
+
+    monkeypatch.setattr(agreement.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(agreement.dist, "get_world_size", lambda: 3)
+    monkeypatch.setattr(agreement.dist, "all_gather_object", all_gather_object)
+    error = agreement.share(InputError("mine"))
+    assert (None if error is None else str(error)) == said
+    for rank in range(3):
+        monkeypatch.setattr(agreement.dist, "get_rank", lambda rank=rank: rank)
+        told = agreement.told_once(InputError("e"))
+        assert (type(told) is InputError) == (rank == 0)
+        if rank:
+            assert told.code == 2
+
+
+def test_alone_an_error_is_its_own(capsys):
+    error = InputError("mine")
+    assert str(agreement.share(error)) == "mine"
+    assert agreement.share(None) is None
+    assert agreement.told_once(error) is error
+    assert agreement.told_alone(error) is error
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (RuntimeError("Connection closed by peer [127.0.0.1]"), True),
+        (RuntimeError("Read error: Connection reset by peer"), True),
+        (RuntimeError("remote process exited or there was a network error"), True),
+        (RuntimeError("shapes differ"), False),
+        (ValueError("closed by peer"), False),
+    ],
+)
+def test_a_broken_connection_is_another_process_that_ended(error, lost):
+    assert agreement.lost_another(error) == lost
