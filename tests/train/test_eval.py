@@ -8,7 +8,10 @@ import vitrail
 from tests.train.conftest import CLASSES, VIT, make_pictures, tiny_config
 from vitrail.classifiers import Classifier
 from vitrail.cli import main
+from vitrail.cli.eval import show
+from vitrail.data import open_data
 from vitrail.models import save
+from vitrail.train.evaluate import evaluate
 from vitrail.train.loop import train
 
 
@@ -87,3 +90,39 @@ def test_what_is_not_there_is_said(run, pictures, capsys, arguments, words):
     assert main(["eval", *(places.get(a, a) for a in arguments)]) == 2
     message = capsys.readouterr().err
     assert all(word in message for word in words)
+
+
+def test_the_table_shows_the_scores_as_they_are_and_names_as_they_are_written(capsys):
+    figures = {"precision": 0.12345, "recall": 0.5, "f1": 0.25, "support": 1234}
+    names = ["[bold]ant", ":cat:", "a name that is longer than a terminal is wide " * 3]
+    scores = {
+        "per_class": {name: figures | {"support": i} for i, name in enumerate(names)},
+        "classes": names,
+        "confusion": [[9, 0, 2], [7, 30, 0], [0, 1, 4]],
+        "top1": 0.123456,
+        "top5": 0.98765,
+        "loss": 1.00006,
+        "num_images": 53,
+    }
+    show(scores)
+    header, *rows = capsys.readouterr().out.splitlines()
+    assert header.split() == ["class", "pictures", "precision", "recall", "F1"]
+    for i, name in enumerate(names):
+        assert rows[i].startswith(name)
+        assert rows[i].split()[-4:] == [str(i), "0.123", "0.500", "0.250"]
+    assert rows[3:] == [
+        f"7 x {names[1]} taken for {names[0]}",
+        f"2 x {names[0]} taken for {names[2]}",
+        f"1 x {names[2]} taken for {names[1]}",
+        "top-1 0.1235  top-5 0.9877  loss 1.0001  53 pictures",
+    ]
+
+
+def test_what_is_written_is_what_evaluation_gives(run, pictures, capsys):
+    assert main(["eval", str(run), "--data", str(pictures), "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == json.loads((run / "eval.json").read_text())
+    model = vitrail.load(run / "best")
+    scores = evaluate(model, open_data(pictures, "val"), batch_size=64)
+    about = {"model": str(run), "data": str(pictures), "split": "val", "probe": None}
+    assert printed == about | scores
