@@ -244,6 +244,7 @@ CASES: dict[str, dict[str, Any]] = {  # every setting on and off, each beside ot
         "clip_grad": 0.5,
         "label_smoothing": 0.2,
         "weight_decay": 0.3,
+        "augmentation": Augmentation(random_erasing=1.0),
         "betas": (0.8, 0.95),
         "lr": 2e-3,
         "warmup_lr": 1e-4,
