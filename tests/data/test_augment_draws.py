@@ -210,6 +210,13 @@ def test_rectangles_are_spread_as_timms(monkeypatch):
     assert all(e.noise.shape == (3, *e.box[2:]) for e in erasings)
 
 
+def test_a_rectangle_is_smaller_than_the_image_or_there_is_none():
+    """As timm's: the image is not erased whole, nor a band across it."""
+    erasings = [d.erasing for d in drawn(500, size=(3, 2), random_erasing=1.0)]
+    assert {e.box[2:] for e in erasings if e is not None} == {(1, 1), (2, 1)}
+    assert {d.erasing for d in drawn(50, size=(1, 9), random_erasing=1.0)} == {None}
+
+
 def test_shares_of_mixup_come_from_its_beta_distribution():
     for alpha in (0.2, 0.8, 1.5):
         shares = [m.share for m in mixings(mixup=alpha)]

@@ -200,6 +200,9 @@ def test_multi_scale_batches_have_the_samples_of_the_paper():
     # Of a small batch eights are too coarse.
     few = BatchPlan(length=400, batch_size=6, size=(32, 32), scales=((16, 16), (32, 32), (32, 64)))
     assert few.batch_sizes() == {(16, 16): 24, (32, 32): 6, (32, 64): 3}
+    # Of a large one eights are fine enough: sixteens would make 320 of 327.7.
+    many = BatchPlan(length=400, batch_size=128, size=(256, 256), scales=((160, 160),))
+    assert many.batch_sizes() == {(160, 160): 328}
     # 8 would be 16 % more than the 6.9 that it should be, 6 is 13 % less: up to 15 % are taken.
     near = BatchPlan(length=400, batch_size=69, size=(10, 10), scales=((10, 100),))
     assert near.batch_sizes() == {(10, 100): 6}
