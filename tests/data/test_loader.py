@@ -144,7 +144,7 @@ def large(tmp_path):
     for name, count in (("owl", 1), ("cat", 2), ("dog", 4)):
         (tmp_path / "large" / name).mkdir(parents=True)
         for i in range(count):
-            size = (240, 320) if i % 2 else (200, 180)
+            size = (240, 320) if i % 2 else (200, 181)
             picture(10 * count + i, size).save(tmp_path / "large" / name / f"{i}.jpg")
     return open_data(tmp_path / "large", "all")
 
@@ -191,6 +191,7 @@ def test_evaluation_goes_by_size_in_the_order_of_the_data(large):
     native = Preprocessing(mode="native")
     assert large.sizes[:, 0].tolist() == [200, 240, 200, 240, 200, 240, 200]
     assert batch_indices(large, native, 3) == [[0, 2, 4], [6], [1, 3, 5]]
+    assert batch_indices(large, native, 3, 0, 2) == [[0, 4], [1, 5]]
     # Of 4 + 3, the second group is dealt on from where the first ended.
     dealt = [batch_indices(large, native, 3, rank, 3) for rank in range(3)]
     assert dealt == [[[0, 6], [5]], [[2], [1]], [[4], [3]]]
