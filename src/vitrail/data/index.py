@@ -126,20 +126,19 @@ def digest(payload: bytes) -> str:
     return hashlib.blake2b(payload, digest_size=16).hexdigest()
 
 
-def examine(payload: bytes, *, thorough: bool = False) -> tuple[tuple[int, int], str]:
+def examine(payload: bytes) -> tuple[tuple[int, int], str]:
     """((height, width), "") of an encoded picture, or ((0, 0), what is wrong with it).
 
-    A picture whose last bytes are those of a finished file is believed to be whole unless `thorough`, because
-    decoding every picture of a large set takes an hour; any other one is decoded to find out.
+    A picture whose last bytes are those of a finished file is believed to be whole, because decoding every
+    picture of a large set takes an hour; any other one is decoded to find out.
     """
     try:
         size = read_size(payload)
-        if thorough or not _looks_finished(payload):
+        if not _looks_finished(payload):
             decode(payload)
     except InputError as error:
         # The reader knows the bytes only; the caller adds the name.
-        problem = str(error).removeprefix(name_of(payload)).removeprefix("the picture").strip(" :")
-        return (0, 0), problem or "broken"
+        return (0, 0), str(error).removeprefix(name_of(payload)).lstrip()
     return size, ""
 
 
