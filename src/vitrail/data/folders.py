@@ -166,8 +166,6 @@ def _walk(
 
 
 def _no_class_folders(folder: Path) -> str:
-    if not folder.is_dir():
-        return f"{folder}: no such folder"
     if any(p.suffix.lower() in IMAGE_SUFFIXES for p in folder.iterdir()):
         return (
             f"{folder} holds pictures but no class folders; put the pictures of each class into a "

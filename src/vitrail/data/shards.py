@@ -35,7 +35,7 @@ class Shards:
 
     def __init__(self, path: Path) -> None:
         self.name = str(path)
-        folder = path if path.is_dir() else path.parent
+        folder = self._shown = path if path.is_dir() else path.parent
         found = sorted(p for p in path.iterdir() if is_shard(p)) if path.is_dir() else [path]
         self.folder = folder.absolute()
         declared = _declared_splits(folder)
@@ -113,7 +113,7 @@ class Shards:
         return os.pread(self._file(number).fileno(), size, offset)
 
     def where(self, key: str, place: Place) -> str:
-        return f"{Path(self.name) / self._files[place[0]]}: {key}"
+        return f"{self._shown / self._files[place[0]]}: {key}"
 
     def _file(self, number: int) -> IO[bytes]:
         if number in self._open_files:
