@@ -1,6 +1,7 @@
 """Class folders: what is found, how it is split, and what is said of what does not fit."""
 
 import os
+import pickle
 import shutil
 from dataclasses import fields
 from pathlib import Path
@@ -367,3 +368,108 @@ def test_a_root_whose_name_is_not_utf_8_is_read(class_folders, tmp_path):
     root = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
     data = open_data(class_folders({"train": {"cat": 2, "dog": 2}}, root), "all")
     assert data.read(0).shape[2] == 3
+
+
+@pytest.mark.parametrize(
+    ("folder", "split"),
+    [("train", "train"), ("Training", "train"), ("val", "val"), ("VALID", "val"),
+     ("validation", "val"), ("test", "test"), ("testing", "test")],
+)  # fmt: skip
+def test_a_split_folder_has_many_names(class_folders, folder, split):
+    root = class_folders({folder: {"a": 1, "b": 1}})
+    source = open_source(root)
+    assert source.splits() == (split,)
+    assert source.classes() == ("a", "b")
+    assert source.count(split) == 2
+    assert [key for key, *_ in source.scan(split)] == [f"{folder}/{c}/000.jpg" for c in "ab"]
+
+
+def test_splits_come_in_their_order_with_the_classes_of_the_first(class_folders):
+    root = class_folders({"val": {"a": 1, "c": 1}, "test": {"d": 1}, "train": {"b": 2, "a": 1}})
+    source = open_source(root)
+    assert source.splits() == ("train", "val", "test")
+    assert source.classes() == ("a", "b")
+    shutil.rmtree(root / "train")
+    assert open_source(root).splits() == ("val", "test")
+    assert open_source(root).classes() == ("a", "c")
+
+
+def test_one_split_folder_among_class_folders_is_a_class_but_train_never_is(class_folders):
+    root = class_folders({"": {"val": 1, "test": 1, "cat": 1}})
+    assert open_source(root).splits() == ("",)
+    assert open_source(root).classes() == ("cat", "test", "val")
+    (root / "train").mkdir()
+    message = r"has split folders \(test, train, val\) and others beside them \(cat\); move"
+    with pytest.raises(InputError, match=message):
+        open_source(root)
+
+
+def test_files_go_by_their_path_whatever_the_folder_gives(class_folders):
+    root = class_folders({"": {"b": 3, "a": 2, "ab": 1}})
+    (root / "a" / "z").mkdir()
+    for name in ("a/z/0.PNG", "a/Z.jpg", "a/é.png"):
+        picture(50, (7, 8)).save(root / name)
+    source = open_source(root)
+    files = source.files("")
+    paths = [path for _, path, _, _ in files]
+    assert paths == sorted(str(p.relative_to(root)) for p in root.rglob("*.*"))
+    for name, path, size, changed in files:
+        assert name == path.split("/")[0]
+        info = (root / path).stat()
+        assert (size, changed) == (info.st_size, info.st_mtime_ns)
+    assert source.count("") == len(files) == 9
+
+
+def test_a_copy_for_a_worker_lists_nothing_and_reads_the_same(class_folders):
+    data = open_data(class_folders({"": {"a": 2, "b": 2}}), "all")
+    assert data.source._files
+    copy = pickle.loads(pickle.dumps(data.source))
+    assert copy._files == {}
+    assert copy.read(data.keys[1], (0, 0, 0)) == data.read_bytes(1)
+    assert copy.name == data.source.name
+
+
+def test_a_link_back_to_any_folder_above_is_named_and_one_aside_is_followed(class_folders):
+    root = class_folders({"": {"a": 2, "b": 2}})
+    deep = root / "a" / "deep" / "er"
+    deep.mkdir(parents=True)
+    (deep / "aside").symlink_to(root / "b", target_is_directory=True)
+    assert len(open_data(root, "all").keys) == 6
+    for target in (deep, deep.parent, root / "a", root, root.parent):
+        (deep / "back").symlink_to(target, target_is_directory=True)
+        with pytest.raises(
+            InputError, match=rf"er/back is a symbolic link that leads back to {target}, which"
+        ):
+            open_data(root, "all")
+        (deep / "back").unlink()
+
+
+def test_a_class_without_images_is_named_and_hidden_ones_do_not_count(class_folders):
+    root = class_folders({"": {"a": 2, "b": 1}})
+    (root / "b" / "000.jpg").rename(root / "b" / ".000.jpg")
+    (root / "b" / ".deep").mkdir()
+    picture(1).save(root / "b" / ".deep" / "x.jpg")
+    with pytest.raises(
+        InputError, match=rf"^class folder {root / 'b'} holds no pictures; add some"
+    ):
+        open_data(root, "all")
+
+
+def test_an_empty_split_folder_is_told(tmp_path):
+    (tmp_path / "train").mkdir()
+    with pytest.raises(
+        InputError, match=rf"^{tmp_path / 'train'} holds no pictures; expected CLASS"
+    ):
+        open_data(tmp_path, "train")
+    picture(1).save(tmp_path / "train" / "A.JPG")
+    with pytest.raises(InputError, match=rf"^{tmp_path / 'train'} holds pictures but no class f"):
+        open_data(tmp_path, "train")
+
+
+def test_images_are_named_as_the_folder_was_given(class_folders, tmp_path, monkeypatch):
+    root = class_folders({"": {"a": 2, "b": 2}})
+    monkeypatch.chdir(tmp_path)
+    data = open_data("set", "all")
+    assert data.where(1) == "set/a/001.jpg"
+    monkeypatch.chdir("/")  # what was opened is still found
+    assert data.read_bytes(1) == (root / "a" / "001.jpg").read_bytes()

@@ -1,5 +1,6 @@
 """Labels, splits and what is said of them, whatever holds the images; against torchvision and formulas."""
 
+import hashlib
 import io
 import tarfile
 
@@ -9,7 +10,7 @@ from torchvision.datasets import ImageFolder
 
 from tests.data.conftest import picture
 from vitrail.data import images, open_data
-from vitrail.data.images import _parts, broken_message, contradictory, hold_out
+from vitrail.data.images import _parts, broken_message, contradictory, hold_out, open_source
 from vitrail_runtime.errors import InputError
 
 # In the order of code points; 10 comes before 9, capitals first, and one has more below it.
@@ -246,3 +247,115 @@ def test_class_names_are_unique_and_a_near_name_is_suggested(class_folders):
         open_data(root, "all", classes=("cat", "dog"))
     with pytest.raises(InputError, match=rf"did you mean {root}\?"):
         open_data(root.with_name("sett"), "all")
+
+
+def test_a_source_that_is_none_is_told_what_it_should_be(tmp_path):
+    with pytest.raises(
+        InputError, match="no data set is named: give a folder, a table, a shard or hf"
+    ):
+        open_source("")
+    (tmp_path / "pets").mkdir()
+    with pytest.raises(InputError, match=rf"{tmp_path}/pest: .* did you mean {tmp_path}/pets\?$"):
+        open_source(tmp_path / "pest")
+    with pytest.raises(InputError, match=rf"^{tmp_path}/quite-else: no such file or folder$"):
+        open_source(tmp_path / "quite-else")
+    with pytest.raises(InputError, match=r"no such file or folder$"):
+        open_source(tmp_path / "nowhere" / "pets")
+
+
+def test_what_stands_in_a_folder_tells_its_kind(class_folders, named):
+    roots, _ = named
+    kinds = {kind: type(open_source(root)).__name__ for kind, root in roots.items()}
+    assert kinds == {"folders": "ClassFolders", "table": "Table", "shard": "Shards"}
+    root = class_folders({"": {"a": 1, "b": 1}})
+    (root / ".hidden.tar").write_bytes(roots["shard"].read_bytes())
+    assert type(open_source(str(root))).__name__ == "ClassFolders"
+    (root / "one.tar").write_bytes(roots["shard"].read_bytes())
+    with pytest.raises(InputError, match=r"both tar files \(one\.tar\) and folders \(a, b\); move"):
+        open_source(root)
+    (root / "train-one.tar").write_bytes(roots["shard"].read_bytes())
+    with pytest.raises(InputError, match=r"named splits and others \(one\.tar\)"):
+        open_source(root)
+    (root / "one.tar").unlink()
+    assert open_source(root).splits() == ("train",)
+
+
+def test_every_class_has_images_except_where_a_part_is_measured(class_folders):
+    root = class_folders({"train": {"a": 2, "b": 2}, "val": {"a": 1}, "test": {"b": 1}})
+    message = r"test of .*set has no picture of 1 of 2 classes: a; add some, or remove"
+    with pytest.raises(InputError, match=message):
+        open_data(root, "test")
+    assert open_data(root, "test", classes=("a", "b")).labels.tolist() == [1]
+    with pytest.raises(InputError, match=r"val of .* no picture of 1 of 2 classes: b"):
+        open_data(root, "val", classes=("a", "b"))
+    with pytest.raises(InputError, match=r"train of .* no picture of 1 of 3 classes: c"):
+        open_data(root, "train", classes=("a", "b", "c"))
+    assert len(open_data(root, "all", classes=("a", "b", "c"))) == 6
+    (root / "train" / "a" / "000.jpg").write_bytes(b"")
+    (root / "train" / "a" / "001.jpg").write_bytes(b"")
+    with pytest.raises(InputError, match=r"train of .* no picture of 1 of 2 classes: a"):
+        open_data(root, "train", skip_broken=True)
+
+
+def test_a_split_of_broken_images_alone_is_none(class_folders):
+    root = class_folders({"train": {"a": 1, "b": 1}, "test": {"a": 1, "b": 2}})
+    for path in (root / "test").rglob("*.jpg"):
+        path.write_bytes(b"")
+    with pytest.raises(InputError, match=r"^.*set has no readable picture in test$"):
+        open_data(root, "test", classes=("a", "b"), skip_broken=True)
+
+
+def test_the_share_held_out_may_take_a_class_of_two_apart_and_never_a_class_of_one(class_folders):
+    root = class_folders({"train": {"a": 2, "b": 3}, "test": {"a": 1, "b": 1}})
+    assert np.bincount(open_data(root, "val").labels).tolist() == [1, 1]
+    note = "20% of the training pictures of each class are held out as val (seed 0)"
+    assert open_data(root, "val").notes == (f"{root} has no val split: {note}",)
+    lone = class_folders({"": {f"c{i:02d}": 1 for i in range(11)} | {"d": 2}}, root / "x" / "lone")
+    names = ", ".join(f"c{i:02d}" for i in range(10))
+    said = (
+        rf"and 11 of 12 classes have too few pictures .*: {names}, \.\.\. \(11 in all\); add some"
+    )
+    with pytest.raises(InputError, match=said):
+        open_data(lone, "val")
+    assert len(open_data(lone, "train")) == 12
+
+
+def test_what_is_held_out_goes_by_a_hash_of_seed_and_content():
+    labels, digests = np.zeros(12, np.int64), [f"{i:02d}" for i in range(12)]
+    ranks = [hashlib.blake2b(f"7:{d}".encode(), digest_size=16).hexdigest() for d in digests]
+    expected = np.zeros(12, bool)
+    expected[np.argsort(ranks)[:3]] = True
+    assert np.array_equal(hold_out(labels, digests, 0.25, seed=7), expected)
+
+
+def test_copies_at_the_edge_of_what_is_held_out_go_with_it_unless_that_is_all():
+    for copies, held in ((5, 5), (6, 6), (9, 9)):
+        digests = ["x"] * copies + [f"{i}" for i in range(10 - copies)]
+        found = {int(hold_out(np.zeros(10, np.int64), digests, 0.4, s).sum()) for s in range(60)}
+        # Either the copies rank first, or others do and the copies come after them, or not at all.
+        assert held in found
+        assert max(found) < 10
+    assert not hold_out(np.zeros(4, np.int64), ["x"] * 4, 0.5, 0).any(), (
+        "one content is never parted"
+    )
+
+
+def test_an_image_that_cannot_be_read_later_is_named_with_why(class_folders, monkeypatch):
+    data = open_data(class_folders({"": {"a": 1, "b": 1}}), "all")
+
+    def fail(*_):
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr(data.source, "read", fail)
+    with pytest.raises(InputError, match=r"a/000\.jpg cannot be read: the disk is gone$"):
+        data.read_bytes(0)
+
+
+def test_a_jpeg_comes_reduced_only_as_far_as_asked(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        picture(1, (80, 120)).save(tmp_path / name / "0.jpg")
+    data = open_data(tmp_path, "all")
+    assert data.read(0).shape == (80, 120, 3)
+    assert data.read(0, (40, 60)).shape == (40, 60, 3)
+    assert data.read(0, (41, 60)).shape == (80, 120, 3)

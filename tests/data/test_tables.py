@@ -1,10 +1,13 @@
 """A CSV of file and label."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from tests.data.conftest import picture
-from vitrail.data import open_data
+from vitrail.data import open_data, tables
+from vitrail.data.images import open_source
 from vitrail_runtime.errors import InputError
 
 
@@ -128,3 +131,123 @@ def test_a_label_that_train_does_not_have_is_named(table):
 def test_a_file_of_another_kind_is_refused(table):
     with pytest.raises(InputError, match=r"neither a table .* nor a shard"):
         open_data(table("x", "labels.txt"), "train")
+
+
+@pytest.mark.parametrize(
+    ("header", "expected"),
+    [
+        (("file", "label"), (0, 1, None)),
+        (("label", "file"), (1, 0, None)),
+        (("a", "b"), (0, 1, None)),
+        (("a", "b", "split"), (0, 1, 2)),
+        (("split", "a", "b"), (1, 2, 0)),
+        (("what", "file"), (1, 0, None)),
+        (("path", "what"), (0, 1, None)),
+        (("label", "where"), (1, 0, None)),
+        (("class", "where", "width"), (1, 0, None)),
+        (("path", "file", "label"), (1, 2, None)),
+        (("File_Name", "CLASS_NAME"), (0, 1, None)),
+        (("image", "class", "label", "Split"), (0, 2, 3)),
+        (("image", "class", "class_name"), (0, 1, None)),
+        (("filename", "image", "width", "label"), (0, 3, None)),
+        (("file", "width", "what"), None),
+        (("a", "b", "c"), None),
+        (("file", "split"), None),
+        (("label", "split"), None),
+        (("split", "a"), None),
+    ],
+)
+def test_which_column_is_what(header, expected):
+    if expected is None:
+        with pytest.raises(
+            InputError, match=f"cannot tell which of the columns {', '.join(header)}"
+        ):
+            tables._columns(list(header), Path("list.csv"))
+    else:
+        assert tables._columns(list(header), Path("list.csv")) == expected
+
+
+def test_every_name_of_a_column_is_known():
+    for name in ("file", "filename", "file_name", "path", "image"):
+        assert tables._columns(["x", name], Path("list.csv")) == (1, 0, None)
+    for name in ("label", "class", "class_name"):
+        assert tables._columns([name, "x"], Path("list.csv")) == (1, 0, None)
+
+
+@pytest.mark.parametrize(
+    ("said", "split"),
+    [("train", "train"), (" Training ", "train"), ("VAL", "val"), ("valid", "val"),
+     ("validation", "val"), ("test", "test"), ("Testing", "test")],
+)  # fmt: skip
+def test_a_split_has_many_names(table, said, split):
+    path = table(f"file,label,split\n{rows(split=lambda i: said)}")
+    assert open_source(path).splits() == (split,)
+
+
+def test_splits_come_in_their_order_with_the_classes_of_the_first(table):
+    label = dict.fromkeys(range(6), "a") | {1: "b", 6: "c"}
+    split = ["val", "train", "train", "test", "val", "train", "test", "val", "train", "test"]
+    text = rows(label=lambda i: label.get(i, "b"), split=lambda i: split[i])
+    source = open_source(table("file,label,split\n" + text))
+    assert source.splits() == ("train", "val", "test")
+    assert source.classes() == ("a", "b"), "those of train"
+    assert [source.count(s) for s in source.splits()] == [4, 3, 3]
+    assert open_data(source, "train").keys == [f"pictures/{i}.jpg" for i in (1, 2, 5, 8)]
+
+
+def test_only_digits_are_numbers_and_names_go_by_code_point(table):
+    for labels, classes in (
+        (("10", "9", "007"), ("007", "9", "10")),
+        (("10", "9", "x"), ("10", "9", "x")),
+        (("10", "9", "²"), ("10", "9", "²")),
+        (("10", "9", "\u0661"), ("10", "9", "\u0661")),  # an Arabic 1
+        (("10", "9", "-1"), ("-1", "10", "9")),
+    ):
+        text = "file,label\n" + rows(label=lambda i, labels=labels: labels[i % 3])
+        assert open_source(table(text)).classes() == classes
+
+
+def test_empty_lines_and_spaces_around_cells_are_passed_over(table):
+    text = "\n".join(" , ".join(line.split(",")) + "\n" for line in rows().splitlines())
+    data = open_data(table("file , label\n\n" + text), "all")
+    assert data.keys == [f"pictures/{i}.jpg" for i in range(10)]
+    assert data.classes == ("a", "b")
+
+
+def test_images_are_named_as_the_table_is(table, tmp_path, monkeypatch):
+    path = table("file,label\n" + rows(), "LIST.CSV")
+    assert open_data(path, "all").where(3) == str(tmp_path / "pictures/3.jpg")
+    monkeypatch.chdir(tmp_path.parent)
+    data = open_data(f"{tmp_path.name}/LIST.CSV", "all")
+    assert data.where(3) == f"{tmp_path.name}/pictures/3.jpg"
+    monkeypatch.chdir("/")  # what was opened is still found
+    assert data.read_bytes(3) == (tmp_path / "pictures/3.jpg").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("file,label\n" + rows() + "".join(f"{i}.png,a\n" for i in range(5)),
+         r"lists 5 of 15 files .*: 0\.png, 1\.png, 2\.png, 3\.png, 4\.png$"),
+        ("file,label\n" + rows() + "".join(f"{i}.png,a\n" for i in range(6)),
+         r"lists 6 of 16 files .* 3\.png, 4\.png, \.\.\.$"),
+        ("file,label\n" + rows() + ",a\n", "line 12: no file$"),
+        ("label,file\na,\n", "line 2: no file$"),
+        ("label,file\n,x.jpg\n", "line 2: no label$"),
+        ("file,label\n" + rows() + "x.jpg,a,5\n", "line 12: 3 cells under a header of 2"),
+        ("file\nx.jpg\n", "with columns such as file,label, but its first line is 'file'$"),
+        ("a;b\n", "'a;b': it is separated by semicolons; save it with commas$"),
+        ("X.JPEG,a\n" + rows(), r"has no header: its first line names the picture X\.JPEG; put file,l"),
+        ("file,label,split\na,b,\n", "line 2: split must be train, val or test, but is ''$"),
+        ('file,label\n"' + "x" * 140_000 + '",a\n', "cannot be read as a table: field larger"),
+        ("file,label\npictures,a\n", "1 of 1 files that do not exist"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_told_to_the_letter(table, text, message):
+    with pytest.raises(InputError, match=message):
+        open_source(table(text))
+
+
+def test_tabs_are_missing_in_a_tsv_of_commas(table):
+    with pytest.raises(InputError, match=r"but its first line is 'file,label'$"):
+        open_source(table("file,label\n" + rows(), "list.TSV"))
