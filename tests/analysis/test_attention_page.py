@@ -273,6 +273,17 @@ def test_the_page_on_heads_has_a_row_for_each_layer(tmp_path, figures):
     np.testing.assert_allclose(dots, [[0, 10.4], [0, 20], [1, 7]], rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("distances", "top"), [((30, 20), 31.5), ((32.06, 32.05), 33.663), ((0, 0), 1.0)]
+)
+def test_dots_are_drawn_whole_on_an_axis_from_zero(tmp_path, figures, distances, top):
+    layers = [layer("blocks.0.attn", 0.5, distances), layer("blocks.1.attn", 0.5, [0, 0])]
+    heads_page(tmp_path / "a.html", [study(layers=layers)], {})
+    (axes,) = figures[1].axes
+    assert axes.get_ylim() == pytest.approx((0, top))
+    assert not any(dots.get_clip_on() for dots in axes.collections)
+
+
 def test_the_page_on_heads_tells_random_weights_and_draws_several_models(tmp_path, figures):
     both = [
         study(layers=[layer("a", 0.5, [1, 2])], name="one"),

@@ -267,11 +267,13 @@ def _heads_plot(studies: Sequence[AttentionStudy]) -> str:
 
 def _distance_plot(layers: Sequence[LayerStudy]) -> str:
     fig, ax = page.figure(7.2, 3.4)
+    top, how = 0.0, {"color": page.ACCENT, "alpha": 0.8, "linewidths": 0}
     for i, layer in enumerate(layers):
         assert layer.distance is not None
         heads = np.sort(layer.distance)
-        ax.scatter(np.full(len(heads), i), heads, s=18, color=page.ACCENT, alpha=0.8, linewidths=0)
-    ax.set_ylim(bottom=0)
+        ax.scatter(np.full(len(heads), i), heads, s=18, clip_on=False, **how)
+        top = max(top, float(heads[-1]))
+    ax.set_ylim(0, 1.05 * top or 1.0)  # room for whole dots, also where all are about equal
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_xlabel("attention layer")
     ax.set_ylabel("pixels")
