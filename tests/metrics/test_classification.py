@@ -14,6 +14,7 @@ from sklearn.metrics import (
 )
 
 from vitrail.metrics import ClassificationMetrics
+from vitrail.metrics.classification import rank_of
 from vitrail_runtime.errors import InputError, NotFinite
 
 # Truth 0, 0, 1, 2; predicted 0, 1, 1, 0. Class 2 is never predicted.
@@ -83,6 +84,12 @@ def test_a_model_that_says_the_same_of_every_class_has_the_first_five_right():
     scores = computed(torch.zeros(12, 12), torch.arange(12))
     assert scores["top1"] == pytest.approx(1 / 12)
     assert scores["top5"] == pytest.approx(5 / 12)
+
+
+def test_the_rank_is_counted_on_the_device_of_the_logits():
+    # No other device is at hand, but one that knows shapes alone refuses to mix with the processor all the same.
+    ranks = rank_of(LABELS.to("meta"), LOGITS.to("meta"))
+    assert (ranks.device.type, ranks.shape) == ("meta", (4,))
 
 
 def test_batches_of_any_size_give_the_same_scores():
