@@ -71,6 +71,9 @@ def test_the_page_has_a_row_and_a_curve_for_each_stage_and_part(tmp_path, figure
     text = importance_page(tmp_path / "a.html", "net", scores).read_text(encoding="utf-8")
     assert f'<p class="lead">{importance_words("net", scores)}</p>' in text
     assert "batches of 24 pictures" in text
+    assert "A small share that holds 90 % of it says that the part is wider" in text
+    header = ["stage", "part", "channels", "share for 90 %", "mean x 1000", "no effect"]
+    assert re.findall("<th>(.*?)</th>", text) == header
     assert rows_of(text) == [
         ["0", "Q", "2", "0.500", "2.000", "1"],
         ["0", "V", "2", "1.000", "2.000", "0"],

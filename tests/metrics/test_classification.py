@@ -87,7 +87,7 @@ def test_a_model_that_says_the_same_of_every_class_has_the_first_five_right():
 
 
 def test_the_rank_is_counted_on_the_device_of_the_logits():
-    # No other device is at hand, but one that knows shapes alone refuses to mix with the processor all the same.
+    # A device that knows shapes alone does not mix with the processor either.
     ranks = rank_of(LABELS.to("meta"), LOGITS.to("meta"))
     assert (ranks.device.type, ranks.shape) == ("meta", (4,))
 
