@@ -11,9 +11,11 @@ from vitrail.models import create_model, list_models
 from vitrail.registry import backbone_entry
 
 # What the authors print: millions of parameters, billions of multiply-adds, top-1 on ImageNet-1k in per cent,
-# at so many pixels. Read in their tables, not in our files; None: they give no such figure.
+# at so many pixels; None: they give no such figure. Each group says where its figures were read a second
+# time: in the authors' own page or, for a paper's table, in a text version of the paper or in another paper.
+# "Not re-read": such figures agree with our files alone, which is no second source.
 FIGURES: dict[str, tuple[float | None, float | None, float | None, int]] = {
-    # github.com/facebookresearch/deit, README_deit.md; multiply-adds: MobileViT's table 3, Swin's table 1
+    # github.com/facebookresearch/deit, README_deit.md; multiply-adds: Swin's table 1 (text), tiny's as quoted
     "deit_tiny_patch16": (5, 1.3, 72.2, 224),
     "deit_small_patch16": (22, 4.6, 79.9, 224),
     "deit_base_patch16": (86, 17.5, 81.8, 224),
@@ -29,8 +31,9 @@ FIGURES: dict[str, tuple[float | None, float | None, float | None, int]] = {
     "vit_large_patch14_reg4_dinov2": (300, None, 86.7, 224),
     "vit_giant_patch14_dinov2": (1100, None, 86.5, 224),
     "vit_giant_patch14_reg4_dinov2": (1100, None, 87.1, 224),
-    # github.com/google-research/vision_transformer, README.md; parameters: table 1 of the paper, table 2 of
-    # "How to train your ViT?"; multiply-adds at 384: Swin's table 1
+    # Read: counts of B/16 and L/16 (Swin's table 1, text), L/32 (README.md of
+    # github.com/google-research/vision_transformer). Not re-read: all other scores (later versions of that
+    # README), all other parameters (table 1 of the paper, table 2 of "How to train your ViT?").
     "vit_tiny_patch16": (5.8, None, 78.22, 384),
     "vit_small_patch8": (None, None, None, 224),
     "vit_small_patch16": (22.2, None, 83.73, 384),
@@ -46,15 +49,16 @@ FIGURES: dict[str, tuple[float | None, float | None, float | None, int]] = {
     "vit_small_r26_s32": (36.6, None, 83.85, 384),
     "vit_large_r50_s32": (330, None, 85.99, 384),
     "vit_base_r50_s16": (None, None, 85.08, 384),
-    # Zhai et al., arXiv 2106.04560, table 2: 533 and 965 GFLOPs
+    # Not re-read: Zhai et al., arXiv 2106.04560, table 2: 533 and 965 GFLOPs
     "vit_giant_patch14": (1011, 533 / 2, None, 224),
     "vit_gigantic_patch14": (1843, 965 / 2, None, 224),
-    # github.com/ggjy/CMT.pytorch, README.md; the paper's table 2
+    # Scores: github.com/ggjy/CMT.pytorch, README.md; counts of S and B: the paper's, as a survey has them.
+    # Not re-read: counts of Ti and XS.
     "cmt_ti": (9.5, 0.6, 79.0, 160),
     "cmt_xs": (15.2, 1.5, 81.8, 192),
     "cmt_s": (25.1, 4.0, 83.5, 224),
     "cmt_b": (45.7, 9.3, 84.5, 256),
-    # The README of DeepViT (two tables); counts of S and L: the paper
+    # The README of DeepViT in a fork (two tables); counts of S and L: the paper's, as MaxViT's tables quote
     "deepvit_16b": (24.5, None, 79.10, 224),
     "deepvit_24b": (36.3, None, 79.99, 224),
     "deepvit_32b": (48.1, None, 80.90, 224),
@@ -67,14 +71,16 @@ FIGURES: dict[str, tuple[float | None, float | None, float | None, int]] = {
     "efficientvit_m3": (6.9, 0.263, 73.4, 224),
     "efficientvit_m4": (8.8, 0.299, 74.3, 224),
     "efficientvit_m5": (12.4, 0.522, 77.1, 224),
-    # github.com/microsoft/Swin-Transformer, README.md; T and S: the paper's table 1
+    # github.com/microsoft/Swin-Transformer, README.md; T and S: the paper's table 1 (text)
     "swin_tiny_patch4_window7": (29, 4.5, 81.3, 224),
     "swin_small_patch4_window7": (50, 8.7, 83.0, 224),
     "swin_base_patch4_window7": (88, 15.4, 85.2, 224),
     "swin_base_patch4_window12": (88, 47.1, 86.4, 384),
     "swin_large_patch4_window7": (197, 34.5, 86.3, 224),
     "swin_large_patch4_window12": (197, 103.9, 87.3, 384),
-    # github.com/apple/ml-cvnets, README-model-zoo.md; the paper's table 3, MobileViTv2's tables 2 and 6
+    # github.com/apple/ml-cvnets, README-model-zoo.md: parameters and scores (v2: two decimals, and 18.4 M for
+    # 200). Not re-read: scores of XS and S (74.7 and 78.3 there; the paper's table 3) and all multiply-adds
+    # (MobileViTv2's tables 2 and 6).
     "mobilevit_xxs": (1.3, None, 69.0, 256),
     "mobilevit_xs": (2.3, 0.7, 74.8, 256),
     "mobilevit_s": (5.6, 2.0, 78.4, 256),
@@ -85,7 +91,7 @@ FIGURES: dict[str, tuple[float | None, float | None, float | None, int]] = {
     "mobilevitv2_150": (10.6, 4.0, 80.4, 256),
     "mobilevitv2_175": (14.3, 5.5, 80.8, 256),
     "mobilevitv2_200": (18.5, 7.2, 81.2, 256),
-    # MobileNet: the paper's table 6
+    # MobileNet: the paper's table 6 (text); mobilenet_v1.md of github.com/tensorflow/models differs in scores
     "mobilenetv1_025": (0.5, 0.041, 50.6, 224),
     "mobilenetv1_050": (1.3, 0.149, 63.7, 224),
     "mobilenetv1_075": (2.6, 0.325, 68.4, 224),
@@ -97,13 +103,14 @@ FIGURES: dict[str, tuple[float | None, float | None, float | None, int]] = {
     "mobilenetv2_075": (2.61, 0.209, 69.8, 224),
     "mobilenetv2_100": (3.47, 0.300, 71.8, 224),
     "mobilenetv2_140": (6.06, 0.582, 75.0, 224),
-    # MobileNetV3: the paper's tables 3 and 9; the first two and the fourth also in that README
+    # MobileNetV3: the paper's tables 3 and 9 (text); the first two also in that README, which has 66 and 2.9
+    # for the third and 2.4 for the fourth, as the paper's first version does
     "mobilenetv3_large": (5.4, 0.217, 75.2, 224),
     "mobilenetv3_large_075": (4.0, 0.155, 73.3, 224),
     "mobilenetv3_small": (2.5, 0.056, 67.4, 224),
     "mobilenetv3_small_075": (2.0, 0.044, 65.4, 224),
     "mobilenetv3_small_050": (1.6, 0.021, 58.0, 224),
-    # EfficientNet: the paper's table 2
+    # EfficientNet: the paper's table 2, as others quote it; B4 to B7 also in Swin's table 1 (text)
     "efficientnet_b0": (5.3, 0.39, 77.1, 224),
     "efficientnet_b1": (7.8, 0.70, 79.1, 240),
     "efficientnet_b2": (9.2, 1.0, 80.1, 260),
@@ -112,7 +119,8 @@ FIGURES: dict[str, tuple[float | None, float | None, float | None, int]] = {
     "efficientnet_b5": (30, 9.9, 83.6, 456),
     "efficientnet_b6": (43, 19, 84.0, 528),
     "efficientnet_b7": (66, 37, 84.3, 600),
-    # ResNet: the paper's table 1 (multiply-adds) and 100 less the errors of tables 2 and 3
+    # ResNet: the paper's table 1 (multiply-adds) and 100 less the errors of table 3, as others quote them.
+    # Not re-read: the scores of 18 (table 2) and 34 (table 3).
     "resnet18": (None, 1.8, 72.1, 224),
     "resnet34": (None, 3.6, 75.5, 224),
     "resnet50": (None, 3.8, 77.2, 224),
@@ -145,7 +153,8 @@ def test_what_the_notes_say_of_other_shapes_is_so():
 
 
 @pytest.mark.parametrize(
-    ("size", "side", "left"), [("b0", 224, 0.355), ("b4", 380, 4.23), ("b5", 456, 9.96)]
+    ("size", "side", "left"),
+    [("b0", 224, 0.355), ("b4", 380, 4.23), ("b5", 456, 9.96), ("b7", 600, 37.0)],
 )
 def test_efficientnet_has_so_many_without_stem_and_last_convolution(size, side, left):
     config = backbone_entry(f"efficientnet_{size}").config

@@ -162,7 +162,7 @@ EFFICIENTVIT: Table = DEIT | {
     "lr": (1e-3 * 2048 / 512, "--lr 1e-3, times batch / 512"),
     "weight_decay": (0.025, "--weight-decay 0.025"),
     "clip_grad": (0.02, "--clip-grad 0.02"),
-    "clip_mode": ("agc", "--clip-mode agc; there the classifier too"),
+    "clip_mode": ("agc", "--clip-mode agc; theirs clips the classifier too, ours does not"),
 }
 
 # github.com/microsoft/Swin-Transformer: config.py, configs/swin_*_patch4_window7_224.yaml; main.py scales all

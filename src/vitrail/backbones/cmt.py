@@ -393,11 +393,13 @@ def resample(state: Tensors, config: CMTConfig) -> Tensors:
 
 SOURCE = (
     "top-1: the official README; parameters and multiply-adds: the paper's table 2, which we could not read "
-    "(the parameters stand so in other people's tables, the multiply-adds are unverified)"
+    "(other people's tables have these of S and B, and the parameters of Ti and XS; the multiply-adds of Ti "
+    "and XS are unverified)"
 )
 CODE = (
-    "the official code has 26.26 M too. No part of it is 1.1 M: the classifier has 1.28, the convolution "
-    "before it 0.66, the position tables 0.29; an expansion of 3.7 would have 25.1 M, but 3.83 G"
+    "the official code has 26.26 M too; why the paper has 1.1 M less is not known. Tried: the classifier has "
+    "1.28 M, the convolution before it 0.66, the position tables 0.29; an expansion of 3.7 would have 25.1 M "
+    "but 3.83 G"
 )
 
 register_backbone(

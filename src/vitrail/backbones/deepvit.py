@@ -16,7 +16,8 @@ said of the paper here is from memory and unverified, but for its figures, which
 - S and L double each residual branch and halve what its norm reads (`branch_scale` 0.5), which through a
   LayerNorm matters to its eps alone. They have a convolutional stem. Neither is in the paper's equations.
 - The code hands each block the maps of the one before, and does not use them; here there is no such argument.
-- The paper's counts of DeepViT-L, 55 M and 12.5 G, are those of a width of 408; the code's is 420 wide.
+- The paper's counts of DeepViT-L, 55 M and 12.5 G, fit a width of 408, which nobody states: it is inferred
+  from them. The code's is 420 wide.
 `attention="self"` is the plain ViT of the paper's comparison. In training the statistics of BatchNorm are
 those of the batch; in a pack, of neighbours of equal size. Any image size is taken as by ViT.
 """
@@ -193,11 +194,13 @@ HALF = (0.5, 0.5, 0.5)  # the official models are shown images as the first ViT,
 README = "the official README"
 QUOTED = "top-1: the official README; the counts: the paper's table, as later papers quote it"
 CODE = (
-    "the official code is the same layer for layer. Attention's products have 0.49 G, re-attention 0.03 G, "
-    "the stem's convolutions 0.12, 0.46 and 0.32 G; without the first it is 6.24 G, but L then 12.36"
-    " instead of 12.48"
+    "the official code is the same layer for layer; why the paper has less is not known. Tried: without the "
+    "stem's first convolution it is 6.24 G, but L at 408 then 12.36; the stem's others (0.46 and 0.32 G), "
+    "attention's products (0.49 G) and re-attention (0.03 G) do not fit"
 )
-NARROWER = "the code's is 420 wide, the paper's count is that of 408: "
+NARROWER = (
+    "the code's is 420 wide; a width of 408, inferred from the count alone, fits the paper's: "
+)
 NO_MACS = "the README gives no multiply-adds"
 
 register_backbone(

@@ -218,10 +218,12 @@ def from_torchvision(state: Tensors, config: EfficientNetConfig) -> Tensors:
 
 CROP_PCT = (0.875, 0.882, 0.890, 0.904, 0.922, 0.934, 0.942, 0.949)
 SAME = "timm's and torchvision's models have as many"
-MORE = f"{SAME}. The paper's is more than all layers have; with the next larger maps, at 242 pixels, 0.724 G"
+MORE = (
+    f"{SAME}; why the paper has more is not known. Tried: 242 pixels, the next larger maps: 0.724 G"
+)
 LESS = (
-    f"{SAME}. No layers left out explain the paper's figures together: without stem and last convolution B4 "
-    "has 4.23 G and B7 37.0 G, but B5 9.96 G and B0 0.355 G"
+    f"{SAME}; why the paper has less is not known. Tried: without stem and last convolution B4 has 4.23 G "
+    "and B7 37.0 G as there, but B5 9.96 G and B0 0.355 G"
 )
 PUBLISHED = {  # parameters in millions, billions of multiply-adds, top-1
     "efficientnet_b0": (5.3, 0.39, 77.1),

@@ -12,7 +12,8 @@ def imagenet_efficientvit(model: str) -> TrainConfig:
     the paper's rate of 1e-3: times batch / 512, under adaptive clipping (main.py's defaults, which its
     README's commands keep).
 
-    There the classifier's gradient is clipped too, and training is in float32.
+    Not as there: adaptive clipping leaves the classifier's last layer alone, as its own paper does, where the
+    official engine clips all parameters; and training is in bf16, there in float32.
     """
     return replace(
         imagenet_deit(model),
