@@ -8,7 +8,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 import torch
 from accelerate.state import AcceleratorState
+from PIL import Image
 
 import vitrail.metrics  # noqa: F401  (imported once, by the server)
 from vitrail.data import open_data
@@ -29,6 +30,7 @@ from vitrail_runtime.preprocess import Preprocessing
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.train.children"])
+Image.init()  # the formats, too, are imported once
 
 
 def run(config: TrainConfig, *, dies_at: str = "", unreadable: str = "") -> int:
@@ -86,20 +88,20 @@ def run_many(config: TrainConfig, world: int, *, unreadable: str = "") -> list[i
 def evaluate_many(
     make_model: Callable[[], Any],
     folder: Path,
-    preprocessing: Preprocessing | None,
+    preprocessings: Sequence[Preprocessing | None],
     world: int,
     out: Path,
 ) -> list[int]:
     """Evaluate on the val split of `folder` in `world` processes, in batches of two; their exit codes.
 
-    What each was given by `evaluate` stands in OUT-0, OUT-1 and so on.
+    What each was given by `evaluate`, for one preprocessing after another, stands in OUT-0, OUT-1 and so on.
     """
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     children = [
         CONTEXT.Process(
-            target=_evaluate, args=(make_model, folder, preprocessing, rank, world, port, out)
+            target=_evaluate, args=(make_model, folder, preprocessings, rank, world, port, out)
         )
         for rank in range(world)
     ]
@@ -113,7 +115,7 @@ def evaluate_many(
 def _evaluate(
     make_model: Callable[[], Any],
     folder: Path,
-    preprocessing: Preprocessing | None,
+    preprocessings: Sequence[Preprocessing | None],
     rank: int,
     world: int,
     port: int,
@@ -125,7 +127,8 @@ def _evaluate(
     torch.distributed.init_process_group("gloo", address, rank=rank, world_size=world)
     data = open_data(folder, "val")
     how = {"batch_size": 2, "rank": rank, "world": world, "predictions": True}
-    torch.save(evaluate(make_model(), data, preprocessing, **how), f"{out}-{rank}")
+    scores = [evaluate(make_model(), data, p, **how) for p in preprocessings]
+    torch.save(scores, f"{out}-{rank}")
     torch.distributed.destroy_process_group()
 
 
@@ -169,6 +172,8 @@ def _rank(config: TrainConfig, rank: int, world: int, port: int, unreadable: str
 
 
 def _child(config: TrainConfig, dies_at: str = "", unreadable: str = "") -> None:
+    # A server's children would start their workers by a server of their own, which imports everything again.
+    multiprocessing.set_start_method("fork", force=True)
     # Processes that wait for each other would wait for ever: say where, and end.
     said = open(f"{config.out}.stderr", "a")  # noqa: SIM115  (the server's own is nobody's capture)
     os.dup2(said.fileno(), 2)
