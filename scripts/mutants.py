@@ -30,6 +30,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -255,6 +256,41 @@ def in_child(tree: Path, arguments: list[str], log: Path, plugins=()) -> int:
         os._exit(code)
 
 
+def covered(target, arguments: tuple, folders: list[str], file: str) -> None:
+    """What a test starts in a process of its own; FILE tells which lines that reached."""
+    import coverage
+
+    watch = coverage.Coverage(data_file=None, source=folders)
+    end = os._exit
+
+    def tell() -> None:
+        watch.stop()
+        data = watch.get_data()
+        lines = {name: data.lines(name) for name in data.measured_files()}
+        Path(file).write_text(json.dumps(lines))
+
+    def tell_and_end(code: int) -> None:
+        tell()
+        end(code)
+
+    os._exit = tell_and_end  # as the tests' children end
+    watch.start()
+    try:
+        target(*arguments)
+    finally:
+        tell()
+
+
+class Patience:
+    """A pytest plugin that ends a process whose test takes far longer than it did: it will never end."""
+
+    def __init__(self, seconds: dict[str, float]) -> None:
+        self.seconds = seconds
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        signal.alarm(30 + int(10 * self.seconds.get(nodeid, 0.0)))
+
+
 class Reached:
     """A pytest plugin: which test reaches which line, and how long it takes."""
 
@@ -263,13 +299,26 @@ class Reached:
 
         self.tree, self.seconds = tree, {}
         self.out = HOME / f"{room}.reached.json"
-        folders = [str(tree / folder) for folder in ROOMS[room][0]]
-        self.coverage = coverage.Coverage(data_file=None, source=folders)
+        self.folders = [str(tree / folder) for folder in ROOMS[room][0]]
+        self.coverage = coverage.Coverage(data_file=None, source=self.folders)
+        self.test, self.started = "", []  # (test, what a process that it started reached)
 
     def pytest_sessionstart(self) -> None:
         self.coverage.start()
+        start = BaseProcess.start
+
+        def start_covered(process) -> None:
+            if getattr(process, "_start_method", "") == "forkserver":
+                file = str(HOME / f"child{len(self.started)}.json")
+                arguments = (process._target, process._args, self.folders, file)
+                process._target, process._args = covered, arguments
+                self.started.append((self.test, Path(file)))
+            start(process)
+
+        BaseProcess.start = start_covered
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
+        self.test = nodeid
         self.coverage.switch_context(nodeid)
 
     def pytest_runtest_logreport(self, report) -> None:
@@ -288,6 +337,13 @@ class Reached:
             }
             for file in data.measured_files()
         }
+        for test, file in self.started:
+            if file.exists():  # one that was killed tells nothing
+                for name, reached in json.loads(file.read_text()).items():
+                    of = lines.setdefault(str(Path(name).relative_to(self.tree)), {})
+                    for line in reached:
+                        of.setdefault(line, []).append(test)
+                file.unlink()
         self.out.write_text(json.dumps({"seconds": self.seconds, "lines": lines}))
 
 
@@ -306,14 +362,27 @@ def measure(room: str) -> dict:
     return json.loads(found.read_text())
 
 
-def tests_of(room: str, spec, reached: dict) -> tuple[list[str], float]:
+def statement(source: str, first: int, last: int) -> range:
+    """The lines of the smallest statement around some lines; of one with a body, its head."""
+    found = range(first, last + 1)
+    for node in ast.walk(ast.parse(source)):  # outer ones come first
+        if isinstance(node, ast.stmt) and node.lineno <= first and last <= node.end_lineno:
+            body = getattr(node, "body", None)
+            if not body:
+                found = range(node.lineno, node.end_lineno + 1)
+            elif first < body[0].lineno:
+                found = range(node.lineno, max(body[0].lineno, last + 1))
+    return found
+
+
+def tests_of(room: str, spec, source: str, reached: dict) -> tuple[list[str], float]:
     """The tests that reach a mutated line, the quick ones first, and how long they take in all."""
     seconds = reached["seconds"]
     lines = reached["lines"].get(str(spec.module_path), {})
-    inside = range(spec.start_pos[0], spec.end_pos[0] + 1)
-    names = {name for line in inside for name in lines.get(str(line), [])}
-    if not names:  # read when the module is imported (tables, fields), or in a process of its own
-        names = set(seconds)
+    inside = [str(n) for n in statement(source, spec.start_pos[0], spec.end_pos[0])]
+    names = {name for line in inside for name in lines.get(line, [])}
+    if not names and any(line in lines for line in inside):
+        names = set(seconds)  # run when the module is imported: tables, fields
     stem = spec.module_path.stem
     order = sorted(names, key=lambda n: (f"test_{stem}" not in n, seconds.get(n, 0.0)))
     return order, sum(seconds.get(name, 0.0) for name in names)
@@ -402,10 +471,11 @@ def run(room: str, sample: int | None, seed: int, slots: int, again: bool) -> No
                 continue
             slot, tree = free.popitem()
             (tree / item.mutations[0].module_path).write_text(after)
-            tests, seconds = tests_of(room, item.mutations[0], reached)
+            tests, seconds = tests_of(room, item.mutations[0], source, reached)
             listed = HOME / f"tests{slot}.txt"
             listed.write_text("\n".join(tests))
-            pid = in_child(tree, [f"@{listed}"], HOME / f"slot{slot}.log")
+            log, patience = HOME / f"slot{slot}.log", Patience(reached["seconds"])
+            pid = in_child(tree, [f"@{listed}"] if tests else ["--version"], log, [patience])
             limit = time.monotonic() + 60 + 6 * seconds
             running[pid] = (slot, tree, item, source, after, limit)
         time.sleep(0.05)
