@@ -1,5 +1,7 @@
 """The model of a run: what the configuration asks for, what the weights that it starts from bring."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -75,6 +77,22 @@ def test_a_part_of_one_image_is_refused_for_batchnorm_alone(count, world, accumu
         check_parts(config, CLASSES, {(32, 32): count}, world)
     vit = tiny_config(tmp_path, tmp_path / "out", **VIT, accumulate=accumulate)
     check_parts(vit, CLASSES, {(32, 32): count}, world)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({}, r"\(1 an update\); give a larger --batch-size, such as 2$"),
+        ({"accumulate": 3, "batch_size": 4}, r"\(3 an update in 3 parts\); .*such as 8$"),
+    ],
+)
+def test_a_frozen_backbone_learns_from_one_image(settings, said):
+    """Its BatchNorm stands still; that of a head would not."""
+    config = TrainConfig(model="resnet18", **{"batch_size": 1} | settings)
+    count = {(32, 16): config.accumulate}
+    with pytest.raises(InputError, match=r"^resnet18 has BatchNorm, .* of 32 x 16 at .* " + said):
+        check_parts(config, CLASSES, count, 1)
+    check_parts(replace(config, train_only="head"), CLASSES, count, 1)
 
 
 @pytest.mark.parametrize(

@@ -235,3 +235,32 @@ def test_with_sharded_weights_every_process_runs_as_many_forwards(folder, monkey
     monkeypatch.setattr(evaluation, "DTensor", type(None))
     evaluate(model, data, batch_size=2, rank=rank, world=3)
     assert len(model.backbone.sizes) == (3, 3, 2)[rank]
+
+
+def test_of_two_processes_with_sharded_weights_the_one_with_fewer_images_goes_along(
+    folder, monkeypatch
+):
+    monkeypatch.setattr(evaluation, "DTensor", nn.Parameter)
+    model, data = net(), open_data(folder, "val").subset(range(9))  # shares of 5 and 4
+    for rank in range(2):
+        model.backbone.sizes.clear()
+        evaluate(model, data, batch_size=2, rank=rank, world=2)
+        assert len(model.backbone.sizes) == 3
+
+
+def test_how_images_are_read_is_passed_on(folder, monkeypatch):
+    seen = []
+
+    def eval_batches(data, preprocessing, batch_size, **how):
+        seen.append((batch_size, how))
+        raise KeyError
+
+    monkeypatch.setattr(evaluation, "eval_batches", eval_batches)
+    model, data = net(), open_data(folder, "val")
+    for how in ({}, {"batch_size": 7, "rank": 1, "world": 3, "workers": 2}):
+        with pytest.raises(KeyError):
+            evaluate(model, data, **how)
+    assert seen == [
+        (64, {"rank": 0, "world": 1, "workers": 0}),
+        (7, {"rank": 1, "world": 3, "workers": 2}),
+    ]

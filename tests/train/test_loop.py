@@ -4,8 +4,10 @@ import math
 import os
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,10 +15,11 @@ import torch
 
 from tests.train.conftest import VIT, tiny_config
 from vitrail.train import loop
+from vitrail.train.agreement import SharedError
 from vitrail.train.evaluate import evaluate
 from vitrail.train.folder import RunFolder
 from vitrail.train.interrupt import Interrupt
-from vitrail.train.loop import train
+from vitrail.train.loop import failures_told, train
 from vitrail.train.replay import replay
 from vitrail.train.state import read_header, states
 from vitrail_runtime.errors import InputError
@@ -160,6 +163,99 @@ def test_a_time_limit_ends_the_run_and_its_schedule(pictures, tmp_path, clock):
     assert [row["lr"] for row in trained] == pytest.approx(rates)
 
 
+def test_a_person_sees_where_the_run_stands(pictures, tmp_path, clock, capsys, each):
+    config = tiny_config(pictures, tmp_path / "run", **VIT, batch_size=12, epochs=5, log_every=1)
+    train(config)
+    said = [line for line in capsys.readouterr().err.splitlines() if " left" in line]
+    assert said == [  # every fifteen seconds, of updates of six
+        f"epoch {epoch}/5  step {step}/10  loss {each[step - 1]['loss']:.3f}  2 images/s  {left} left"
+        for epoch, step, left in ((2, 3, "?"), (3, 6, "0:24"), (5, 9, "0:06"))
+    ]
+    assert [row["images_per_second"] for row in rows(tmp_path / "run", "train")] == [2.0] * 10
+
+
+def test_a_stop_behind_the_last_update_of_an_epoch_leaves_its_evaluation_to_the_next_start(
+    pictures, tmp_path, monkeypatch
+):
+    config = tiny_config(pictures, tmp_path / "run", **VIT, epochs=2)
+    real = loop.update
+
+    def update(run, *args) -> int:
+        return real(run, *args) or (signal.SIGTERM if run.at.step == 4 else 0)
+
+    with monkeypatch.context() as once:
+        once.setattr(loop, "update", update)
+        assert train(config).steps == 4
+    at = position(tmp_path / "run")
+    assert (at.epoch, at.batch, at.finished) == (0, 4, "")
+    assert rows(tmp_path / "run", "eval") == []
+    assert train(config).steps == 8
+    assert [row["step"] for row in rows(tmp_path / "run", "eval")] == [4, 8]
+
+
+def test_an_image_that_cannot_be_read_at_once_leaves_no_state(pictures, tmp_path, monkeypatch):
+    def next_batch(run, batches):
+        raise SharedError("a.png cannot be read")
+
+    monkeypatch.setattr(loop, "next_batch", next_batch)
+    with pytest.raises(InputError, match=r"^a\.png cannot be read$"):
+        train(tiny_config(pictures, tmp_path / "run", **VIT))
+    assert states(tmp_path / "run" / "state") == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "world", "what", "less"),
+    [
+        ({}, 1, "6 pictures of 32 x 32", ", or --grad-checkpointing"),
+        ({"batch_size": 1}, 1, "1 picture of 32 x 32", ", or --grad-checkpointing"),
+        ({"batch_size": 12}, 2, "12 pictures of 32 x 32 (6 at a time)", ", or --grad-check"),
+        ({"batch_size": 12, "accumulate": 3}, 2, "12 pictures of 32 x 32 (2 at a time)", ", or"),
+        ({"image_size": None}, 1, "6 pictures of the model's own size", ", or --grad-check"),
+        ({"grad_checkpointing": True}, 1, "6 pictures of 32 x 32", ""),
+    ],
+)
+def test_memory_that_runs_out_is_told_with_what_was_asked_for(tmp_path, changes, world, what, less):
+    config = tiny_config(tmp_path, tmp_path / "run", **changes)
+    with (
+        pytest.raises(InputError) as told,
+        failures_told(config, RunFolder(config.out), world),
+    ):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+    start = (
+        f"not enough memory for an update on {what} (CUDA out of memory.); give a smaller --batch-size, "
+        "a larger --accumulate, a smaller --image-size"
+    )
+    assert str(told.value).startswith(start + less)
+    assert less or str(told.value) == start
+
+
+def test_a_connection_that_breaks_is_another_process_that_ended_where_there_are_others(tmp_path):
+    config, folder = tiny_config(tmp_path, tmp_path / "run"), RunFolder(tmp_path / "run")
+    with (
+        pytest.raises(InputError, match="another process of the run has ended"),
+        failures_told(config, folder, 2),
+    ):
+        raise RuntimeError("Connection closed by peer")
+    with pytest.raises(RuntimeError, match="closed by peer"), failures_told(config, folder, 1):
+        raise RuntimeError("Connection closed by peer")
+
+
+@pytest.mark.parametrize(("batch_size", "share"), [(12, 4), (2, 1)])
+def test_processes_share_the_batches_of_an_evaluation(monkeypatch, batch_size, share):
+    def evaluate_as_asked(model, data, **how):
+        assert (model, data) == (run.model, "images")
+        assert how == expected
+        raise KeyError
+
+    config = tiny_config(Path("x"), Path("x"), batch_size=batch_size)
+    expected = {"batch_size": share, "workers": 2, "rank": 1, "world": 3, "predictions": True}
+    stand = {"config": config, "at": None, "ema": None, "model": torch.nn.Identity()}
+    run: Any = SimpleNamespace(val_data="images", workers=2, rank=1, world=3, **stand)
+    monkeypatch.setattr(loop, "evaluate", evaluate_as_asked)
+    with pytest.raises(KeyError):
+        loop.score(run)
+
+
 def test_states_are_saved_by_the_clock_and_the_newest_kept(pictures, tmp_path, clock):
     config = tiny_config(pictures, tmp_path / "all", **VIT, save_every=0.3, keep=9, epochs=2)
     train(config)
@@ -181,10 +277,22 @@ def test_training_time_goes_on_where_it_stood(pictures, tmp_path, clock, monkeyp
         once.setattr(loop, "update", update)
         stopped = train(config)
     assert (stopped.reason, stopped.signal, stopped.steps) == ("SIGTERM", signal.SIGTERM, 3)
+    assert stopped.seconds == 18.0
     assert [p.name for p in states(out / "state")] == ["step-00000003.safetensors"]
     clock[0] += 500  # between the two starts
     assert train(config).seconds == 48.0
     assert [row["seconds"] for row in rows(out, "train")] == [6.0 * k for k in range(1, 9)]
+
+
+def test_a_run_in_a_thread_leaves_signals_alone():
+    """Python allows handlers in the main thread alone."""
+    with ThreadPoolExecutor(1) as pool:
+
+        def enter() -> object:
+            with Interrupt() as interrupt:
+                return signal.getsignal(signal.SIGTERM), interrupt.asked
+
+        assert pool.submit(enter).result() == (signal.getsignal(signal.SIGTERM), 0)
 
 
 def test_a_signal_is_a_wish_and_a_second_one_an_end():

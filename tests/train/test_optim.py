@@ -87,6 +87,18 @@ def test_every_family_has_a_layer_for_each_of_its_blocks(name, blocks):
     assert sum(is_block(module) for module, _ in model.named_modules()) == blocks
 
 
+def test_a_model_without_blocks_is_one_layer():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    layers, last = layer_numbers(model)
+    assert last == 1
+    assert set(layers.values()) == {1}
+
+
+def test_without_layer_decay_there_are_two_groups(vit):
+    assert len(parameter_groups(vit, TrainConfig())) == 2
+    assert len(parameter_groups(vit, TrainConfig(layer_decay=0.9))) == 2 * 5
+
+
 def test_frozen_parameters_are_in_no_group(vit):
     model = copy.deepcopy(vit)
     model.backbone.requires_grad_(False)

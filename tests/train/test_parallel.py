@@ -1,16 +1,22 @@
 """One process or many, the same run."""
 
+import copy
 import json
+import os
 import signal
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 import vitrail
 from tests.train.children import run, run_many
@@ -18,10 +24,16 @@ from tests.train.conftest import VIT, make_pictures, tiny_config
 from vitrail.cli import main
 from vitrail.data.augmentation import Augmentation
 from vitrail.data.plan import BatchPlan
+from vitrail.train import parallel
+from vitrail.train.build import build_model
+from vitrail.train.clip import clip_gradients
+from vitrail.train.config import TrainConfig
+from vitrail.train.ema import Ema
 from vitrail.train.folder import RunFolder
 from vitrail.train.loop import train
+from vitrail.train.optim import create_optimizer
 from vitrail.train.parallel import check_shares, check_world, choose_workers
-from vitrail.train.state import read_header, states
+from vitrail.train.state import gather, read_header, restore, states
 from vitrail_runtime.errors import InputError
 
 
@@ -203,6 +215,108 @@ def test_a_cpu_run_reads_in_its_own_process_unless_told_otherwise(pictures, tmp_
     config = config_for(pictures, tmp_path)
     assert choose_workers(config, Accelerator(cpu=True)) == 0
     assert choose_workers(replace(config, workers=3), Accelerator(cpu=True)) == 3
+
+
+def machine(device: str, world: int) -> Any:
+    main = {"is_main_process": True, "num_processes": world}
+    return SimpleNamespace(device=torch.device(device), **main)
+
+
+def test_beside_a_gpu_some_cores_read(monkeypatch):
+    for cores, local_world, workers in ((16, 1, 8), (9, 1, 8), (8, 1, 7), (16, 4, 3), (2, 4, 1)):
+        monkeypatch.setattr(parallel, "cores", lambda cores=cores: cores)
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local_world))
+        assert choose_workers(TrainConfig(), machine("cuda", 8)) == workers
+        assert choose_workers(TrainConfig(workers=0), machine("cuda", 8)) == 0
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    assert choose_workers(TrainConfig(), machine("cuda", 1)) == 1
+
+
+def test_cores_are_those_that_this_process_may_use(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {process, 3, 5}, raising=False)
+    assert parallel.cores() == 3
+    monkeypatch.delattr(os, "sched_getaffinity")
+    for count, cores in ((7, 7), (None, 1)):
+        monkeypatch.setattr(os, "cpu_count", lambda count=count: count)
+        assert parallel.cores() == cores
+
+
+@pytest.mark.parametrize(
+    ("cores", "local_world", "workers", "threads"),
+    [(8, 1, 0, 8), (8, 1, 3, 5), (8, 2, 1, 3), (4, 1, 4, 1), (9, 4, 0, 2)],
+)
+def test_processes_and_their_workers_have_cores_of_their_own(
+    monkeypatch, cores, local_world, workers, threads
+):
+    taken = []
+    monkeypatch.setattr(parallel, "cores", lambda: cores)
+    monkeypatch.setattr(torch, "set_num_threads", taken.append)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local_world))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    with parallel.processes(TrainConfig(device="cpu", workers=workers)) as accelerator:
+        assert accelerator.device.type == "cpu"
+    assert taken == [threads]
+
+
+def test_batchnorm_is_over_the_whole_batch_on_gpus(monkeypatch):
+    for device, world, shared in (("cuda", 2, True), ("cuda", 1, False), ("cpu", 2, False)):
+        model = torch.nn.Sequential(torch.nn.BatchNorm2d(3))
+        found = parallel.synchronised_batchnorm(model, machine(device, world))
+        assert isinstance(found[0], torch.nn.SyncBatchNorm) == shared
+        assert found is model
+
+
+@pytest.fixture
+def group():
+    """A group of this process alone, in which weights can be sharded."""
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_sharded_weights_learn_save_and_come_back_as_whole_ones_do(
+    pictures, tmp_path, monkeypatch, group
+):
+    """Each block is a unit of its own, and so is what is left; on one process a shard is all there is."""
+    mesh = parallel.init_device_mesh("cpu", (1,))
+    asked = []
+    monkeypatch.setattr(parallel, "init_device_mesh", lambda *how: asked.append(how) or mesh)
+    config = config_for(pictures, tmp_path, ema=0.5, parallel="fsdp")
+    torch.manual_seed(0)
+    plain = build_model(config, ("a", "b", "c"))
+    model = copy.deepcopy(plain)
+    net = parallel.distribute(model, config, machine("cpu", 2))
+    assert asked == [("cpu", (2,))]
+    units = [n for n, m in model.named_modules() if isinstance(m, FSDPModule)]
+    assert units == ["", "backbone.blocks.0", "backbone.blocks.1"]
+    assert parallel.distribute(plain, config, machine("cpu", 1)) is plain
+    states = []
+    images = torch.randn(2, 3, 32, 32)
+    for ours, learner in ((model, net), (plain, plain)):
+        optimizer, ema = create_optimizer(ours, config), Ema(ours, config.ema)
+        for step in range(2):
+            optimizer.zero_grad()
+            learner(images).square().sum().backward()
+            norm = clip_gradients(ours, config)
+            assert not isinstance(norm, DTensor)
+            optimizer.step()
+            ema.update(ours, step)
+        states.append(gather(ours, optimizer, ema))
+        again = copy.deepcopy(plain) if ours is plain else ours
+        fresh, average = create_optimizer(again, config), Ema(again, config.ema)
+        restore(states[-1], again, fresh, average)
+        back = gather(again, fresh, average)
+        assert all(torch.equal(back[key], value) for key, value in states[-1].items())
+        kinds = {type(p) for p in again.parameters()}
+        assert (kinds == {DTensor}) == (ours is model)
+        slots = {type(v) for s in fresh.state.values() for v in s.values() if v.ndim}
+        assert all(issubclass(kind, DTensor) for kind in slots) == (ours is model)
+    sharded, whole = states
+    assert sharded.keys() == whole.keys()
+    for key, value in whole.items():
+        assert type(sharded[key]) is torch.Tensor
+        torch.testing.assert_close(sharded[key], value, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.slow

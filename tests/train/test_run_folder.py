@@ -5,10 +5,12 @@ import json
 import os
 import shutil
 import signal
+import socket
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 import vitrail.train.folder as folder_module
 import vitrail.train.state as state_module
@@ -225,6 +227,71 @@ def test_a_lock_that_was_cleared_away_while_it_was_opened_is_taken_anew(tmp_path
         ):
             pass
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_stays_where_it_is_and_names_its_holder_alone(tmp_path):
+    """Taken away, it would let two others in: one that has opened it, one that makes it anew."""
+    folder = RunFolder(tmp_path / "run")
+    lock = folder.path / "lock"
+    holder = f"process {os.getpid()} on {socket.gethostname()}"
+    folder.path.mkdir()
+    lock.write_text(
+        "a long time ago it was held by another process, whose name was longer than ours"
+    )
+    for _ in range(2):
+        with folder.locked():
+            assert lock.read_text() == holder
+        assert lock.exists(), "in a folder that was there before"
+    new = RunFolder(tmp_path / "new")
+    with new.locked():
+        new.add_row({"step": 1})
+    assert (new.path / "lock").exists(), "where a run has begun"
+
+
+def test_half_written_states_are_cleared_away(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.state.mkdir()
+    (folder.state / "step-00000002.partial").write_text("half")
+    (folder.state / "step-00000001.safetensors").write_text("whole")
+    with folder.locked():
+        assert [p.name for p in folder.state.iterdir()] == ["step-00000001.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("error", "todo"),
+    [
+        (OSError(errno.ENOSPC, "the disk is full"), "free some space"),
+        (SafetensorError("No Space left on device"), "free some space"),
+        (PermissionError(errno.EACCES, "not allowed"), "put it right"),
+    ],
+)
+def test_a_write_that_fails_says_what_to_do(tmp_path, error, todo):
+    folder = RunFolder(tmp_path)
+    with pytest.raises(InputError) as told, folder_module.explained(folder):
+        raise error
+    rest = f"; no state was saved yet; {todo} and give the same command again"
+    assert str(told.value) == f"cannot write to {tmp_path}: {error}{rest}"
+    with pytest.raises(InputError) as told, folder_module.explained(folder):
+        raise InputError("it cannot be written") from error
+    assert str(told.value).startswith(f"cannot write to {tmp_path}: it cannot be written; no state")
+
+
+def test_a_mistake_that_is_not_of_writing_passes_as_it_is(tmp_path):
+    mistake = InputError("another one")
+    with pytest.raises(InputError) as told, folder_module.explained(RunFolder(tmp_path)):
+        raise mistake from ValueError()
+    assert told.value is mistake
+
+
+def test_models_are_those_that_are_there(tmp_path):
+    for name in ("last", "best", "epoch-0002", "empty"):
+        (tmp_path / name).mkdir()
+        if name != "empty":
+            (tmp_path / name / "model.safetensors").write_text("")
+    folder = RunFolder(tmp_path)
+    assert folder.models() == ["best", "epoch-0002", "last"]
+    assert folder.has("best")
+    assert not folder.has("empty")
 
 
 def test_config_yaml_repeats_the_run(stopped):

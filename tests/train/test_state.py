@@ -506,3 +506,31 @@ def test_a_run_with_any_block_zeroed_or_bit_flipped_goes_on_from_what_was_writte
             f"silent {count['silent']}, traceback {count['traceback']}"
         )
         assert count["equal"] == count.total() == len(taken)
+
+
+def test_a_state_is_on_the_disk_before_it_has_its_name_and_then_the_name_is(tmp_path, monkeypatch):
+    done, opened = [], {}
+    real_open, real_replace, real_close = os.open, os.replace, os.close
+
+    def open_named(path, *how):
+        descriptor = real_open(path, *how)
+        opened[descriptor] = Path(path).name
+        return descriptor
+
+    def close(descriptor):
+        done.append(f"close {opened.pop(descriptor)}")
+        real_close(descriptor)
+
+    def replace_named(source, target):
+        done.append("rename")
+        real_replace(source, target)
+
+    monkeypatch.setattr(os, "open", open_named)
+    monkeypatch.setattr(os, "close", close)
+    monkeypatch.setattr(os, "replace", replace_named)
+    monkeypatch.setattr(os, "fsync", lambda d: done.append(f"flush {opened[d]}"))
+    folder = tmp_path / "run" / "state"
+    write_state(folder, {"model.x": torch.zeros(1)}, Position(step=3), ABOUT, keep=1)
+    part = "step-00000003.partial"
+    assert done == [f"flush {part}", f"close {part}", "rename", "flush state", "close state"]
+    assert [p.name for p in folder.iterdir()] == ["step-00000003.safetensors"]
