@@ -203,10 +203,10 @@ def make_session(room: str, database) -> None:
                 places = (p for node in ast_nodes(tree) for p in made.mutation_positions(node))
                 for occurrence, (start, end) in enumerate(places):
                     line = lines[start[0] - 1]
-                    ours = line[: start[1]].endswith("strict=") or line[start[1] :].startswith(
-                        "strict="
-                    )
-                    if start not in skip and not ours:  # `strict=True` asserts what holds anyway
+                    left, right = line[: start[1]], line[start[1] :]
+                    # `strict=True` asserts what holds anyway; the star before keywords multiplies nothing.
+                    ours = left.endswith("strict=") or right.startswith(("strict=", "*,"))
+                    if start not in skip and not ours:
                         spec = MutationSpec(name, kind, occurrence, start, end)
                         key = f"{name}:{start[0]}:{start[1]}:{kind}:{occurrence}"
                         items.append(WorkItem.single(key, spec))
@@ -234,8 +234,9 @@ def copy_tree(room: str, slot: int) -> Path:
     return tree
 
 
-def in_child(tree: Path, arguments: list[str], log: Path, plugins=()) -> int:
-    """Fork; run pytest in a copy of the tree. The child's process number."""
+def in_child(tree: Path, runs: list[list[str]], log: Path, plugins=()) -> int:
+    """Fork; run pytest in a copy of the tree, on one list of arguments after the other until a test fails.
+    The child's process number."""
     pid = os.fork()
     if pid:
         return pid
@@ -254,7 +255,10 @@ def in_child(tree: Path, arguments: list[str], log: Path, plugins=()) -> int:
         import pytest
 
         common = ["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", f"--basetemp={tree}-tmp"]
-        code = int(pytest.main([*common, *arguments], plugins=list(plugins)))
+        for arguments in runs:
+            code = int(pytest.main([*common, *arguments], plugins=list(plugins)))
+            if code:
+                break
     finally:
         sys.stdout.flush()
         os._exit(code)
@@ -293,6 +297,9 @@ class Patience:
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         signal.alarm(30 + int(10 * self.seconds.get(nodeid, 0.0)))
+
+    def pytest_sessionfinish(self) -> None:
+        signal.alarm(0)
 
 
 class Reached:
@@ -357,7 +364,7 @@ def measure(room: str) -> dict:
     if not found.exists():
         tree, log = copy_tree(room, 0), HOME / f"{room}.log"
         started = time.monotonic()
-        pid = in_child(tree, ["-m", FAST, *ROOMS[room][1]], log, [Reached(tree, room)])
+        pid = in_child(tree, [["-m", FAST, *ROOMS[room][1]]], log, [Reached(tree, room)])
         code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         if code:
             found.unlink(missing_ok=True)
@@ -390,6 +397,23 @@ def tests_of(room: str, spec, source: str, reached: dict) -> tuple[list[str], fl
     stem = spec.module_path.stem
     order = sorted(names, key=lambda n: (f"test_{stem}" not in n, seconds.get(n, 0.0)))
     return order, sum(seconds.get(name, 0.0) for name in names)
+
+
+def in_two(tests: list[str], stem: str, listed: Path) -> list[list[str]]:
+    """Arguments for the test file that is nearest, and for the rest: most mutants die before the rest is
+    even imported."""
+    if not tests:
+        return [["--version"]]
+    files = [name.split("::")[0] for name in tests]
+    nearest = max(files, key=lambda file: (f"test_{stem}" in file, files.count(file)))
+    runs = []
+    for part, near in (("near", True), ("rest", False)):
+        names = [n for n, file in zip(tests, files, strict=True) if (file == nearest) == near]
+        if names:
+            at = listed.with_name(f"{listed.name}.{part}.txt")
+            at.write_text("\n".join(names))
+            runs.append([f"@{at}"])
+    return runs
 
 
 def mutated(spec) -> tuple[str, str | None]:
@@ -476,10 +500,9 @@ def run(room: str, sample: int | None, seed: int, slots: int, again: bool) -> No
             slot, tree = free.popitem()
             (tree / item.mutations[0].module_path).write_text(after)
             tests, seconds = tests_of(room, item.mutations[0], source, reached)
-            listed = HOME / f"{room}{slot}.txt"
-            listed.write_text("\n".join(tests))
-            log, patience = HOME / f"{room}{slot}.log", Patience(reached["seconds"])
-            pid = in_child(tree, [f"@{listed}"] if tests else ["--version"], log, [patience])
+            files, patience = HOME / f"{room}{slot}", Patience(reached["seconds"])
+            runs = in_two(tests, item.mutations[0].module_path.stem, files)
+            pid = in_child(tree, runs, files.with_suffix(".log"), [patience])
             limit = time.monotonic() + 60 + 6 * seconds
             running[pid] = (slot, tree, item, source, after, limit)
         time.sleep(0.05)

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from tests.golden.compare import check
 from tests.golden.fill import image
 from tests.parity import filled_officially, randomise
-from vitrail.backbones.cmt import CMT, CMTConfig, resample, resample_table
-from vitrail.layers.attention import map_to_tokens
+from vitrail.backbones.cmt import CMT, CMTBlock, CMTConfig, resample, resample_table
+from vitrail.layers.attention import map_to_tokens, tokens_to_map
 from vitrail.models import create_backbone
 from vitrail.registry import tiny_entries
 from vitrail_runtime.errors import InputError
@@ -96,6 +96,28 @@ def test_each_part_of_the_ablation_can_be_taken_out(switch):
     with torch.no_grad():
         maps = without.eval()(image(1, 50, 70)).maps
     assert [tuple(m.shape[2:]) for m in maps.values()] == [(13, 18), (7, 9), (4, 5), (2, 3)]
+
+
+def test_norms_before_attention_and_mlp_have_an_eps_of_1e_6_and_all_others_1e_5():
+    """In float64: the float32 fixtures do not tell the two apart where tokens vary much."""
+    config = tiny_entries()["cmt"].config
+    block = CMTBlock(config, 1, 0.0).double().eval()
+    randomise(block)
+    dim, grid = config.embed_dims[1], (4, 6)
+
+    def norm(layer, tokens):
+        return F.layer_norm(tokens, (dim,), layer.weight, layer.bias, 1e-6)
+
+    x = torch.randn(2, dim, *grid, generator=torch.Generator().manual_seed(0)).double()
+    with torch.no_grad():
+        tokens = map_to_tokens(block.lpu(x))
+        tokens = tokens + block.attn(norm(block.norm1, tokens), grid, None)
+        after = norm(block.norm2, tokens)
+        want = tokens_to_map(tokens, *grid) + block.mlp(tokens_to_map(after, *grid))
+        torch.testing.assert_close(block(x, None), want, rtol=1e-12, atol=1e-12)
+    for name, module in CMT(config).named_modules():
+        if hasattr(module, "eps"):
+            assert module.eps == (1e-6 if name.endswith(("norm1", "norm2")) else 1e-5), name
 
 
 def test_keys_are_as_many_as_the_reduction_leaves():

@@ -1,5 +1,6 @@
 """From logits to Predictions."""
 
+import json
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ from PIL import Image
 
 from vitrail_runtime.errors import InputError, NotFinite
 from vitrail_runtime.finish import finish_classification
+from vitrail_runtime.prediction import Prediction
 
 CLASSES = ("ant", "bee", "cat")
 
@@ -35,6 +37,35 @@ def test_a_prediction_becomes_plain_data():
     assert data["label"] == "bee"
     assert [t["index"] for t in data["top"]] == [1, 2]
     assert data["score"] == pytest.approx(0.665241)
+
+
+def test_plain_data_has_every_box_in_the_order_of_the_answers_and_the_best_in_front():
+    p = Prediction(
+        labels=np.array([7, 2]),
+        scores=np.array([0.98765432, 0.25], np.float32),
+        names=["cat", "dog"],
+        boxes=np.array([[1.126, 2, 30.5, 40.254], [5, 6, 7, 8]], np.float32),
+        source="a.jpg",
+        size=(50, 40),
+    )
+    assert p.to_dict() == {
+        "path": "a.jpg",
+        "size": [50, 40],
+        "label": "cat",
+        "score": 0.987654,
+        "top": [
+            {"label": "cat", "index": 7, "score": 0.987654, "box": [1.13, 2.0, 30.5, 40.25]},
+            {"label": "dog", "index": 2, "score": 0.25, "box": [5.0, 6.0, 7.0, 8.0]},
+        ],
+    }
+    assert json.loads(json.dumps(p.to_dict())) == p.to_dict()
+
+
+def test_five_answers_are_given_without_a_word():
+    (p,) = finish_classification(np.arange(8.0)[None], "abcdefgh")
+    assert p.names == list("hgfed")
+    want = np.exp(np.arange(8.0))[:2:-1] / np.exp(np.arange(8.0)).sum()
+    np.testing.assert_allclose(p.scores, want, rtol=1e-6)
 
 
 @pytest.mark.parametrize(

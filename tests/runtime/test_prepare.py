@@ -6,9 +6,11 @@ import torch
 from PIL import Image
 from timm.data.transforms_factory import transforms_imagenet_eval
 from torchvision import transforms
+from torchvision.models import ViT_B_16_Weights
 
 from vitrail_runtime.errors import InputError
 from vitrail_runtime.preprocess import (
+    Geometry,
     Preprocessing,
     decode_size,
     normalise,
@@ -137,6 +139,64 @@ def test_the_geometry_finds_the_way_back(mode):
     back = geometry.boxes_to_original(seen)
     np.testing.assert_allclose(back, [[150, 100, 260, 180]], atol=1.5)
     np.testing.assert_allclose(geometry.boxes_to_input(back), seen, atol=1e-3)
+
+
+# 228 x 171 is what 200 x 150 is the 0.875 of; the picture covers it at 228 / 300. 56 / 37 is odd on one side.
+PLACES = [
+    ((300, 400), (200, 150), "crop", (228, 304), (14, 77)),
+    ((400, 300), (200, 150), "crop", (228, 171), (14, 10)),
+    ((90, 67), (33, 33), "crop", (49, 37), (8, 2)),
+    ((300, 400), (200, 150), "squash", (200, 150), (0, 0)),
+    ((300, 401), (200, 150), "fit", (112, 150), (0, 0)),
+    ((401, 151), (200, 150), "fit", (200, 75), (0, 0)),
+    ((30, 41), (200, 150), "native", (30, 41), (0, 0)),
+]
+
+
+@pytest.mark.parametrize(("shape", "size", "mode", "whole", "offset"), PLACES)
+def test_the_geometry_is_that_of_the_resize_and_the_cut(shape, size, mode, whole, offset):
+    p = Preprocessing(size=size, mode=mode)
+    _, geometry = resize(picture(*shape), p)
+    assert geometry == Geometry(shape, (whole[0] / shape[0], whole[1] / shape[1]), offset)
+    # A JPEG that was decoded at a fraction lies where the whole picture would.
+    _, reduced = prepare(picture(-(-shape[0] // 2), -(-shape[1] // 2)), p, original=shape)
+    assert mode == "native" or reduced == geometry
+
+
+def test_boxes_go_to_the_input_and_back_by_scale_and_offset():
+    geometry = Geometry(original=(300, 400), scale=(0.76, 0.5), offset=(14, 77))
+    boxes = np.array([[200, 50, 360, 290], [0, 0, 400, 300]], np.float64)
+    there = np.array([[23, 24, 103, 206.4], [-77, -14, 123, 214]])
+    np.testing.assert_allclose(geometry.boxes_to_input(boxes), there, rtol=1e-6)
+    np.testing.assert_allclose(geometry.boxes_to_original(there), boxes, rtol=1e-6, atol=1e-4)
+    outside = geometry.boxes_to_original(np.array([[-78, -15, 124, 215]]))
+    np.testing.assert_array_equal(outside, [[0, 0, 400, 300]])
+    for moved in (geometry.boxes_to_input(boxes), geometry.boxes_to_original(there)):
+        assert moved.dtype == np.float32
+    assert geometry.boxes_to_original(np.zeros((0, 4))).shape == (0, 4)
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"size": (64, 32)}, (110, 54)),  # 1.5 times 73 x 36, up
+        ({"size": (64, 32), "crop_pct": 1.0}, (96, 48)),
+        ({"size": (65, 32), "mode": "squash"}, (98, 48)),
+        ({"size": (65, 32), "mode": "fit"}, (98, 48)),
+        ({"mode": "native"}, None),
+    ],
+)
+def test_a_jpeg_is_decoded_at_one_and_a_half_times_what_the_resize_makes(fields, expected):
+    assert decode_size(Preprocessing(**fields)) == expected
+
+
+def test_preprocessing_is_torchvisions_for_imagenet_without_a_word():
+    theirs = ViT_B_16_Weights.IMAGENET1K_V1.transforms()
+    p = Preprocessing()
+    assert (list(p.mean), list(p.std)) == (theirs.mean, theirs.std)
+    assert [p.size[0] / p.crop_pct] == theirs.resize_size
+    assert [*p.size] == theirs.crop_size * 2
+    assert (p.mode, p.interpolation) == ("crop", "bicubic")
 
 
 def test_boxes_that_leave_the_picture_are_clipped_to_it():
