@@ -15,7 +15,7 @@ from vitrail.models import ModelInfo, build_backbone, describe
 from vitrail.predictor import Predictor
 from vitrail.registry import tiny_entries
 from vitrail_runtime.errors import InputError
-from vitrail_runtime.preprocess import Preprocessing
+from vitrail_runtime.preprocess import Preprocessing, decode, prepare
 
 CLASSES = ("red", "green", "blue", "grey")
 
@@ -227,3 +227,79 @@ def test_a_picture_of_1_by_5000_is_one_like_any_other():
 def test_an_array_that_is_no_picture_is_refused_by_its_shape():
     with pytest.raises(InputError, match=r"must be a uint8 picture.*\(5,\)"):
         list(Predictor(classifier())([np.zeros(5, np.uint8)]))
+
+
+def test_a_large_jpeg_is_decoded_at_a_fraction_and_prepared_as_if_it_were_whole(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (700, 1001, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "large.jpg", quality=95)
+    with Image.open(tmp_path / "large.jpg") as image:
+        image.draft("RGB", (250, 175))  # a quarter: an eighth is less than 1.5 times 73 x 54
+        quarter = np.asarray(image)
+    assert quarter.shape == (175, 251, 3)
+    model = classifier(size=(64, 48))
+    pixels, _ = prepare(quarter, model.preprocessing, original=(700, 1001))
+    with torch.no_grad():
+        want = model(torch.from_numpy(pixels)[None]).softmax(1)[0].sort(descending=True)
+    (p,) = Predictor(model)(tmp_path / "large.jpg")
+    assert p.labels.tolist() == want.indices.tolist()
+    np.testing.assert_allclose(p.scores, want.values, atol=1e-7)
+    (whole,) = Predictor(model)(decode(tmp_path / "large.jpg"))
+    assert np.abs(whole.scores - p.scores).max() > 1e-5  # it could be told apart
+
+
+def test_sixteen_share_a_forward_and_five_answers_are_given_without_a_word():
+    model = classifier(size=(8, 12))
+    predict = Predictor(model)
+    assert len(list(predict([np.zeros((5, 6, 3), np.uint8)] * 20))) == 20
+    assert model.backbone.batches == [(16, 3, 8, 12), (4, 3, 8, 12)]
+    assert predict.top_k == 5
+
+
+def test_images_of_as_many_pixels_in_another_shape_have_a_forward_of_their_own():
+    model = classifier(mode="native")
+    sizes = [(6, 8), (8, 6), (6, 8), (4, 12), (8, 6)]
+    predictions = list(Predictor(model)([np.zeros((*size, 3), np.uint8) for size in sizes]))
+    assert [p.size for p in predictions] == sizes
+    assert sorted(b[0] for b in model.backbone.batches) == [1, 2, 2]
+
+
+def test_grey_and_transparent_tensors_are_images_too():
+    predict = Predictor(classifier(size=(16, 16)))
+    grey = torch.from_numpy(next(pictures(1))).permute(2, 0, 1)[:1]
+    opaque = torch.cat([grey.expand(3, -1, -1), torch.full_like(grey, 255)])
+    (want,) = predict(grey.expand(3, -1, -1))
+    for tensor in (grey, opaque, grey / 255, (opaque / 255).double().requires_grad_()):
+        (got,) = predict(tensor)
+        np.testing.assert_array_equal(got.scores, want.scores)
+    with pytest.raises(InputError, match=r"shape \(3, H, W\)"):
+        list(predict(grey.expand(2, -1, -1)))
+
+
+def test_a_prediction_names_its_file_also_when_it_came_opened(tmp_path):
+    path = tmp_path / "a.png"
+    Image.fromarray(next(pictures(1))).save(path)
+    predict = Predictor(classifier(size=(8, 8)))
+    with Image.open(path) as image:
+        sources = [p.source for p in predict([image, path, str(path), path.read_bytes()])]
+    assert sources == [str(path)] * 3 + [None]
+
+
+def test_of_many_broken_images_twenty_are_listed_and_the_rest_counted(tmp_path):
+    for i in range(23):
+        (tmp_path / f"{i:02}.png").touch()
+    with pytest.raises(InputError) as error:
+        list(Predictor(classifier(size=(8, 8)))(tmp_path))
+    first, *listed, more, hint = str(error.value).splitlines()
+    assert first == "23 of 23 pictures could not be read:"
+    assert [line.split()[0] for line in listed] == [
+        str(tmp_path / f"{i:02}.png") for i in range(20)
+    ]
+    assert more == "  ... and 3 more"
+    assert "--skip-broken" in hint
+
+
+def test_the_model_is_moved_to_the_device_and_nowhere_without_one(monkeypatch):
+    model = classifier(size=(8, 8)).double()
+    monkeypatch.setattr("vitrail.predictor.choose_device", lambda name: torch.device(name))
+    assert next(Predictor(model).model.parameters()).device.type == "cpu"
+    assert next(Predictor(model, device="meta").model.parameters()).device.type == "meta"

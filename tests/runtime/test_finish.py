@@ -29,6 +29,9 @@ def test_equal_scores_keep_the_order_of_the_classes_and_huge_logits_do_not_overf
     (p,) = finish_classification(np.full((1, 3), 1e4), CLASSES, top_k=9)
     assert p.names == list(CLASSES)
     np.testing.assert_allclose(p.scores, 1 / 3, rtol=1e-6)
+    many = [f"class {i}" for i in range(99)]  # short lists are sorted stably in any case
+    (p,) = finish_classification(np.arange(99.0)[None] // 40, many, top_k=99)
+    assert p.names == many[80:] + many[40:80] + many[:40]
 
 
 def test_a_prediction_becomes_plain_data():

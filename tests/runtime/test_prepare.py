@@ -83,6 +83,25 @@ def test_a_thin_picture_is_cut_before_it_is_resized(shape, interpolation):
     assert (difference > 1).mean() < 0.01
 
 
+@pytest.mark.parametrize(
+    ("width", "asked"), [(620, (32, 198)), (800, (32, 256)), (804, (32, 32)), (99999, (32, 32))]
+)
+def test_up_to_eight_times_the_cut_the_whole_is_resized_and_beyond_the_cut_alone(
+    width, asked, monkeypatch
+):
+    found = []
+    whole = Image.Image.resize
+
+    def resized(self, size, *args, **more):
+        found.append(size[::-1])
+        return whole(self, size, *args, **more)
+
+    monkeypatch.setattr(Image.Image, "resize", resized)
+    p = Preprocessing(size=(32, 32), crop_pct=1.0)
+    assert resize(np.zeros((100, width, 3), np.uint8), p)[0].shape == (32, 32, 3)
+    assert found == [asked]
+
+
 def test_squash_ignores_the_aspect_ratio_and_shows_everything():
     p = Preprocessing(size=(20, 30), mode="squash", interpolation="bilinear")
     image = picture(51, 40)
@@ -147,8 +166,8 @@ PLACES = [
     ((400, 300), (200, 150), "crop", (228, 171), (14, 10)),
     ((90, 67), (33, 33), "crop", (49, 37), (8, 2)),
     ((300, 400), (200, 150), "squash", (200, 150), (0, 0)),
-    ((300, 401), (200, 150), "fit", (112, 150), (0, 0)),
-    ((401, 151), (200, 150), "fit", (200, 75), (0, 0)),
+    ((300, 280), (200, 150), "fit", (161, 150), (0, 0)),  # 160.7
+    ((401, 152), (200, 150), "fit", (200, 76), (0, 0)),  # 75.8
     ((30, 41), (200, 150), "native", (30, 41), (0, 0)),
 ]
 
