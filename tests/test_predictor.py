@@ -117,6 +117,18 @@ def test_the_model_comes_back_as_it_was():
     assert p.labels.dtype == np.int64
 
 
+def test_a_model_in_training_answers_as_in_evaluation_and_learns_nothing_from_it():
+    model = classifier(size=(8, 8))
+    model.head = nn.Sequential(nn.Dropout(0.5), model.head)
+    images = list(pictures(6))
+    want = [p.scores for p in Predictor(model.eval())(images)]
+    before = model.backbone.norm.running_mean.clone()
+    got = [p.scores for p in Predictor(model.train())(images)]
+    np.testing.assert_array_equal(got, want)
+    assert torch.equal(model.backbone.norm.running_mean, before)
+    assert model.training
+
+
 def test_top_k_is_set_for_all_calls_or_for_one():
     predict = Predictor(classifier(size=(8, 8)), top_k=2)
     image = next(pictures(1))
@@ -261,6 +273,20 @@ def test_images_of_as_many_pixels_in_another_shape_have_a_forward_of_their_own()
     predictions = list(Predictor(model)([np.zeros((*size, 3), np.uint8) for size in sizes]))
     assert [p.size for p in predictions] == sizes
     assert sorted(b[0] for b in model.backbone.batches) == [1, 2, 2]
+
+
+def test_images_of_any_size_share_a_forward_once_they_are_cut_to_one():
+    model = classifier(size=(8, 12))
+    list(Predictor(model, batch_size=3)(list(pictures(5))))
+    assert model.backbone.batches == [(3, 3, 8, 12), (2, 3, 8, 12)]
+
+
+def test_of_those_that_wait_the_oldest_runs_first():
+    model = classifier(mode="native")
+    widths = [5, 5, 6, 5, *range(7, 17)]
+    predictions = Predictor(model, batch_size=2)(np.zeros((4, w, 3), np.uint8) for w in widths)
+    assert [p.size for p in predictions] == [(4, w) for w in widths]
+    assert [(b[0], b[3]) for b in model.backbone.batches[:4]] == [(2, 5), (1, 6), (1, 5), (1, 7)]
 
 
 def test_grey_and_transparent_tensors_are_images_too():

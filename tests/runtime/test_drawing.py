@@ -225,6 +225,32 @@ def test_the_bar_shows_the_best_three_each_with_its_score_and_how_much(words):
 
 
 @pytest.mark.parametrize(
+    # Letters of a 22nd of the width, 14 to 28; a margin of 0.8 of them, a bar of a fifth.
+    ("width", "letters", "margin", "bar", "panel"),
+    [(320, 14, 11, 3, 45), (500, 22, 18, 4, 71), (700, 28, 22, 5, 88), (1200, 28, 22, 5, 88)],
+)
+def test_the_bar_grows_with_the_picture(width, letters, margin, bar, panel, words):
+    drawn = np.asarray(prediction(("cat",), (0.5,)).draw(grey(320, width)))
+    assert drawn.shape == (320 + panel, width, 3)
+    assert words[0][3].size == letters
+    assert words[0][0] == (margin, 320 + margin)
+    top = 320 + margin + round(1.4 * letters)
+    coloured = (drawn[:, width // 4] == colour_of(0)).all(1)
+    assert np.flatnonzero(coloured).tolist() == list(range(top, top + bar + 1))
+
+
+@pytest.mark.parametrize(
+    ("width", "letters", "line"), [(320, 12, 2), (432, 12, 2), (900, 25, 2), (1280, 26, 4)]
+)
+def test_lines_and_labels_of_boxes_grow_with_the_picture(width, letters, line, words):
+    boxes = np.array([[100, 100, 300, 250]], np.float32)
+    drawn = np.asarray(prediction(("cat",), (0.5,), boxes=boxes).draw(grey(300, width)))
+    assert words[0][3].size == letters
+    row = (drawn[200] == colour_of(0)).all(1)
+    assert np.flatnonzero(row[:200]).tolist() == list(range(100, 100 + line))
+
+
+@pytest.mark.parametrize(
     ("share", "text"),
     [(0.0, "0.0%"), (0.0005, "< 0.1%"), (0.001, "0.1%"), (0.756, "75.6%"), (1.0, "100.0%")],
 )

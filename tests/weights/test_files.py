@@ -83,6 +83,47 @@ def test_wrappers_of_training_scripts_are_taken_off_and_said(data, note):
     assert any(note in line for line in checkpoint.notes), checkpoint.notes
 
 
+def test_of_several_states_the_averaged_ones_come_first_then_the_teachers():
+    order = [
+        "state_dict_ema", "model_ema", "ema_state_dict", "teacher", "state_dict",
+        "model_state_dict", "model", "module", "net", "network", "student",
+    ]  # fmt: skip
+    data = {key: {"w": torch.tensor(float(i))} for i, key in enumerate(order)}
+    for i, key in enumerate(order):
+        shuffled = dict(sorted(data.items(), reverse=True))
+        assert unwrap(shuffled, "here").state["w"].item() == i
+        del data[key]
+
+
+@pytest.mark.parametrize(
+    "prefix", ["module.", "model.", "model_ema.", "ema_model.", "teacher.", "student.", "net."]
+)
+def test_a_prefix_is_taken_off_where_every_key_has_it_and_nowhere_else(prefix):
+    state = {f"{prefix}module.{k}": v for k, v in STATE.items()}
+    assert_same(unwrap(state, "here").state)
+    kept = {**state, "head.bias": torch.ones(2)}
+    assert_same(unwrap(kept, "here").state, kept)
+
+
+@pytest.mark.parametrize(
+    "infix", ["_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"]
+)
+def test_what_compilers_and_wrappers_put_into_names_is_taken_out(infix):
+    state = {f"a.{infix}.weight": STATE["a.weight"], "a.bias": STATE["a.bias"]}
+    assert_same(unwrap(state, "here").state)
+
+
+def test_a_file_may_be_all_header(tmp_path):
+    save_file({"e": torch.empty(0, 4)}, tmp_path / "w.safetensors")
+    assert read_state(tmp_path / "w.safetensors")["e"].shape == (0, 4)
+    (tmp_path / "none.safetensors").write_bytes(struct.pack("<Q", 2) + b"{}")
+    with pytest.raises(InputError, match="holds no tensors"):
+        read_state(tmp_path / "none.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes(struct.pack("<Q", 3) + b"{}")
+    with pytest.raises(InputError, match=r"its header would take 3 bytes, the file has 10"):
+        read_state(tmp_path / "cut.safetensors")
+
+
 def test_a_plain_state_is_passed_through_without_notes():
     checkpoint = unwrap(STATE, "here")
     assert_same(checkpoint.state)
@@ -397,6 +438,19 @@ def test_text_is_replaced_whole(tmp_path, monkeypatch):
     assert path.read_text() == "old"
     write_text(path, "naïve ✓")
     assert path.read_text(encoding="utf-8") == "naïve ✓"
+
+
+def test_nothing_stays_open_after_writing(tmp_path):
+    def next_descriptor():
+        found = os.dup(0)
+        os.close(found)
+        return found
+
+    write_text(tmp_path / "first.txt", "text")
+    before = next_descriptor()
+    write_text(tmp_path / "a.txt", "text")
+    write_state(STATE, tmp_path / "w.safetensors")
+    assert next_descriptor() == before
 
 
 def test_only_safetensors_is_written(tmp_path):

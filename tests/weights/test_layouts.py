@@ -106,6 +106,13 @@ def test_a_head_that_differs_in_more_than_its_classes_is_an_error(toy):
         load(classifier(), state, toy)
 
 
+def test_a_head_of_other_classes_and_another_width_is_an_error_too(toy):
+    state = foreign(num_classes=3)
+    state["fc.weight"] = torch.zeros(3, 9)  # its bias would do
+    with pytest.raises(InputError, match=r"head.fc.weight: \(7, 6\) in the model, \(3, 9\) in the"):
+        load(classifier(num_classes=7), state, toy)
+
+
 def test_a_table_of_another_image_size_is_resampled_and_said(toy):
     for state in (foreign(rows=2), classifier().state_dict()):
         model = classifier(image_size=16)
@@ -284,6 +291,21 @@ def test_the_names_of_a_transformers_folder_are_compared_too(toy, tmp_path):
     )
     model.classes = ("ant", "bee", "dog")
     load(model, tmp_path, toy)
+
+
+def test_names_are_compared_only_where_there_are_as_many_and_a_head_to_name(toy, tmp_path):
+    write_state(classifier().state_dict(), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"classes": ["ant", "bee", "cat"]}))
+    model = classifier(num_classes=2)
+    model.classes = ("dog", "emu")
+    assert load(model, tmp_path, toy).classes == (3, 2)
+    bare = backbone()
+    bare.classes = ("dog", "emu", "fox")
+    assert not any("classes" in note for note in load(bare, tmp_path, toy).notes)
+    (tmp_path / "config.json").write_text(json.dumps({"classes": ["0", "1", "2"]}))
+    model = classifier()
+    model.classes = ("0", "1", "2")
+    assert not any("classes" in note for note in load(model, tmp_path, toy).notes)
 
 
 def test_a_model_on_meta_is_refused(toy):
