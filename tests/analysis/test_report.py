@@ -4,6 +4,7 @@ import json
 import os
 import re
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -148,6 +149,34 @@ def test_with_many_classes_the_worst_cells_stand_for_the_matrix():
     ]
 
 
+def test_the_fifteen_worst_cells_and_the_twelve_worst_mistakes_are_enough():
+    s = many(60)
+    rows = cells(confusion_section(s)[1])[1:]
+    assert [row[2] for row in rows] == [str(32 - i) for i in range(15)]
+    data = SimpleNamespace(
+        keys=["a.png"] * len(s.labels), read=lambda i: np.zeros((2, 3, 3), np.uint8)
+    )
+    assert len(worst_mistakes(s, data)) == 12
+
+
+@pytest.mark.parametrize(
+    ("absent", "said"),
+    [
+        (0, ""),
+        (1, "'c5' in this"),
+        (5, "'c1', 'c2', 'c3', 'c4', 'c5' in this"),
+        (6, "'c0', 'c1', 'c2', 'c3', 'c4' and 1 more in this"),
+    ],
+)
+def test_five_classes_without_images_are_named_and_the_others_counted(absent, said):
+    labels = np.arange(7)
+    predicted = np.where(labels < 6 - absent, labels, 6)
+    names = tuple(f"c{i}" for i in range(7))
+    truth = np.where(labels < 6 - absent, labels, 6)
+    told = advice(Scored(np.eye(7)[predicted], truth, predicted, names), [])
+    assert told[1:] == ([f"Not measured: no picture of {said} split."] if said else [])
+
+
 def test_the_matrix_has_the_truth_in_rows_and_shades_shares_of_them(monkeypatch):
     figures = []
     monkeypatch.setattr(page, "svg", lambda fig: figures.append(fig) or "<svg>")
@@ -166,6 +195,7 @@ def test_the_matrix_has_the_truth_in_rows_and_shades_shares_of_them(monkeypatch)
     assert [t.get_color() for t in axes.texts] == [page.INK, "white", "white"]
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted", "true")
     assert [t.get_text() for t in axes.get_yticklabels()] == list(CLASSES)
+    assert [t.get_text() for t in axes.get_xticklabels()] == list(CLASSES)
 
 
 def test_the_table_of_classes_has_scikit_learns_figures_weakest_first_and_unmeasured_last():
@@ -305,6 +335,16 @@ def test_the_curves_draw_what_was_logged_and_ring_the_best_evaluation(monkeypatc
     assert score[1].get_xydata().tolist() == [[20, 0.7]], "the first of equals, which best/ holds"
     assert score[1].get_markerfacecolor() == "none"
     assert rate[0].get_xydata().tolist() == [[1, 0.01], [2, 0.02], [3, 0.03]]
+    titles = [fig.axes[0].get_title(loc="left") for fig in figures]
+    assert titles == ["loss", "accuracy on the validation split", "learning rate"]
+    for part, kept in (
+        (history[:3], [0, 2]),
+        (history[3:], [0, 1]),
+    ):  # a run without evaluations, without a log
+        figures.clear()
+        curves(part)
+        assert [fig.axes[0].get_title(loc="left") for fig in figures] == [titles[i] for i in kept]
+        assert len(figures[0].axes[0].lines) == 1
 
 
 def test_names_of_files_break_behind_separators_and_captions_have_lines():
