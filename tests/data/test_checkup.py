@@ -1,12 +1,17 @@
 """What a checkup and a contact sheet say, against numbers counted by hand."""
 
+import json
+from collections import defaultdict
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from tests.data.conftest import picture
-from vitrail.data import open_data, sheet
+from vitrail.data import checkup, open_data, sheet
 from vitrail.data.checkup import check
+from vitrail_runtime.errors import InputError
 
 
 def write(root, name: str, size: tuple[int, int], number: int) -> None:
@@ -123,3 +128,174 @@ def test_a_class_has_its_own_images_beside_its_name(tmp_path):
 )
 def test_a_long_name_loses_its_middle(text, keep, shown):
     assert sheet._shortened(text, keep) == shown
+
+
+def row(label: str, split: str, name: str) -> checkup._Seen:
+    return checkup._Seen(split, label, name, name)
+
+
+@pytest.mark.parametrize(
+    ("group", "errors", "warnings"),
+    [
+        ([("a", "train"), ("a", "train")], [], ["duplicates: the same more than once in a split"]),
+        ([("a", "train"), ("a", "val")], ["leaks: the same in different splits"], []),
+        ([("a", "train"), ("b", "train")], ["the same under different labels"], []),
+        (
+            [("b", "train"), ("a", "val")],
+            ["the same under different labels", "leaks: the same in different splits"],
+            [],
+        ),
+    ],
+)
+def test_copies_are_filed_by_their_labels_and_splits(group, errors, warnings):
+    found, told = defaultdict(list), defaultdict(list)
+    checkup._file_group([row(*g, f"{i}") for i, g in enumerate(group)], "the same", found, told)
+    assert list(found) == errors
+    assert list(told) == warnings
+    for what, (line,) in {**found, **told}.items():
+        assert line == "0  =  1" + (" (a, b)" if "labels" in what else "")
+
+
+def looks(*images: np.ndarray) -> list[checkup._Seen]:
+    return [
+        checkup._Seen("", "a", f"{i}", f"{i}", image.astype(np.uint8).tobytes())
+        for i, image in enumerate(images)
+    ]
+
+
+def groups(*images: np.ndarray) -> list[list[str]]:
+    return [[s.where for s in group] for group in checkup._looking_the_same(looks(*images))]
+
+
+def test_what_looks_the_same_is_within_four_of_255_on_the_mean_directly_or_by_another():
+    base = np.random.default_rng(0).integers(40, 200, (8, 8, 3))
+    other = np.random.default_rng(1).integers(40, 200, (8, 8, 3))
+    assert groups() == []
+    assert groups(base) == []
+    assert groups(base, other) == []
+    assert groups(base, other, base + 4) == [["0", "2"]]
+    assert groups(base, other, base + 5) == []
+    assert groups(base, base - 4, other, base - 8, other) == [["0", "1", "3"], ["2", "4"]]
+    # On the mean: one thumbnail's pixel may differ much, where the others agree.
+    speck = base.copy()
+    speck[0, 0] += 30
+    assert groups(base, speck) == [["0", "1"]]
+    # Half is brighter and half is darker by five: five apart, though the mean is the same.
+    sign = np.where(np.indices((8, 8)).sum(0) % 2, 1, -1)[..., None]
+    assert groups(base, base + 5 * sign) == []
+    assert groups(base, base + 4 * sign) == [["0", "1"]]
+    # A part of 2 x 2 that is 8 off is near enough to look at, one that is 9 off is not.
+    for off, same in ((8, [["0", "1"]]), (9, [])):
+        corner = base.copy()
+        corner[:2, :2] += off
+        assert groups(base, corner) == same
+
+
+def test_flat_images_are_not_compared():
+    """A standard deviation of 16 or less over the thumbnail."""
+    half = np.zeros((8, 8, 3)) + 100
+    half[:4] += 34  # a standard deviation of 17
+    assert groups(half, half) == [["0", "1"]]
+    half[:4] -= 2  # and of 16
+    assert groups(half, half) == []
+
+
+def test_sizes_of_a_split_without_a_readable_image_are_nothing(class_folders):
+    root = class_folders({"train": {"a": 2, "b": 2}, "val": {"a": 1, "b": 2}})
+    for path in (root / "val").rglob("*.jpg"):
+        path.write_bytes(b"")
+    (root / "train" / "a" / "000.jpg").write_bytes(b"")
+    train, val = check(root).splits
+    assert (val.name, val.pictures, val.per_class) == ("val", 3, {"a": 1, "b": 2})
+    assert (val.smallest, val.median, val.largest, val.most_elongated) == ((0, 0),) * 3 + (0.0,)
+    assert train.pictures == 4
+    assert min(train.smallest) > 0
+
+
+def test_of_two_images_the_larger_is_the_median(tmp_path):
+    for i, size in enumerate([(40, 41), (50, 51)]):
+        write(tmp_path, f"{'ab'[i]}/{i}.png", size, i)
+    assert check(tmp_path).splits[0].median == (50, 51)
+
+
+def test_classes_are_compared_with_those_of_train(class_folders):
+    root = class_folders({"train": {"a": 11, "b": 2, "c": 1}, "val": {"a": 1, "d": 3}})
+    found = check(root)
+    assert found.classes == ("a", "b", "c")
+    assert found.errors["classes without a picture"] == ["val: b", "val: c"]
+    assert found.errors["classes that train does not have"] == ["val: d (3)"]
+    assert found.warnings["unbalanced classes"] == [
+        "train: a has 11 times as many pictures as c (11 and 1)"
+    ]
+    assert found.splits[1].per_class == {"a": 1, "b": 0, "c": 0, "d": 3}
+
+
+def test_a_class_that_a_training_could_not_hold_out_is_named_without_its_broken_images(
+    class_folders,
+):
+    root = class_folders({"train": {"a": 2, "b": 2, "c": 3}, "test": {"a": 1, "b": 1, "c": 1}})
+    assert check(root).errors == {}
+    (root / "train" / "b" / "001.jpg").write_bytes(b"")
+    errors = check(root).errors
+    assert list(errors) == [
+        "broken pictures",
+        "classes with too few pictures to hold out some for validation",
+    ]
+    assert list(errors.values())[1] == ["b (1); add some, or give a val split"]
+
+
+def test_one_class_and_no_train_split_are_errors(class_folders, tmp_path):
+    one = class_folders({"train": {"a": 3}, "val": {"a": 1}})
+    assert check(one).errors == {"one class only; a classifier needs at least two": ["a"]}
+    measured = class_folders({"val": {"a": 1, "b": 1}, "test": {"a": 1, "b": 1}}, tmp_path / "m")
+    assert check(measured).errors == {
+        "no train split; a model is trained on one": ["there is val, test"]
+    }
+
+
+def test_an_image_that_changes_during_the_check_is_told(class_folders, monkeypatch):
+    root = class_folders({"": {"a": 3, "b": 3}})
+    check(root)  # the index is made
+    real = checkup.read_index
+
+    def then_change(source, split):
+        made = real(source, split)
+        picture(99).save(root / "a" / "001.jpg")
+        (root / "b" / "002.jpg").unlink()
+        return made
+
+    monkeypatch.setattr(checkup, "read_index", then_change)
+    first, second = check(root).errors["broken pictures"]
+    assert first == f"{root / 'a' / '001.jpg'}: changed while it was checked"
+    assert second.startswith(f"{root / 'b' / '002.jpg'}: [Errno 2] No such file")
+
+
+def test_a_message_about_bytes_loses_their_name():
+    assert checkup._without_name(InputError("<12 bytes> is empty (0 > 1)")) == "is empty (0 > 1)"
+    assert checkup._without_name(OSError(" the disk > gone ")) == "the disk > gone"
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_progress_of_a_check_is_shown_on_a_terminal_alone(class_folders, monkeypatch, terminal):
+    titles = []
+
+    def track(positions, title, **given):
+        titles.append((title, given["transient"], given["console"].stderr))
+        return positions
+
+    monkeypatch.setattr("rich.progress.track", track)
+    monkeypatch.setattr("sys.stderr", SimpleNamespace(isatty=lambda: terminal, write=print))
+    root = class_folders({"train": {"a": 2, "b": 2}, "val": {"a": 1, "b": 1}})
+    check(root)
+    assert titles == (
+        [("checking train", True, True), ("checking val", True, True)] if terminal else []
+    )
+
+
+def test_the_finding_as_plain_data_has_every_field(class_folders):
+    found = check(class_folders({"": {"a": 3, "b": 3}}))
+    plain = json.loads(json.dumps(found.to_dict()))
+    assert list(plain) == ["source", "classes", "splits", "errors", "warnings"]
+    assert plain["source"].endswith("set")
+    assert plain["splits"][0]["per_class"] == {"a": 3, "b": 3}
+    assert list(plain["warnings"]) == ["pictures with a side under 32 pixels"]

@@ -66,6 +66,28 @@ def test_a_large_jpeg_comes_reduced_but_never_too_small(data):
     assert read_pixels(data, i, (151, 70)).shape == (300, 400, 3)
 
 
+def test_the_fast_decoder_takes_jpegs_that_are_decoded_whole_and_no_others(data, monkeypatch):
+    real, asked = decoding.decode_jpeg, []
+    monkeypatch.setattr(
+        decoding, "decode_jpeg", lambda *a, **g: asked.append(a[0]) or real(*a, **g)
+    )
+
+    def fast(name: str, least: tuple[int, int]) -> bool:
+        asked.clear()
+        read_pixels(data, next(i for i, key in enumerate(data.keys) if f"/{name}" in key), least)
+        return bool(asked)
+
+    for name in ("baseline.jpg", "progressive.jpg", "grey.jpg", "turned6.jpg"):
+        assert fast(name, (60, 60))
+    assert not fast("alpha.png", (60, 60))
+    assert not fast("png.jpg", (60, 60)), "whatever it is called"
+    # 300 x 400: halved where both sides stay long enough.
+    assert not fast("large.jpg", (150, 200))
+    assert fast("large.jpg", (151, 200))
+    assert fast("large.jpg", (150, 201))
+    assert fast("large.jpg", (100, 399))
+
+
 def test_a_jpeg_that_breaks_inside_is_named(tmp_path, class_folders):
     root = class_folders({"": {"cat": 2, "dog": 2}})
     path = root / "cat" / "000.jpg"

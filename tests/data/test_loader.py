@@ -71,7 +71,10 @@ def test_a_run_goes_on_in_the_middle_of_an_epoch(data):
 
 def test_workers_stay_over_epochs_and_epochs_differ(data):
     loader = TrainLoader(data, plan_of(data), EVERYTHING, workers=2)
-    first, second, again = (list(loader.epoch(e)) for e in (0, 1, 0))
+    first = list(loader.epoch(0))
+    workers = [worker.pid for worker in loader._source.loader._iterator._workers]
+    second, again = (list(loader.epoch(e)) for e in (1, 0))
+    assert [worker.pid for worker in loader._source.loader._iterator._workers] == workers
     assert not torch.equal(first[0].indices, second[0].indices)
     assert all(torch.equal(a.images, b.images) for a, b in zip(first, again, strict=True))
 
@@ -216,8 +219,8 @@ def test_a_share_that_cannot_be_is_refused(data, given, message):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_batch_that_does_not_fit_into_memory_is_one_message(data, workers):
-    huge = (10**7, 10**7)  # 600 TB of bytes
-    said = r"^not enough memory for a batch of 2 of 10000000 x 10000000 pixels \(.*--batch-size"
+    huge = (10**7, 2 * 10**7)  # 1,200 TB of bytes
+    said = r"^not enough memory for a batch of 2 of 10000000 x 20000000 pixels \(.*--batch-size"
     plan = plan_of(data, batch_size=2, size=huge)
     with pytest.raises(InputError, match=said):
         next(train_batches(data, plan, Augmentation(), epoch=0, workers=workers))
@@ -278,3 +281,131 @@ def test_pictures_of_many_sizes_are_dealt_to_all_processes_evenly(data):
     counts = [sum(map(len, batches)) for batches in dealt]
     assert max(counts) - min(counts) <= 1
     assert sorted(i for batches in dealt for b in batches for i in b) == list(range(len(data)))
+
+
+class Failing:
+    """A loader of torch's that gives one batch and fails as it would."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def __iter__(self):
+        yield "batch"
+        raise self.error
+
+
+KILLED = RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+
+
+@pytest.mark.parametrize("error", [KILLED, ConnectionResetError("reset"), EOFError()])
+def test_however_a_worker_dies_it_is_one_message(error):
+    jobs = loader_module._Jobs([], 0, False)
+    jobs.loader = Failing(error)
+    batches = jobs.run([])
+    assert next(batches) == "batch"
+    with pytest.raises(
+        InputError, match=r"was killed from outside, .*--workers\), or smaller"
+    ) as said:
+        next(batches)
+    assert said.value.__cause__ is error
+    assert jobs.loader is None, "the traceback must not keep the workers"
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a bug"), ValueError("DataLoader worker (pid 7)")])
+def test_an_error_of_ours_is_not_taken_for_a_killed_worker(error):
+    jobs = loader_module._Jobs([], 0, False)
+    jobs.loader = Failing(error)
+    batches = jobs.run([])
+    next(batches)
+    with pytest.raises(type(error)) as raised:
+        next(batches)
+    assert raised.value is error
+
+
+def test_an_error_given_as_a_batch_is_raised_and_lets_the_workers_go():
+    error = InputError("a.jpg is broken")
+    jobs = loader_module._Jobs(["one", error, "three"], 0, False)
+    jobs.loader = [jobs.dataset[i] for i in range(3)]
+    batches = jobs.run([])
+    assert next(batches) == "one"
+    with pytest.raises(InputError) as raised:
+        next(batches)
+    assert raised.value is error
+    assert jobs.loader is None
+
+
+@pytest.mark.parametrize("pin", [False, True])
+def test_workers_and_pinned_memory_are_as_asked(data, pin, monkeypatch):
+    """Pinned memory is for a GPU, so only that it is asked for is seen here."""
+    given = {"workers": 2, "pin_memory": pin}
+    loader = TrainLoader(data, plan_of(data), EVERYTHING, **given)._source.loader
+    assert (loader.num_workers, loader.pin_memory, loader.persistent_workers) == (2, pin, True)
+    assert loader.batch_size is None
+    assert TrainLoader(data, plan_of(data), EVERYTHING)._source.loader is None
+    asked = []
+
+    class Jobs:
+        def __init__(self, dataset, workers, pin_memory) -> None:
+            asked.append((workers, pin_memory))
+
+        def run(self, jobs):
+            return jobs
+
+    monkeypatch.setattr(loader_module, "_Jobs", Jobs)
+    list(eval_batches(data, Preprocessing(), 4, **given))
+    list(eval_batches(data, Preprocessing(), 4))
+    assert asked == [(2, pin), (0, False)]
+    TrainLoader(data, plan_of(data), EVERYTHING)
+    train_batches(data, plan_of(data), EVERYTHING, epoch=0, workers=1)
+    assert asked[2:] == [(0, False), (1, False)]
+
+
+def test_a_worker_leaves_signals_to_the_run_until_the_run_has_ended(monkeypatch):
+    handlers, masks, ended = {}, [], []
+    monkeypatch.setattr(signal, "signal", handlers.__setitem__)
+    monkeypatch.setattr(signal, "pthread_sigmask", lambda *a: masks.append(a))
+    monkeypatch.setattr(os, "_exit", ended.append)
+    alive = torch.ones(1, dtype=torch.uint8)
+    loader_module._leave_signals_to_the_run(alive, 0)
+    assert handlers.keys() == {signal.SIGINT, signal.SIGTERM}
+    assert handlers[signal.SIGINT] == signal.SIG_IGN
+    assert masks == [(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))]
+    handlers[signal.SIGTERM](signal.SIGTERM, None)
+    assert ended == []
+    alive.zero_()
+    handlers[signal.SIGTERM](signal.SIGTERM, None)
+    assert ended == [128 + 15]
+
+
+def test_one_byte_that_all_workers_share_says_that_the_run_is_alive(monkeypatch):
+    at_exit = []
+    monkeypatch.setattr("atexit.register", at_exit.append)
+    loader_module._signals_are_the_runs.cache_clear()
+    flag = loader_module._signals_are_the_runs()
+    assert flag.is_shared()
+    assert flag.tolist() == [1]
+    assert loader_module._signals_are_the_runs() is flag
+    (end,) = at_exit
+    end()
+    assert flag.tolist() == [0]
+    loader_module._signals_are_the_runs.cache_clear()
+
+
+def test_signals_wait_while_workers_start_and_their_handlers_stay():
+    def mask() -> set:
+        return signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+    def on_death(*_) -> None: ...
+
+    before, kept = mask(), signal.signal(signal.SIGCHLD, on_death)
+    try:
+        with loader_module._workers_start():
+            assert {signal.SIGINT, signal.SIGTERM} <= mask()
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # as torch's loader puts its own there
+        assert mask() == before
+        assert signal.getsignal(signal.SIGCHLD) is on_death
+        with pytest.raises(ZeroDivisionError), loader_module._workers_start():
+            1 / 0  # noqa: B018
+        assert mask() == before
+    finally:
+        signal.signal(signal.SIGCHLD, kept)

@@ -207,6 +207,8 @@ def test_multi_scale_batches_have_the_samples_of_the_paper():
     near = BatchPlan(length=400, batch_size=69, size=(10, 10), scales=((10, 100),))
     assert near.batch_sizes() == {(10, 100): 6}
     assert square_scales(16, 31, 5) == ((16, 16), (21, 21), (26, 26), (31, 31))
+    assert square_scales(8, 12, 5) == square_scales(8, 8, 1) == ((8, 8),)
+    assert square_scales(64, 128) == ((64, 64), (96, 96), (128, 128))
 
 
 def test_every_sample_is_as_likely_at_every_place():
