@@ -1,5 +1,6 @@
 """What a checkup and a contact sheet say, against numbers counted by hand."""
 
+import inspect
 import json
 from collections import defaultdict
 from types import SimpleNamespace
@@ -299,3 +300,8 @@ def test_the_finding_as_plain_data_has_every_field(class_folders):
     assert plain["source"].endswith("set")
     assert plain["splits"][0]["per_class"] == {"a": 3, "b": 3}
     assert list(plain["warnings"]) == ["pictures with a side under 32 pixels"]
+
+
+def test_a_check_holds_out_as_much_as_a_training_does():
+    default = inspect.signature(open_data).parameters["val_fraction"].default
+    assert default == checkup.VAL_FRACTION == 0.2

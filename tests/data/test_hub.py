@@ -124,3 +124,45 @@ def test_a_hub_data_set_that_cannot_be_learnt_from_is_refused(
     loaded(monkeypatch, columns, **splits)
     with pytest.raises(InputError, match=message):
         open_data("hf:some/pets@main", "test" if "test" in splits else "train")
+
+
+@pytest.mark.parametrize("column", ["label", "labels", "class"])
+def test_a_column_of_labels_has_three_names_and_a_declared_one_goes_first(monkeypatch, column):
+    rows = [row(i, "ba"[i % 2], column) | {"kind": i % 2} for i in range(4)]
+    columns = {"kind": ("Value", {"dtype": "int64"}), "image": IMAGE, column: TEXT}
+    loaded(monkeypatch, columns, train=rows)
+    assert open_data("hf:pets@v1.0", "all").labels.tolist() == [1, 0, 1, 0]
+    columns["kind"] = ("ClassLabel", {"names": ["x", "y"]})
+    loaded(monkeypatch, columns, train=rows)
+    data = open_data("hf:pets@v1.0", "all")
+    assert data.classes == ("x", "y")
+    assert data.labels.tolist() == [0, 1, 0, 1]
+
+
+def test_an_image_that_is_a_file_beside_the_table_is_read(monkeypatch, tmp_path):
+    (tmp_path / "a.png").write_bytes(encoded(1))
+    rows = [{"image": {"bytes": None, "path": str(tmp_path / "a.png")}, "label": "a"}, row(2, "b")]
+    loaded(monkeypatch, {"image": IMAGE, "label": TEXT}, train=rows)
+    data = open_data("hf:some/pets@main", "all")
+    assert [data.read_bytes(i) for i in range(2)] == [encoded(1), encoded(2)]
+    assert data.source.count("train") == 2
+    assert data.places.tolist() == [[0, 0, 0], [0, 1, 0]]
+
+
+def test_of_two_splits_by_one_name_the_first_is_taken(monkeypatch):
+    columns = {"image": IMAGE, "label": TEXT}
+    splits = {"test": [row(5, "a")], "Training": [row(1, "a"), row(2, "b")], "train": [row(3, "b")]}
+    loaded(monkeypatch, columns, **splits)
+    data = open_data("hf:some/pets@main", "all")
+    assert data.source.splits() == ("train", "test")
+    assert data.keys == ["train/0", "train/1", "test/0"]
+    assert data.where(2) == "hf:some/pets@main: test row 0"
+    assert data.source.fingerprint("train") != data.source.fingerprint("test")
+
+
+@pytest.mark.parametrize(
+    "name", ["hf:a/b/c@main", "hf:a b@main", "hf:@main", "hf:a@", "hf:a:@main"]
+)
+def test_a_name_that_the_hub_could_not_have_is_refused(name):
+    with pytest.raises(InputError, match="is no data set of the hub"):
+        open_data(name, "train")
