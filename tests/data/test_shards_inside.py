@@ -252,6 +252,8 @@ def test_a_copy_for_a_worker_has_no_open_file_and_reads_the_same(tmp_path):
 
 def test_a_gzip_shard_is_inflated_once_whole_and_marked_as_used(tmp_path, own_cache, monkeypatch):
     monkeypatch.setattr(shards, "CHUNK", 1000)  # in many parts
+    own_cache /= "not/yet/there"
+    monkeypatch.setenv("VITRAIL_CACHE", str(own_cache))
     write_shard(tmp_path / "one.tar", samples(0, 3))
     (tmp_path / "two.tgz").write_bytes(gzip.compress((tmp_path / "one.tar").read_bytes()))
     data = open_data(tmp_path / "two.tgz", "all")
