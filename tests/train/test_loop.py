@@ -1,5 +1,6 @@
 """When a run logs, evaluates, saves, keeps and stops, and what its rows say: scores and clock are given."""
 
+import json
 import math
 import os
 import signal
@@ -10,18 +11,22 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from tests.train.conftest import VIT, tiny_config
 from vitrail.train import loop
 from vitrail.train.agreement import SharedError
+from vitrail.train.build import build_model
 from vitrail.train.evaluate import evaluate
 from vitrail.train.folder import RunFolder
 from vitrail.train.interrupt import Interrupt
 from vitrail.train.loop import failures_told, train
-from vitrail.train.replay import replay
+from vitrail.train.replay import NAME, replay, some
 from vitrail.train.state import read_header, states
+from vitrail.weights.files import read_metadata, read_safetensors, write_state
 from vitrail_runtime.errors import InputError
 
 
@@ -267,7 +272,7 @@ def test_states_are_saved_by_the_clock_and_the_newest_kept(pictures, tmp_path, c
 
 def test_training_time_goes_on_where_it_stood(pictures, tmp_path, clock, monkeypatch):
     out = tmp_path / "run"
-    config = tiny_config(pictures, out, **VIT, epochs=2, log_every=1)
+    config = tiny_config(pictures, out, **VIT, epochs=2, log_every=1, save_every=0.3, keep=9)
     real = loop.update
 
     def update(run, *args) -> int:
@@ -281,6 +286,8 @@ def test_training_time_goes_on_where_it_stood(pictures, tmp_path, clock, monkeyp
     assert [p.name for p in states(out / "state")] == ["step-00000003.safetensors"]
     clock[0] += 500  # between the two starts
     assert train(config).seconds == 48.0
+    saved = [int(path.stem.removeprefix("step-")) for path in states(out / "state")]
+    assert saved == [8, 6, 3], "eighteen seconds after the last one, whichever start wrote it"
     assert [row["seconds"] for row in rows(out, "train")] == [6.0 * k for k in range(1, 9)]
 
 
@@ -359,6 +366,45 @@ def test_a_replay_names_the_images_and_the_weights_that_are_not_finite(
     assert found["pictures"] == [to_device.name]
     assert math.isnan(found["loss"])
     assert math.isnan(found["loss_fp32"])
+
+
+def test_the_shares_of_several_processes_replay_with_the_draws_of_each(
+    pictures, tmp_path, monkeypatch
+):
+    dropping = VIT | {"model_fields": VIT["model_fields"] | {"drop_path_rate": 0.3}}
+    config = tiny_config(pictures, tmp_path / "run", **dropping, accumulate=2, label_smoothing=0.2)
+    real = loop.backward
+    monkeypatch.setattr(loop, "backward", lambda *given: real(*given) * math.inf)
+    with pytest.raises(InputError, match=r"not finite at step 1 \(epoch 1, batch 1\)"):
+        train(config)
+    file = tmp_path / "run" / NAME
+    kept, about = read_safetensors(file), json.loads(read_metadata(file)["vitrail"])
+    write_state(kept, file, metadata={"vitrail": json.dumps(about | {"world": 2})})
+    model = build_model(config, tuple(about["classes"])).train()
+    model.load_state_dict({k[6:]: v for k, v in kept.items() if k.startswith("model.")})
+    losses = []
+    for rank, images in enumerate((kept["images"][:3], kept["images"][3:])):
+        key = np.random.SeedSequence([config.seed, 0, rank]).generate_state(1, np.uint64)[0]
+        torch.manual_seed(int(key) // 2)
+        targets = kept["targets"][3 * rank : 3 * rank + 3]
+        for x, y in ((images[:2], targets[:2]), (images[2:], targets[2:])):
+            losses += F.cross_entropy(model(x), y, label_smoothing=0.2, reduction="none")
+    loss = torch.stack(losses).mean()
+    loss.backward()
+    norm = math.sqrt(sum(p.grad.square().sum().item() for p in model.parameters()))
+    found = replay(config.out)
+    assert found["loss"] == pytest.approx(loss.item(), rel=1e-6)
+    assert found["gradient_norm"] == pytest.approx(norm, rel=1e-5)
+    assert (found["step"], found["num_pictures"]) == (1, 6)
+
+
+def test_what_is_many_is_told_by_its_number_and_a_few():
+    names = [f"n{i}" for i in range(1234)]
+    assert some([]) == "none"
+    assert some(names[:1]) == "1 (n0)"
+    assert some(names[:5]) == "5 (n0, n1, n2, n3, n4)"
+    assert some(names[:6]) == "6 (n0, n1, n2, n3, n4 and 1 more)"
+    assert some(names, 2) == "1,234 (n0, n1 and 1,232 more)"
 
 
 def test_what_is_evaluated_and_saved_is_the_average_and_training_goes_on_from_the_weights(

@@ -268,7 +268,7 @@ def test_a_model_whose_answers_are_no_numbers_is_not_saved(pictures, tmp_path, m
         return evaluate(model, *args, **kwargs)
 
     monkeypatch.setattr("vitrail.train.loop.evaluate", evaluate_worse)
-    said = r"(?s)after step 8 .* not finite; weights that are not: 1 \(head\..*\)\nbest and last .*--lr"
+    said = r"(?s)after step 8 \(epoch 2\.0\) .* not finite; weights that are not: 1 \(head\..*\)\nbest and "
     with pytest.raises(InputError, match=said):
         train(config)
     for name in ("best", "last"):
