@@ -133,14 +133,15 @@ def flip_bits(folder, count: int) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"schema_version": 2}, "schema version 2, but this vitrail reads 1; .* newer .* update"),
+        ({"schema_version": 3}, "schema version 3, but this vitrail reads 2; .* newer .* update"),
         ({"schema_version": "x"}, "schema version 'x'"),
         ({"schema_version": None}, "not the config.json of a vitrail model"),
         ({"classes": None}, "lacks 'classes'"),
         ({"classes": "abc"}, r"lacks 'classes' \(expected list"),
         ({"classes": ["a", "a"]}, "'a'.* more than once"),
         ({"name": "efficientvit_m9"}, "unknown model 'efficientvit_m9'; did you mean"),
-        ({"config": {"dimz": []}}, "config.json 'dimz'; did you mean 'dims'"),
+        ({"parts": {"backbone": {"dimz": []}}}, "config.json 'dimz'; did you mean 'dims'"),
+        ({"parts": {"head": {}}}, "has the parts backbone, but head are given"),
         ({"classes": ["a", "b"]}, "keys differ, such as head.linear.bias"),
         ({"weights_sha256": "0" * 64}, None),  # the text in the weights' own header is right
     ],
@@ -225,7 +226,7 @@ def test_other_names_of_equal_number_are_an_error(folder):
         ({"image_sise": 3}, "did you mean 'image_size'"),
         ({"name": "vit_tiny_patch16", "pool": "mean"}, "must be one of"),
         ({"name": "vit_tiny_patch16", "drop_path_rate": 1.0}, "below 1"),
-        ({"weights": {"backbon": "x.pth"}}, "take the key 'backbone'"),
+        ({"weights": {"backbon": "x.pth"}}, "take the keys 'backbone', 'head'"),
     ],
 )
 def test_arguments_that_cannot_be_meant_are_refused(options, message):

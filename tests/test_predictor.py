@@ -38,7 +38,7 @@ class Statistics(nn.Module):
 def classifier(**preprocessing):
     torch.manual_seed(0)
     model = Classifier(Statistics(), nn.Linear(16, len(CLASSES)))
-    describe(model, ModelInfo("statistics", None, CLASSES, Preprocessing(**preprocessing)))
+    describe(model, ModelInfo("statistics", {}, CLASSES, Preprocessing(**preprocessing)))
     return model.eval()
 
 
@@ -222,7 +222,7 @@ def test_every_family_gives_each_picture_the_result_it_has_alone(family):
     model = Classifier(backbone, head)
     randomise(model)
     preprocessing = Preprocessing(size=(48, 48), mode="fit")
-    describe(model, ModelInfo(entry.name, backbone.config, CLASSES, preprocessing))
+    describe(model, ModelInfo(entry.name, {"backbone": backbone.config}, CLASSES, preprocessing))
     images = [*pictures(5), *pictures(5)]
     for image, p in zip(images, Predictor(model, batch_size=3)(images), strict=True):
         (alone,) = Predictor(model)(image)

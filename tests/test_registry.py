@@ -103,7 +103,7 @@ def test_keys_are_renamed_by_rules_in_order():
         ({"classes": "cat"}, "list of names"),
         ({"classes": ["a", "b"], "num_classes": 3}, "drop num_classes"),
         ({"num_classes": 0}, "at least one class"),
-        ({"num_classes": 2, "weights": {"neck": "x.pth"}}, "take the key 'backbone'"),
+        ({"num_classes": 2, "weights": {"neck": "x.pth"}}, "take the keys 'backbone', 'head'"),
     ],
 )
 def test_wrong_classes_and_parts_are_said(arguments, words):

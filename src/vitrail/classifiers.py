@@ -42,6 +42,10 @@ class Classifier(nn.Module):
     def forward(self, images: Tensor, record: dict[str, Tensor] | None = None) -> Tensor:
         return self.head(self.backbone(images, record=record))
 
+    def forward_tensors(self, images: Tensor) -> dict[str, Tensor]:
+        """{"logits": (B, num_classes)}: what is exported as it is."""
+        return {"logits": self(images)}
+
     def forward_packed(self, packed: Any) -> Tensor:
         """PackedImages of N images -> logits (N, num_classes), in the order of `packed`.
 

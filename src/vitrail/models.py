@@ -1,9 +1,10 @@
 """Full-model names -> backbone + neck + head + weights. The only place that assembles; save and load."""
 
+import fnmatch
 import hashlib
 import inspect
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,29 +16,93 @@ import vitrail.backbones  # noqa: F401  (registers every backbone)
 from vitrail import weights as weights_room
 from vitrail.classifiers import Classifier, PooledHead
 from vitrail.configuration import check_choices, from_dict, to_dict
-from vitrail.registry import BackboneEntry, backbone_entry, list_backbones, with_fields
+from vitrail.registry import (
+    BackboneEntry,
+    Tensors,
+    backbone_entry,
+    list_backbones,
+    unknown,
+    with_fields,
+)
+from vitrail.segmenters import linear, semantic_fpn, upernet
+from vitrail.segmenters.segmenter import check_classes
 from vitrail_runtime.errors import InputError
 from vitrail_runtime.preprocess import Preprocessing
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 1 had one "config", the backbone's, where 2 has "parts"
 Weights = str | Path | Mapping[str, Any] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Head:
+    """What stands before the slash of a full model's name.
+
+    build: (backbone, config, num_classes) -> the model. from_foreign: keys of other libraries' files, all but
+    "backbone.*", to ours. size: (height, width) within which an image is fitted by default.
+    """
+
+    task: str
+    config: Any
+    build: Callable[[Any, Any, int], Any]
+    from_foreign: Callable[[Tensors], Tensors] = dict
+    size: tuple[int, int] = (512, 512)
+
+
+HEADS = {
+    "linear": Head(task="segment", config=linear.LinearConfig(), build=linear.build),
+    "semantic_fpn": Head(
+        task="segment", config=semantic_fpn.SemanticFPNConfig(), build=semantic_fpn.build
+    ),
+    "upernet": Head(
+        task="segment",
+        config=upernet.UPerNetConfig(),
+        build=upernet.build,
+        from_foreign=upernet.from_foreign,
+    ),
+}
+TASKS = ("classify", *dict.fromkeys(head.task for head in HEADS.values()))
 
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What a saved model says of itself: enough to build it again and to feed it."""
+    """What a saved model says of itself: enough to build it again and to feed it.
+
+    parts: "backbone", and "head" where the name has one -> the config that it is built from.
+    """
 
     name: str
-    config: Any
+    parts: Mapping[str, Any]
     classes: tuple[str, ...]
     preprocessing: Preprocessing
 
+    @property
+    def config(self) -> Any:
+        """The backbone's."""
+        return self.parts["backbone"]
+
 
 def list_models(pattern: str = "*", *, task: str | None = None) -> list[str]:
-    """Names that `create_model` takes, by shell pattern and task ("classify")."""
-    if task not in (None, "classify"):
-        raise InputError(f"unknown task {task!r}; known: 'classify'")
-    return list_backbones(pattern)
+    """Names that `create_model` takes, by shell pattern and task ("classify", "segment").
+
+    Classifiers are called by their backbone alone. Every head goes with every backbone: those names,
+    "HEAD/BACKBONE", are listed where the pattern has a slash or the task asks for them.
+    """
+    if task is not None and task not in TASKS:
+        raise unknown("task", task, TASKS)
+    names = list_backbones(pattern) if task in (None, "classify") and "/" not in pattern else []
+    for head, known in HEADS.items():
+        if task == known.task or (task is None and "/" in pattern):
+            full = [f"{head}/{name}" for name in list_backbones()]
+            names += [n for n in full if fnmatch.fnmatchcase(n, pattern)]
+    return names
+
+
+def parse_name(name: str) -> tuple[Head | None, BackboneEntry]:
+    """The head (None: a classifier's) and the backbone of a full model's name. Raises InputError."""
+    before, slash, backbone = name.rpartition("/")
+    if slash and before not in HEADS:
+        raise unknown("head", before, HEADS)
+    return (HEADS[before] if slash else None), backbone_entry(backbone)
 
 
 def create_backbone(name: str, *, weights: Weights = None, **config_fields: Any) -> Any:
@@ -63,30 +128,54 @@ def create_model(
     classes: Sequence[str] | None = None,
     num_classes: int | None = None,
     weights: Weights = None,
+    head: Mapping[str, Any] | None = None,
     **config_fields: Any,
-) -> Classifier:
-    """A full model by name; a bare backbone name is a classifier.
+) -> Any:
+    """A full model by name: "HEAD/BACKBONE"; a bare backbone name is a classifier.
 
     classes: the class names, in the order of the labels; or num_classes, for names "0", "1", ...
-    weights: as for `create_backbone`, or {"backbone": ...} for that part alone. A head in the file is
-        dropped only where its number of classes differs, and that is said.
+    weights: as for `create_backbone`, of the whole model; or by part, {"backbone": ..., "head": ...}, where
+        the parts that are not named stay as they were initialised. A head in a file is dropped only where
+        its number of classes differs, and that is said.
+    head: fields of the head's config, such as {"dim": 256}. config_fields: of the backbone's.
     """
-    entry = backbone_entry(name)
+    known, entry = parse_name(name)
     names = class_names(classes, num_classes)
-    config = _configured(entry, config_fields)
-    model = build_classifier(entry, config, len(names))
+    dense = {} if known is None else entry.dense
+    parts = {"backbone": _configured(entry, {**dense, **config_fields})}
+    if known is not None:
+        parts["head"] = with_fields(f"the head of {name}", known.config, head or {})
+    elif head:
+        raise InputError(
+            f"{name} is a classifier, whose head has no fields, but got head={dict(head)}"
+        )
+    model = assemble(name, parts, len(names))
     preprocessing = entry.preprocessing
+    if known is not None:
+        preprocessing = replace(preprocessing, mode="fit", size=known.size)
     if "image_size" in config_fields:
         size = config_fields["image_size"]
         size = (size, size) if isinstance(size, int) else tuple(size)
         preprocessing = replace(preprocessing, size=size)
-    describe(model, ModelInfo(name, config, names, preprocessing))
-    part = _backbone_part(name, weights)
-    if part is not None:
-        model.weights_report = weights_room.load_weights(model.backbone, part, entry, config=config)
+    describe(model, ModelInfo(name, parts, names, preprocessing))
+    by_part = _by_part(model, name, weights)
+    if by_part is not None:
+        model.weights_report = _load_parts(model, by_part, entry, parts["backbone"])
+    elif weights is not None and known is None:
+        weights_room.load_weights(model, weights, entry, config=parts["backbone"])
     elif weights is not None:
-        weights_room.load_weights(model, weights, entry, config=config)
+        model.weights_report = _load_dense(model, weights, name, parts["backbone"])
     return model
+
+
+def assemble(name: str, parts: Mapping[str, Any], num_classes: int) -> Any:
+    """The model of a name from the configs of its parts, freshly initialised."""
+    known, entry = parse_name(name)
+    if known is None:
+        return build_classifier(entry, parts["backbone"], num_classes)
+    if known.task == "segment":
+        check_classes(num_classes)
+    return known.build(entry.cls(parts["backbone"]), parts["head"], num_classes)
 
 
 def build_backbone(entry: BackboneEntry, config_fields: Mapping[str, Any]) -> Any:
@@ -144,7 +233,7 @@ def save(model: Any, folder: str | Path, *, metrics: Mapping[str, Any] | None = 
         "schema_version": SCHEMA_VERSION,
         "name": info.name,
         "task": model.task,
-        "config": to_dict(info.config),
+        "parts": {part: to_dict(config) for part, config in info.parts.items()},
         "classes": list(info.classes),
         "preprocessing": to_dict(info.preprocessing),
         "weights_sha256": weights_hash(state),
@@ -162,11 +251,12 @@ def save(model: Any, folder: str | Path, *, metrics: Mapping[str, Any] | None = 
     return folder
 
 
-def load(folder: str | Path) -> Classifier:
+def load(folder: str | Path) -> Any:
     """The model that `save` wrote, in eval mode, on the CPU.
 
-    Raises InputError when the folder is not a model, was written by a newer version, its weights are not
-    those that config.json was written for, or one of the two files is not as it was written.
+    Folders of schema 1 are read as well. Raises InputError when the folder is not a model, was written by
+    a newer version, its weights are not those that config.json was written for, or one of the two files is
+    not as it was written.
     """
     folder = Path(folder)
     path = folder / "config.json"
@@ -183,10 +273,9 @@ def load(folder: str | Path) -> Classifier:
             f"the weights in {folder} are not those that config.json was written for "
             "(sha256 differs); copy the whole folder again"
         )
-    entry = backbone_entry(config["name"])
-    cfg = from_dict(type(entry.config), config["config"], where=str(path))
+    parts = read_parts(config, where=str(path))
     with torch.device("meta"):
-        model = build_classifier(entry, cfg, len(config["classes"]))
+        model = assemble(config["name"], parts, len(config["classes"]))
     own = model.state_dict()
     odd = [k for k in {**own, **state} if k not in own or k not in state]
     odd += [k for k in own if k in state and own[k].shape != state[k].shape]
@@ -199,8 +288,24 @@ def load(folder: str | Path) -> Classifier:
     # Counters of batches are integers in the model and were written as floats.
     model.load_state_dict({k: v.to(own[k].dtype) for k, v in state.items()}, assign=True)
     pre = from_dict(Preprocessing, config["preprocessing"], where=str(path))
-    describe(model, ModelInfo(config["name"], cfg, tuple(config["classes"]), pre))
+    describe(model, ModelInfo(config["name"], parts, tuple(config["classes"]), pre))
     return model.eval()
+
+
+def read_parts(config: Mapping[str, Any], *, where: str) -> dict[str, Any]:
+    """The configs of a model's parts from its config.json. Raises InputError where one does not fit."""
+    known, entry = parse_name(config["name"])
+    kinds = {"backbone": type(entry.config)}
+    if known is not None:
+        kinds["head"] = type(known.config)
+    if set(config["parts"]) != set(kinds):
+        raise InputError(
+            f"{where}: {config['name']} has the parts {', '.join(kinds)}, but {', '.join(config['parts'])} "
+            "are given; copy the folder again"
+        )
+    return {
+        part: from_dict(kind, config["parts"][part], where=where) for part, kind in kinds.items()
+    }
 
 
 def model_folder(folder: str | Path) -> Path:
@@ -245,7 +350,7 @@ def _run_without_best(run: Path, gone: str = "best") -> str:
 
 CONFIG_KEYS = {  # what config.json of a model folder holds beside schema_version
     "name": str,
-    "config": dict,
+    "parts": dict,
     "classes": list,
     "preprocessing": dict,
     "weights_sha256": str,
@@ -263,6 +368,11 @@ def _checked(text: str, path: Path) -> dict[str, Any]:
             "other libraries are read by `vitrail convert`"
         )
     version = config["schema_version"]
+    if version == 1:  # checked as it was written, then brought to today's form
+        config = dict(_checked_hash(config, path))
+        config["parts"] = {"backbone": config.pop("config", None)}
+        config["schema_version"] = version = SCHEMA_VERSION
+        config.pop("config_sha256", None)
     if version != SCHEMA_VERSION:
         newer = isinstance(version, int) and version > SCHEMA_VERSION
         hint = "it was written by a newer vitrail: update yours" if newer else "it is not readable"
@@ -275,6 +385,10 @@ def _checked(text: str, path: Path) -> dict[str, Any]:
                 f"{path} lacks {key!r} (expected {kind.__name__}); copy the folder again"
             )
     class_names(config["classes"], None)
+    return _checked_hash(config, path)
+
+
+def _checked_hash(config: Any, path: Path) -> Any:
     # The first model folders had none.
     if "config_sha256" in config and config["config_sha256"] != config_hash(config):
         raise InputError(
@@ -335,21 +449,79 @@ def model_card(model: Any, metrics: Mapping[str, Any] | None) -> str:
     return "\n".join(lines)
 
 
-def _backbone_part(name: str, weights: Weights) -> Any:
-    """What `weights` gives under "backbone" where it goes by part, else None: a checkpoint.
+def part_names(model: torch.nn.Module) -> list[str]:
+    """The top-level modules that hold weights: "backbone", "head", ..."""
+    return [part for part, module in model.named_children() if module.state_dict()]
 
-    Parts are named by files and folders, or by "backbone" alone; other mappings hold tensors.
+
+def _backbone_part(name: str, weights: Weights) -> Any:
+    """What `weights` gives under "backbone" where it goes by part, else None: a checkpoint."""
+    if isinstance(weights, Mapping) and (
+        set(weights) == {"backbone"} or any(isinstance(v, (str, Path)) for v in weights.values())
+    ):
+        if "backbone" not in weights:
+            raise InputError(
+                f"weights of the backbone {name!r} stand under 'backbone', but got "
+                f"{sorted(map(str, weights))}"
+            )
+        return weights["backbone"]
+    return None
+
+
+def _by_part(model: torch.nn.Module, name: str, weights: Weights) -> Mapping[str, Any] | None:
+    """`weights` where it goes by part, else None: a checkpoint of the whole model.
+
+    Parts are named by files and folders, or by the parts' names alone; other mappings hold tensors.
     """
     if not isinstance(weights, Mapping):
         return None
-    if set(weights) == {"backbone"}:
-        return weights["backbone"]
-    if any(isinstance(v, (str, Path)) for v in weights.values()):
+    known = part_names(model)
+    files = any(isinstance(v, (str, Path)) for v in weights.values())
+    if not files and not (weights and set(weights) <= set(known)):
+        return None
+    strange = [str(part) for part in weights if part not in known]
+    if strange:
         raise InputError(
-            f"weights by part for the classifier {name!r} take the key 'backbone', "
-            f"but got {sorted(map(str, weights))}"
+            f"weights by part for {name!r} take the keys {', '.join(map(repr, known))}, but got "
+            f"{sorted(map(str, weights))}"
         )
-    return None
+    return weights
+
+
+def _load_parts(
+    model: Any, weights: Mapping[str, Any], entry: BackboneEntry, config: Any
+) -> weights_room.Report:
+    """Fill the named parts, each from its own file."""
+    reports = []
+    for part, source in weights.items():
+        module = getattr(model, part)
+        if part == "backbone":
+            reports.append(weights_room.load_weights(module, source, entry, config=config))
+        else:
+            reports.append(weights_room.load_part(model, (part,), source))
+    return reports[0] if len(reports) == 1 else weights_room.joined(reports)
+
+
+def _load_dense(model: Any, weights: Any, name: str, config: Any) -> weights_room.Report:
+    """Fill a whole dense model from a file of ours or of another library."""
+    head, entry = parse_name(name)
+    assert head is not None
+    checkpoint = weights_room.read_checkpoint(weights)
+    prefix = "backbone."
+    below = {k.removeprefix(prefix): v for k, v in checkpoint.state.items() if k.startswith(prefix)}
+    above = {k: v for k, v in checkpoint.state.items() if not k.startswith(prefix)}
+    if not below or not above:
+        raise InputError(
+            f"{checkpoint.source} holds no whole {name}: it has {len(below)} keys under 'backbone.' and "
+            f"{len(above)} beside them; for the backbone's weights alone give "
+            "weights={'backbone': ...}"
+        )
+    parts = tuple(part for part in part_names(model) if part != "backbone")
+    heads = replace(checkpoint, state=head.from_foreign(above))
+    ready = weights_room.check_part(model, parts, heads)  # before anything is filled
+    own = replace(checkpoint, state=below)
+    first = weights_room.load_weights(model.backbone, own, entry, config=config)
+    return weights_room.joined([first, ready.fill()])
 
 
 def departures(names: Collection[str]) -> list[tuple[str, str]]:

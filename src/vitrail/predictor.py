@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from vitrail.device import choose_device
 from vitrail.memory import enough_memory
 from vitrail_runtime.errors import InputError
-from vitrail_runtime.finish import finish_classification
+from vitrail_runtime.finish import FINISH
 from vitrail_runtime.pictures import find_pictures
 from vitrail_runtime.prediction import Prediction
 from vitrail_runtime.preprocess import (
@@ -40,7 +40,7 @@ class Predictor:
         inference mode, and left as it was.
     batch_size: pictures per forward. Only pictures of equal preprocessed size share one, so that each
         result is that of the picture alone.
-    top_k: how many classes a Prediction holds, the best first.
+    top_k: how many classes a Prediction of a classifier holds, the best first.
     skip_broken: leave out pictures that cannot be read; `skipped` then lists them as (name, why).
     """
 
@@ -137,14 +137,15 @@ class Predictor:
                 enough_memory(what, "give a smaller batch_size (--batch-size)"),
             ):
                 images = torch.from_numpy(np.stack([prepared.pixels for _, prepared in group]))
-                logits = self.model(images.to(weight.device, weight.dtype))
+                found = self.model.forward_tensors(images.to(weight.device, weight.dtype))
         finally:
             for module in training:
                 module.training = True
-        predictions = finish_classification(logits.float().cpu().numpy(), self.classes, top_k)
+        outputs = {name: value.float().cpu().numpy() for name, value in found.items()}
+        geometries = [prepared.geometry for _, prepared in group]
+        predictions = FINISH[self.model.task](outputs, geometries, self.classes, top_k)
         for (index, prepared), prediction in zip(group, predictions, strict=True):
             prediction.source = prepared.source
-            prediction.size = prepared.geometry.original
             yield index, prediction
         group.clear()
 

@@ -76,6 +76,7 @@ class BackboneEntry:
     resample: Callable[[Tensors, Any], Tensors] | None = None  # see register_backbone
     preprocessing: Preprocessing = Preprocessing()
     published: Published | None = None
+    dense: Mapping[str, Any] = field(default_factory=dict)  # config fields under a dense head
 
 
 _ENTRIES: dict[str, BackboneEntry] = {}
@@ -92,6 +93,7 @@ def register_backbone(
     resample: Callable[[Tensors, Any], Tensors] | None = None,
     preprocessing: Preprocessing | Mapping[str, Preprocessing] = Preprocessing(),
     published: Mapping[str, Published] | None = None,
+    dense: Mapping[str, Any] | None = None,
 ) -> None:
     """File a family: its class, its variants (name -> config) and what goes with them.
 
@@ -100,6 +102,7 @@ def register_backbone(
     resample: (state in our keys, config) -> the same with its position tables brought to the grid of
         `config.image_size`; pure. Applied after every key map, our own files included.
     preprocessing: one for all variants, or name -> one.
+    dense: config fields that differ where a dense head reads the maps, such as norms on them.
     """
     family = cls.__name__.lower()
     if family in _TINY:
@@ -117,6 +120,7 @@ def register_backbone(
             resample=resample,
             preprocessing=pre or Preprocessing(),
             published=(published or {}).get(name),
+            dense=dense or {},
         )
 
     for name, config in variants.items():

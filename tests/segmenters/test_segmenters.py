@@ -15,7 +15,7 @@ from vitrail.registry import tiny_entries
 from vitrail.segmenters.linear import LinearConfig, LinearHead
 from vitrail.segmenters.segmenter import IGNORE, Segmenter, check_classes, to_image
 from vitrail.segmenters.semantic_fpn import SemanticFPNConfig, SemanticFPNHead
-from vitrail.segmenters.upernet import FCNHead, UPerNetConfig, UPerNetHead, from_hugging_face
+from vitrail.segmenters.upernet import FCNHead, UPerNetConfig, UPerNetHead, from_foreign
 from vitrail_runtime.errors import InputError
 
 SPECS = {f"c{i + 2}": FeatureSpec(d, 4 * 2**i) for i, d in enumerate((5, 6, 7, 8))}
@@ -63,7 +63,7 @@ def test_upernet_equals_transformers_in_both_heads(sizes):
     ours = torch.nn.ModuleDict(
         {"head": UPerNetHead(own, SPECS, K), "auxiliary": FCNHead(own, SPECS, K)}
     )
-    ours.load_state_dict(from_hugging_face(peer.state_dict()))
+    ours.load_state_dict(from_foreign(peer.state_dict()))
     ours = ours.double().eval()
     maps = maps_of(sizes)
     with torch.no_grad():
@@ -108,7 +108,7 @@ def test_a_whole_upernet_on_resnet_equals_transformers_in_logits_and_loss():
         auxiliary_weight=own.auxiliary_weight,
     ).double()
     heads = {k: v for k, v in peer.state_dict().items() if not k.startswith("backbone.")}
-    ours.load_state_dict(from_hugging_face(heads))
+    ours.load_state_dict(from_foreign(heads))
     ours.eval()
     generator = torch.Generator().manual_seed(3)
     images = torch.randn(2, 3, 64, 96, generator=generator, dtype=torch.float64)

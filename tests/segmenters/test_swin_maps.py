@@ -14,7 +14,7 @@ from vitrail.backbones.swin import (
     maps_from_mmsegmentation,
 )
 from vitrail.segmenters.segmenter import Segmenter
-from vitrail.segmenters.upernet import FCNHead, UPerNetConfig, UPerNetHead, from_hugging_face
+from vitrail.segmenters.upernet import FCNHead, UPerNetConfig, UPerNetHead, from_foreign
 
 CONFIG = SwinConfig(
     embed_dim=12, depths=(1, 1, 2, 1), num_heads=(1, 2, 3, 4), window_size=4, norm_maps=True
@@ -65,7 +65,7 @@ def test_a_whole_upernet_on_swin_equals_transformers(size):
         UPerNetHead(own, backbone.feature_specs, K),
         auxiliary=FCNHead(own, backbone.feature_specs, K),
     )
-    heads = from_hugging_face({k: v for k, v in state.items() if not k.startswith(prefix)})
+    heads = from_foreign({k: v for k, v in state.items() if not k.startswith(prefix)})
     left = ours.load_state_dict(heads, strict=False)
     assert not left.unexpected_keys
     assert all(k.startswith("backbone.") for k in left.missing_keys)

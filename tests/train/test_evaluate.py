@@ -58,7 +58,7 @@ def net() -> Classifier:
     model.backbone.norm.running_mean.uniform_(-0.5, 0.5)
     model.backbone.norm.running_var.uniform_(0.5, 2)
     model.head.weight.data *= 6
-    describe(model, ModelInfo("net", None, CLASSES, CROP))
+    describe(model, ModelInfo("net", {}, CLASSES, CROP))
     return model.train()
 
 

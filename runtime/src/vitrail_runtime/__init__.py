@@ -2,7 +2,7 @@
 
 from vitrail_runtime.decoding import decode, read_size
 from vitrail_runtime.errors import InputError
-from vitrail_runtime.finish import finish_classification
+from vitrail_runtime.finish import FINISH, finish_classification, finish_segmentation
 from vitrail_runtime.pictures import find_pictures
 from vitrail_runtime.prediction import Prediction
 from vitrail_runtime.preprocess import (
@@ -14,6 +14,7 @@ from vitrail_runtime.preprocess import (
 )
 
 __all__ = [
+    "FINISH",
     "Geometry",
     "InputError",
     "Prediction",
@@ -22,6 +23,7 @@ __all__ = [
     "decode_size",
     "find_pictures",
     "finish_classification",
+    "finish_segmentation",
     "prepare",
     "preprocessed_size",
     "read_size",

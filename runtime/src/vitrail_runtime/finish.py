@@ -1,11 +1,14 @@
 """From a model's raw outputs to Predictions."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
+from PIL import Image
 
 from vitrail_runtime.errors import InputError, NotFinite
 from vitrail_runtime.prediction import Prediction
+from vitrail_runtime.preprocess import Geometry
 
 
 def finish_classification(
@@ -38,3 +41,94 @@ def finish_classification(
         )
         for row, labels in zip(scores, order, strict=True)
     ]
+
+
+def finish_segmentation(
+    logits: np.ndarray, geometries: Sequence[Geometry], classes: Sequence[str]
+) -> list[Prediction]:
+    """Logits (B, K, h, w) -> B Predictions with the class of every pixel of the original image.
+
+    Each class's logits are brought to the original's size, bilinearly, and the highest wins; equal ones go
+    to the first class. Pixels that the model did not see (outside a central crop) are -1. Labels are the
+    classes that occur, the one of most pixels first; a score is the class's share of the image.
+    Raises: InputError when the logits do not fit `classes`, NotFinite when they are NaN or infinite.
+    """
+    if logits.ndim != 4 or logits.shape[1] != len(classes):
+        raise InputError(
+            f"logits of shape {logits.shape} do not fit {len(classes)} classes; "
+            f"expected (batch, {len(classes)}, height, width)"
+        )
+    if not np.isfinite(logits).all():
+        raise NotFinite("the model gave scores that are not finite; its weights are damaged")
+    return [
+        _segmented(image, geometry, classes)
+        for image, geometry in zip(logits, geometries, strict=True)
+    ]
+
+
+def _segmented(logits: np.ndarray, geometry: Geometry, classes: Sequence[str]) -> Prediction:
+    (height, width), (sy, sx) = geometry.original, geometry.scale
+    top, left = geometry.offset
+    rows = _seen(height, sy, top, logits.shape[1])
+    columns = _seen(width, sx, left, logits.shape[2])
+    # The part of the input that these pixels of the original cover.
+    low = columns.start * sx - left, rows.start * sy - top
+    high = columns.stop * sx - left, rows.stop * sy - top
+    box = (
+        max(0.0, low[0]),
+        max(0.0, low[1]),
+        min(float(logits.shape[2]), high[0]),
+        min(float(logits.shape[1]), high[1]),
+    )
+    best = np.full((len(rows), len(columns)), -np.inf, np.float32)
+    labels = np.zeros(best.shape, np.int64)
+    for label, scores in enumerate(logits):  # one class at a time: memory of two maps, not of K
+        image = Image.fromarray(np.ascontiguousarray(scores, dtype=np.float32))
+        size = (len(columns), len(rows))
+        values = np.asarray(image.resize(size, Image.Resampling.BILINEAR, box=box))
+        higher = values > best
+        best[higher], labels[higher] = values[higher], label
+    segmentation = np.full((height, width), -1, np.int64)
+    segmentation[rows.start : rows.stop, columns.start : columns.stop] = labels
+    counts = np.bincount(labels.ravel(), minlength=len(classes))
+    order = [int(k) for k in np.argsort(-counts, kind="stable") if counts[k]]
+    return Prediction(
+        labels=np.array(order, np.int64),
+        scores=(counts[order] / segmentation.size).astype(np.float32),
+        names=[classes[k] for k in order],
+        segmentation=segmentation,
+        classes=classes,
+        size=geometry.original,
+    )
+
+
+def _seen(length: int, scale: float, offset: float, cells: int) -> range:
+    """The pixels of one axis whose centres lie within an input of `cells` pixels; at least one."""
+    first = min(length - 1, max(0, math.ceil(offset / scale - 0.5)))
+    last = min(length, math.ceil((cells + offset) / scale - 0.5))
+    return range(first, max(first + 1, last))
+
+
+def _classify(
+    outputs: Mapping[str, np.ndarray],
+    geometries: Sequence[Geometry],
+    classes: Sequence[str],
+    top_k: int,
+) -> list[Prediction]:
+    predictions = finish_classification(outputs["logits"], classes, top_k)
+    for prediction, geometry in zip(predictions, geometries, strict=True):
+        prediction.size = geometry.original
+    return predictions
+
+
+def _segment(
+    outputs: Mapping[str, np.ndarray],
+    geometries: Sequence[Geometry],
+    classes: Sequence[str],
+    top_k: int,
+) -> list[Prediction]:
+    return finish_segmentation(outputs["logits"], geometries, classes)
+
+
+# Task -> (what a model's `forward_tensors` gives, geometries, classes, top_k) -> Predictions, one an image.
+FINISH: dict[str, Callable[..., list[Prediction]]] = {"classify": _classify, "segment": _segment}

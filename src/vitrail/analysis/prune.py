@@ -115,7 +115,9 @@ def prune(model: Classifier, plan: Slimming) -> Classifier:
     with torch.device("meta"):
         slim = build_classifier(entry, plan.config, len(info.classes))
     slim.load_state_dict(state, assign=True)
-    describe(slim, ModelInfo(info.name, plan.config, info.classes, info.preprocessing))
+    describe(
+        slim, ModelInfo(info.name, {"backbone": plan.config}, info.classes, info.preprocessing)
+    )
     return slim.train(model.training)
 
 

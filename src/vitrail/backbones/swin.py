@@ -504,6 +504,7 @@ register_backbone(
         drop_path_rate=0.1,
     ),
     tail=SwinTail,
+    dense={"norm_maps": True},
     resample=resample,
     layouts={
         "timm": Layout(
@@ -526,6 +527,18 @@ register_backbone(
             ),
             may_leave=_INDEX,
             source="torchvision.models.swin_t, swin_s, swin_b",
+        ),
+        "huggingface-dense": Layout(
+            maps_from_hugging_face,
+            marks=("hidden_states_norms.stage1.weight",),
+            may_leave=(*_INDEX, "hidden_states_norms.*"),
+            source="the backbone of hf:openmmlab/upernet-swin-*",
+        ),
+        "mmsegmentation": Layout(
+            maps_from_mmsegmentation,
+            marks=("norm0.weight", "norm3.weight", "patch_embed.norm.weight"),
+            may_leave=(*_INDEX, "norm[0-3].*"),
+            source="the backbone of mmsegmentation's and mmdetection's files",
         ),
         "huggingface": Layout(
             from_hugging_face,

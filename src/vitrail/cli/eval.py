@@ -94,6 +94,11 @@ def measure(flags: EvalFlags, folder: Path) -> dict[str, Any]:
     from vitrail.train.evaluate import evaluate, label_map
 
     model = load(folder).to(choose_device(flags.device))
+    if model.task != "classify":
+        raise InputError(
+            f"{flags.run} does the task {model.task!r}, but vitrail eval measures classifiers; vitrail "
+            "predict shows what it sees"
+        )
     label_map(
         open_source(flags.data).classes(), model.classes
     )  # shows both lists where they differ

@@ -25,6 +25,9 @@ class ModelsFlags:
     """With --markdown: write nothing, fail when the file is not what would be written."""
 
 
+DENSE_CLASSES = 150  # those of ADE20K, for the counts of models with a dense head
+
+
 def run(argv: list[str]) -> int:
     patterns = [a for a in argv[:1] if not a.startswith("-")]
     flags = parse_flags(ModelsFlags, argv[len(patterns) :], prog="vitrail models [PATTERN]")
@@ -55,23 +58,25 @@ def count(name: str) -> list[int]:
     import torch
 
     from vitrail.bench.macs import count_macs, count_params
-    from vitrail.models import create_model
-    from vitrail.registry import backbone_entry
+    from vitrail.models import create_model, parse_name
 
     size = paper_size(name)
+    head, entry = parse_name(name)
+    fields: dict[str, Any] = {} if head is None else {"num_classes": DENSE_CLASSES}
     # Position tables grow with the size that a model is built for.
-    fields: dict[str, Any] = (
-        {"image_size": size} if hasattr(backbone_entry(name).config, "image_size") else {}
-    )
+    if hasattr(entry.config, "image_size"):
+        fields["image_size"] = size
     with torch.device("meta"):
         model = create_model(name, **fields)
     return [count_params(model), count_macs(model, size, size)]
 
 
 def paper_size(name: str) -> int:
-    from vitrail.registry import backbone_entry
+    from vitrail.models import parse_name
 
-    entry = backbone_entry(name)
+    head, entry = parse_name(name)
+    if head is not None:
+        return head.size[0]
     return entry.published.image_size if entry.published else entry.preprocessing.size[0]
 
 
@@ -81,10 +86,11 @@ def differences(name: str, counts: list[int]) -> list[tuple[str, str]]:
 
     A printed figure stands for all that it could be rounded from: 50 for 49.5 to 50.5, 2.3 for 2.25 to 2.35.
     """
-    from vitrail.registry import backbone_entry
+    from vitrail.models import parse_name
 
-    published = backbone_entry(name).published
-    if published is None:
+    head, entry = parse_name(name)
+    published = entry.published
+    if published is None or head is not None:  # the figures are of classifiers
         return []
     params, macs = counts[0] / 1e6, counts[1] / 1e9
     found = []
@@ -113,18 +119,17 @@ def row(name: str, counts: list[int]) -> dict[str, Any]:
     """What is known of one model."""
     import torch
 
-    from vitrail.models import create_backbone
-    from vitrail.registry import backbone_entry
+    from vitrail.models import create_backbone, parse_name
     from vitrail.weights.catalogue import downloads, weight_sources
 
-    entry = backbone_entry(name)
+    head, entry = parse_name(name)
     with torch.device("meta"):
-        specs = create_backbone(name).feature_specs
-    published = entry.published
+        specs = create_backbone(entry.name).feature_specs
+    published = entry.published if head is None else None
     return {
         "name": name,
         "family": entry.family,
-        "task": "classify",
+        "task": "classify" if head is None else head.task,
         "params_m": round(counts[0] / 1e6, 2),
         "macs_g": round(counts[1] / 1e9, 3),
         "image_size": paper_size(name),
@@ -160,7 +165,12 @@ def print_table(rows: list[dict[str, Any]]) -> None:
         table.add_row(r["name"], *numbers, _strides(r), top1)
     console = Console() if sys.stdout.isatty() else Console(width=160)
     console.print(table)
-    print(f"{len(rows)} models; every one classifies; vitrail train --model NAME trains it")
+    if any(r["task"] != "classify" for r in rows):
+        print(
+            f"{len(rows)} models; counts are for {DENSE_CLASSES} classes; not trained by vitrail yet"
+        )
+    else:
+        print(f"{len(rows)} models; every one classifies; vitrail train --model NAME trains it")
     if len(rows) > FEW:
         print("released weights: vitrail models NAME")
         return

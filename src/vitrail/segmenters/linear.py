@@ -10,12 +10,14 @@ read, so that a pyramid can be measured too. With a ViT's one map both are the s
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitrail.features import FeatureSpec
+from vitrail.segmenters.segmenter import Segmenter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,3 +46,10 @@ class LinearHead(nn.Module):
         size = first.shape[-2:]
         rest = [F.interpolate(x, size, mode="bilinear", align_corners=False) for x in rest]
         return self.fc(self.dropout(self.norm(torch.cat([first, *rest], 1))))
+
+
+def build(backbone: Any, config: LinearConfig, num_classes: int) -> Segmenter:
+    """The linear segmenter of a backbone."""
+    return Segmenter(
+        backbone, LinearHead(config, backbone.feature_specs, num_classes), strides=None
+    )

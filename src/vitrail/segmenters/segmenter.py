@@ -1,6 +1,6 @@
 """Backbone + dense head = segmenter: a class for every pixel."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -18,7 +18,8 @@ IGNORE = 255  # a pixel without a class, in targets: it teaches nothing and coun
 class Segmenter(nn.Module):
     """images (B, 3, H, W) -> logits (B, num_classes, H, W). Labels are indices into `classes`.
 
-    head: from maps at `strides` to logits (B, num_classes, h, w) at `head.stride`.
+    head: from maps at `strides` (None: all that the backbone has) to logits (B, num_classes, h, w) at
+        `head.stride`.
     auxiliary: such a head beside it, which helps in training only (weight `auxiliary_weight` in the loss).
     class_weights: how much a pixel of each class counts in the loss; None: all alike.
     """
@@ -37,22 +38,27 @@ class Segmenter(nn.Module):
         backbone: Any,
         head: nn.Module,
         *,
-        strides: Sequence[int] = (4, 8, 16, 32),
+        strides: Sequence[int] | None = (4, 8, 16, 32),
         auxiliary: nn.Module | None = None,
         auxiliary_weight: float = 0.4,
         class_weights: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
         self.backbone = backbone
-        self.levels = adapt_levels(backbone.feature_specs, strides)
+        self.levels = None if strides is None else adapt_levels(backbone.feature_specs, strides)
         self.head = head
         self.auxiliary = auxiliary
         self.auxiliary_weight = auxiliary_weight
         self.class_weights = None if class_weights is None else tuple(class_weights)
 
     def forward(self, images: Tensor, record: dict[str, Tensor] | None = None) -> Tensor:
-        maps = self.levels(self.backbone(images, record=record))
+        maps = self.maps(images, record)
         return to_image(self.head(maps), self.head.stride, images)
+
+    def maps(self, images: Tensor, record: dict[str, Tensor] | None = None) -> Mapping[str, Tensor]:
+        """What the heads read, finest first."""
+        features = self.backbone(images, record=record)
+        return features.maps if self.levels is None else self.levels(features)
 
     def forward_tensors(self, images: Tensor) -> dict[str, Tensor]:
         """{"logits": (B, num_classes, H, W)}: what is exported as it is."""
@@ -64,7 +70,7 @@ class Segmenter(nn.Module):
         targets: (B, H, W) integers, 0..K-1 or IGNORE. Returns: "segment" and, where there is an auxiliary
             head, "auxiliary", which is weighted already: the loss is their sum.
         """
-        maps = self.levels(self.backbone(images))
+        maps = self.maps(images)
         out = {"segment": self._loss(self.head, maps, images, targets)}
         if self.auxiliary is not None:
             loss = self._loss(self.auxiliary, maps, images, targets)
@@ -78,7 +84,9 @@ class Segmenter(nn.Module):
             return labelled.sum().float()
         return self._class_weights(targets)[targets[labelled].long()].sum()
 
-    def _loss(self, head: Any, maps: dict[str, Tensor], images: Tensor, targets: Tensor) -> Tensor:
+    def _loss(
+        self, head: Any, maps: Mapping[str, Tensor], images: Tensor, targets: Tensor
+    ) -> Tensor:
         logits = to_image(head(maps), head.stride, images)
         weight = None if self.class_weights is None else self._class_weights(logits)
         return F.cross_entropy(
@@ -104,7 +112,7 @@ def to_image(logits: Tensor, stride: float, images: Tensor) -> Tensor:
 
 
 def check_classes(num_classes: int) -> None:
-    """Raise InputError unless as many classes fit into an 8-bit mask beside IGNORE."""
+    """Raise InputError unless so many classes fit into an 8-bit mask beside IGNORE."""
     if not 1 <= num_classes <= IGNORE:
         raise InputError(
             f"a segmenter has 1 to {IGNORE} classes ({IGNORE} marks pixels without one), but got "

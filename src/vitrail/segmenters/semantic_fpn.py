@@ -11,12 +11,14 @@ Where maps do not halve exactly (sizes that 32 does not divide) the steps end at
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitrail.features import FeatureSpec
+from vitrail.features import FeatureSpec, adapt_levels
 from vitrail.necks.fpn import FPN
+from vitrail.segmenters.segmenter import Segmenter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,3 +70,9 @@ class _Step(nn.Sequential):
         self.norm = nn.GroupNorm(groups, dim)
         self.act = nn.ReLU(inplace=True)
         nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
+
+
+def build(backbone: Any, config: SemanticFPNConfig, num_classes: int) -> Segmenter:
+    """Semantic FPN on a backbone."""
+    specs = adapt_levels(backbone.feature_specs).feature_specs
+    return Segmenter(backbone, SemanticFPNHead(config, specs, num_classes))

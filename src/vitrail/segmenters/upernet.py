@@ -12,14 +12,16 @@ library made it common: every convolution is followed by BatchNorm and ReLU, and
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitrail.features import FeatureSpec
+from vitrail.features import FeatureSpec, adapt_levels
 from vitrail.layers.conv import ConvNormAct
 from vitrail.registry import Tensors, rename_keys
+from vitrail.segmenters.segmenter import Segmenter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +90,18 @@ class FCNHead(nn.Module):
         return self.fc(self.dropout(self.conv(maps[self.level])))
 
 
+def build(backbone: Any, config: UPerNetConfig, num_classes: int) -> Segmenter:
+    """UPerNet on a backbone."""
+    specs = adapt_levels(backbone.feature_specs).feature_specs
+    auxiliary = FCNHead(config, specs, num_classes) if config.auxiliary_weight else None
+    return Segmenter(
+        backbone,
+        UPerNetHead(config, specs, num_classes),
+        auxiliary=auxiliary,
+        auxiliary_weight=config.auxiliary_weight,
+    )
+
+
 def _resize(x: Tensor, like: Tensor) -> Tensor:
     return F.interpolate(x, like.shape[-2:], mode="bilinear", align_corners=False)
 
@@ -115,8 +129,9 @@ def from_mmsegmentation(state: Tensors) -> Tensors:
     )
 
 
-def from_hugging_face(state: Tensors) -> Tensors:
-    """UperNetForSemanticSegmentation's heads: mmsegmentation's but for the names of norm and classifier."""
+def from_foreign(state: Tensors) -> Tensors:
+    """The heads of mmsegmentation's files and of UperNetForSemanticSegmentation of transformers, which are
+    the same but for the names of norms and classifiers. Keys that are ours already stay."""
     renamed = rename_keys(
         state,
         [

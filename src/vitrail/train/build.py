@@ -31,7 +31,9 @@ def settled(config: TrainConfig) -> TrainConfig:
         saved = models.read_config(folder)
         default = to_dict(backbone_entry(saved["name"]).config)
         own = {
-            k: v for k, v in saved["config"].items() if k != "image_size" and v != default.get(k)
+            k: v
+            for k, v in saved["parts"]["backbone"].items()
+            if k != "image_size" and v != default.get(k)
         }
         sees = saved["preprocessing"]
         config = replace(
@@ -43,6 +45,11 @@ def settled(config: TrainConfig) -> TrainConfig:
             resize=config.resize or sees["mode"],
         )
     name = config.model or DEFAULT_MODEL
+    if (head := models.parse_name(name)[0]) is not None:
+        raise InputError(
+            f"{name} does the task {head.task!r}, but vitrail train trains classifiers: give a name without "
+            "a slash"
+        )
     return replace(config, model=name, out=config.out or f"runs/{name}")
 
 

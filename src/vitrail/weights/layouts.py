@@ -102,7 +102,7 @@ def load_weights(
     own = model.state_dict()
     # The parts of a classifier are "backbone" and "head"; a backbone has other names at the top.
     whole = all(key.startswith(("backbone.", "head.")) for key in own)
-    said = _compare_classes(model, checkpoint, whole)
+    said = compare_classes(model, checkpoint, whole)
     wanted = own if whole else {f"backbone.{key}": value for key, value in own.items()}
     best = best_fit(checkpoint.state, wanted, entry, config, layout)
     if best is None:
@@ -222,7 +222,7 @@ def lay_beside(
     heads = _sources(v for k, v in converted.items() if k.startswith("head."))
     for key in state:
         if key not in reached:
-            fine = _matches(key, (*layout.may_leave, COUNTERS)) or (not whole and key in heads)
+            fine = matches(key, (*layout.may_leave, COUNTERS)) or (not whole and key in heads)
             (fit.left if fine else fit.extra).append(key)
     return fit
 
@@ -263,7 +263,7 @@ def _find_new(
     for key in wanted:
         if key in converted or key in fit.dropped_head:
             continue
-        allowed = _matches(key, (*layout.may_be_new, COUNTERS))
+        allowed = matches(key, (*layout.may_be_new, COUNTERS))
         # A file without any head (self-supervised weights) leaves the model's as it was initialised.
         if allowed or (key.startswith("head.") and not head_in_file):
             fit.new.append(key)
@@ -299,11 +299,11 @@ def _drop_head(fit: Fit, converted: Mapping[str, Tensor], wanted: Mapping[str, T
     fit.shapes = [line for line in fit.shapes if line.split(":")[0] not in differ]
 
 
-def _matches(key: str, patterns: Iterable[str]) -> bool:
+def matches(key: str, patterns: Iterable[str]) -> bool:
     return any(fnmatch.fnmatchcase(key, pattern) for pattern in patterns)
 
 
-def _compare_classes(model: nn.Module, checkpoint: Checkpoint, whole: bool) -> list[str]:
+def compare_classes(model: nn.Module, checkpoint: Checkpoint, whole: bool) -> list[str]:
     """Compare the class names that the file's config.json gives with the model's, where they are as many.
 
     Other names are an error: the head would answer with the wrong words. A model whose classes are only
