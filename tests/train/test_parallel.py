@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -33,6 +34,7 @@ from vitrail.train.folder import RunFolder
 from vitrail.train.loop import train
 from vitrail.train.optim import create_optimizer
 from vitrail.train.parallel import check_shares, check_world, choose_workers
+from vitrail.train.replay import NAME, replay
 from vitrail.train.state import gather, read_header, restore, states
 from vitrail_runtime.errors import InputError
 
@@ -174,6 +176,22 @@ def test_a_process_that_runs_out_of_memory_alone_tells_it_and_ends(pictures, tmp
     )
     assert "Traceback" not in said
     assert "not enough memory for an update on 12 pictures of 32 x 32 (6 at a time)" in said
+
+
+def test_a_batch_that_gave_no_number_is_told_once_and_kept_with_all_shares(pictures, tmp_path):
+    """As the plan has it: the first process's share, then the second's."""
+    config = config_for(pictures, tmp_path / "run", lr=1e30, warmup_epochs=0.0, clip_grad=None)
+    assert run_many(config, 2) == [2, 2]
+    said = Path(f"{config.out}.stderr").read_text()
+    (step,) = re.findall(r"not finite at step (\d+)", said)  # one process tells
+    epoch, number = divmod(int(step) - 1, 2)
+    plan = BatchPlan(length=24, batch_size=12, size=(32, 32))
+    batch = list(plan.batches(epoch))[number]
+    kept = load_file(tmp_path / "run" / NAME)
+    assert kept["indices"].tolist() == list(batch.indices)
+    assert kept["images"].shape == (12, 3, 32, 32)
+    assert kept["targets"].argmax(1).tolist() == [i // 8 for i in batch.indices]
+    assert replay(config.out)["num_pictures"] == 12
 
 
 def test_a_mistake_that_all_processes_meet_is_told_once(pictures, tmp_path):

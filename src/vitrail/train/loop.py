@@ -210,7 +210,7 @@ def update(run: Run, batch: TrainBatch, interrupt: Interrupt) -> int:
         run.accelerator, own_loss, own_norm, time.monotonic() - run.started, interrupt.asked
     )
     if not math.isfinite(loss + norm):
-        raise keep_batch(run, batch, images, targets)
+        raise told_once(keep_batch(run, batch, images, targets))
     run.optimizer.step()
     run.optimizer.zero_grad()
     if run.ema is not None:
@@ -273,9 +273,9 @@ def score(run: Run) -> None:
                 predictions=True,
             )
         except NotFinite:
-            raise not_finite(run) from None
+            raise told_once(not_finite(run)) from None
         if not math.isfinite(scores["loss"]):
-            raise not_finite(run)
+            raise told_once(not_finite(run))
         names = ["last"]
         run.forget_lost_best()
         if at.best is None or scores["top1"] > at.best:
