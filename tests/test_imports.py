@@ -117,3 +117,13 @@ def test_every_public_name_is_there():
         assert getattr(vitrail, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         vitrail.nonsense  # noqa: B018  (the access is the test)
+
+
+def test_measuring_a_model_imports_nothing_that_one_process_does_not_need():
+    """Each takes seconds of a core, which `vitrail eval` would pay at every start."""
+    code = (
+        "import sys, vitrail.cli.eval, vitrail.train.evaluate, vitrail.train.probe; "
+        "heavy = {'torchmetrics', 'torch.distributed.tensor', 'transformers', 'accelerate'}; "
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,4 +1,4 @@
-"""What a model is worth: thin over maintained libraries."""
+"""What a model is worth."""
 
 from vitrail.metrics.classification import ClassificationMetrics
 

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from vitrail.data.images import ImageData
 from vitrail.data.loader import FEWER, batch_indices, eval_batches
 from vitrail.memory import enough_memory
+from vitrail.metrics import ClassificationMetrics
 from vitrail.train.agreement import share
 from vitrail_runtime.errors import InputError
 from vitrail_runtime.preprocess import Preprocessing
@@ -41,8 +41,6 @@ def evaluate(
         data's order: labels and predicted (N,), probabilities (N, K) float16, keys (N,).
     Raises: NotFinite, on every process, where an answer is NaN or infinite.
     """
-    from vitrail.metrics import ClassificationMetrics  # torchmetrics takes seconds to import
-
     preprocessing = preprocessing or model.preprocessing
     assert preprocessing is not None
     device = torch.device(device or next(model.parameters()).device)
@@ -51,7 +49,7 @@ def evaluate(
     kept: list[tuple[Tensor, ...]] = []
     problem: InputError | None = None
     done = 0
-    sharded = world > 1 and any(isinstance(p, DTensor) for p in model.parameters())
+    sharded = world > 1 and is_sharded(model)
     # Who runs out of memory in the midst of a forward of sharded weights cannot go along with the others.
     sure = (
         nullcontext()
@@ -106,6 +104,15 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in were.items():
             module.training = training
+
+
+def is_sharded(model: Any) -> bool:
+    """Whether several processes hold parts of each weight."""
+    from torch.distributed.tensor import (
+        DTensor,
+    )  # seconds to import, which one process need not wait
+
+    return any(isinstance(p, DTensor) for p in model.parameters())
 
 
 def label_map(data_classes: Sequence[str], model_classes: Sequence[str]) -> list[int]:
