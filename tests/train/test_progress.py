@@ -121,3 +121,8 @@ def test_counts_are_told_in_the_singular_and_the_plural():
     assert [counted(n, "thread") for n in (0, 1, 2)] == ["0 threads", "1 thread", "2 threads"]
     assert counted(2, "process", "processes") == "2 processes"
     assert counted(1, "process", "processes") == "1 process"
+
+
+def test_a_line_comes_once_fifteen_seconds_are_full(clock, capsys):
+    run(clock, [15.0, 14.0, 1.0], total=1000)
+    assert [step for step, _, _ in told(capsys)] == [1, 3]
