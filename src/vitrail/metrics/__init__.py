@@ -1,4 +1,4 @@
-"""What a model is worth."""
+"""What a model is worth: thin over maintained libraries."""
 
 from vitrail.metrics.classification import ClassificationMetrics
 

@@ -1,14 +1,18 @@
-"""Classification scores, all from counts: a table of truth against prediction, and sums over images.
-
-No metrics library: importing torchmetrics costs seconds of CPU, for what a few lines count.
-"""
+"""Classification scores: thin over torchmetrics."""
 
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torchmetrics import MeanMetric, MetricCollection, SumMetric
+from torchmetrics.classification import (
+    MulticlassAccuracy,
+    MulticlassConfusionMatrix,
+    MulticlassF1Score,
+    MulticlassPrecision,
+    MulticlassRecall,
+)
 
 from vitrail_runtime.errors import NotFinite
 
@@ -22,19 +26,28 @@ class ClassificationMetrics:
     """
 
     def __init__(self, num_classes: int, device: torch.device | str = "cpu") -> None:
-        self.confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
-        self.top5 = torch.zeros((), dtype=torch.int64, device=device)
-        self.not_finite = torch.zeros((), dtype=torch.int64, device=device)
-        self.loss = torch.zeros((), dtype=torch.float64, device=device)
+        each: dict[str, Any] = {"num_classes": num_classes, "average": None}
+        self.loss = MeanMetric(nan_strategy="disable").to(device)
+        self.top5 = MeanMetric(nan_strategy="disable").to(device)
+        self.not_finite = SumMetric(nan_strategy="disable").to(device)
+        self.scores = MetricCollection(
+            {
+                "top1": MulticlassAccuracy(num_classes, average="micro"),
+                "precision": MulticlassPrecision(**each),
+                "recall": MulticlassRecall(**each),
+                "f1": MulticlassF1Score(**each),
+                "confusion": MulticlassConfusionMatrix(num_classes),
+            },
+            compute_groups=False,
+        ).to(device)
 
     def update(self, logits: Tensor, labels: Tensor) -> None:
         """logits (B, K) and labels (B,) int64 in 0..K-1."""
         logits = logits.float()
-        cells = labels * logits.shape[1] + logits.argmax(1)
-        self.confusion.view(-1).scatter_add_(0, cells, torch.ones_like(cells))
-        self.top5 += (rank_of(labels, logits) < 5).sum()
-        self.not_finite += (~logits.isfinite()).any(1).sum()
-        self.loss += F.cross_entropy(logits, labels, reduction="none").double().sum()
+        self.not_finite.update((~logits.isfinite()).any(1).sum())
+        self.loss.update(F.cross_entropy(logits, labels, reduction="none"))
+        self.top5.update((rank_of(labels, logits) < 5).float())
+        self.scores.update(logits, labels)
 
     def compute(self) -> dict[str, Any]:
         """Plain numbers and lists: top1, top5, loss, num_images, confusion[truth][predicted], per_class.
@@ -42,49 +55,29 @@ class ClassificationMetrics:
         Raises NotFinite, on every process, where any logit is NaN or infinite: argmax would take the first
         NaN for the best class.
         """
-        confusion: list[list[int]] = over_processes(self.confusion).tolist()
-        sums = (self.top5, self.not_finite, self.loss)
-        top5, bad, loss = (over_processes(value).item() for value in sums)
-        support = [sum(row) for row in confusion]
-        predicted = [sum(column) for column in zip(*confusion, strict=True)]
-        hits = [row[i] for i, row in enumerate(confusion)]
-        images = sum(support)
+        scores = {k: v.tolist() for k, v in self.scores.compute().items()}
+        support = [int(sum(row)) for row in scores["confusion"]]
+        bad = int(self.not_finite.compute())
         if bad:
             raise NotFinite(
-                f"the model's scores are not finite (NaN or infinite) on {int(bad)} of {images} images; "
+                f"the model's scores are not finite (NaN or infinite) on {bad} of {sum(support)} images; "
                 "its weights are damaged or its training diverged: take an earlier model, or train with a "
                 "lower --lr"
             )
+        per_class = [
+            {"precision": p, "recall": r, "f1": f, "support": n}
+            for p, r, f, n in zip(
+                scores["precision"], scores["recall"], scores["f1"], support, strict=True
+            )
+        ]
         return {
-            "top1": share(sum(hits), images),
-            "top5": share(int(top5), images),
-            "loss": loss / max(images, 1),
-            "num_images": images,
-            "per_class": [
-                {
-                    "precision": share(hit, said),
-                    "recall": share(hit, there),
-                    "f1": share(2 * hit, said + there),
-                    "support": there,
-                }
-                for hit, said, there in zip(hits, predicted, support, strict=True)
-            ],
-            "confusion": confusion,
+            "top1": scores["top1"],
+            "top5": self.top5.compute().item(),
+            "loss": self.loss.compute().item(),
+            "num_images": sum(support),
+            "per_class": per_class,
+            "confusion": scores["confusion"],
         }
-
-
-def over_processes(value: Tensor) -> Tensor:
-    """The sum of what all processes have; the value itself where there is one process."""
-    if not dist.is_initialized():
-        return value
-    value = value.clone()
-    dist.all_reduce(value)
-    return value
-
-
-def share(part: int, whole: int) -> float:
-    """Nothing of nothing is 0."""
-    return part / whole if whole else 0.0
 
 
 def rank_of(labels: Tensor, logits: Tensor) -> Tensor:

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from vitrail.data.images import ImageData
 from vitrail.data.loader import FEWER, batch_indices, eval_batches
 from vitrail.memory import enough_memory
-from vitrail.metrics import ClassificationMetrics
 from vitrail.train.agreement import share
 from vitrail_runtime.errors import InputError
 from vitrail_runtime.preprocess import Preprocessing
@@ -41,6 +40,8 @@ def evaluate(
         data's order: labels and predicted (N,), probabilities (N, K) float16, keys (N,).
     Raises: NotFinite, on every process, where an answer is NaN or infinite.
     """
+    from vitrail.metrics import ClassificationMetrics  # torchmetrics takes seconds to import
+
     preprocessing = preprocessing or model.preprocessing
     assert preprocessing is not None
     device = torch.device(device or next(model.parameters()).device)

@@ -13,7 +13,6 @@ from vitrail.data import ImageData
 from vitrail.data.images import hold_out
 from vitrail.data.loader import eval_batches
 from vitrail.features import Features
-from vitrail.metrics import ClassificationMetrics
 from vitrail.train.evaluate import eval_mode
 from vitrail_runtime.errors import InputError
 from vitrail_runtime.preprocess import Preprocessing
@@ -32,6 +31,8 @@ def probe_scores(
 
     kind: "knn" or "linear". digests: of the training images' content (`ImageData.digests`).
     """
+    from vitrail.metrics import ClassificationMetrics  # torchmetrics takes seconds to import
+
     if kind == "knn":
         logits = knn_logits(*train, test[0], len(classes))
     else:
