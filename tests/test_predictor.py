@@ -301,6 +301,14 @@ def test_grey_and_transparent_tensors_are_images_too():
         list(predict(grey.expand(2, -1, -1)))
 
 
+def test_floats_are_rounded_to_the_nearest_of_256_steps():
+    predict = Predictor(classifier(mode="native"))
+    values = torch.rand(3, 6, 7, generator=torch.Generator().manual_seed(0))
+    nearest = np.floor(values.permute(1, 2, 0).numpy().astype(float) * 255 + 0.5).astype(np.uint8)
+    (got,), (want,) = predict(values), predict(nearest)
+    np.testing.assert_array_equal(got.scores, want.scores)
+
+
 def test_a_prediction_names_its_file_also_when_it_came_opened(tmp_path):
     path = tmp_path / "a.png"
     Image.fromarray(next(pictures(1))).save(path)

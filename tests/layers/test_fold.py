@@ -84,6 +84,8 @@ def test_a_norm_beside_one_layer_disappears(layers):
     "layers",
     [
         lambda: [nn.GELU(), nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3, padding=1)],
+        lambda: [nn.GELU(), nn.BatchNorm2d(3), nn.Conv2d(3, 4, 1, padding=(1, 0))],
+        lambda: [nn.GELU(), nn.BatchNorm2d(3), nn.Conv2d(3, 4, 1, padding=(0, 1))],
         lambda: [nn.GELU(), nn.BatchNorm2d(3), nn.Conv2d(3, 4, 2, 2)],  # padded at other sizes
         lambda: [nn.GELU(), nn.BatchNorm2d(3), nn.Sigmoid()],
         lambda: [nn.Conv2d(3, 4, 1), nn.ReLU(inplace=True), nn.BatchNorm2d(4)],

@@ -248,6 +248,9 @@ def test_lines_and_labels_of_boxes_grow_with_the_picture(width, letters, line, w
     assert words[0][3].size == letters
     row = (drawn[200] == colour_of(0)).all(1)
     assert np.flatnonzero(row[:200]).tolist() == list(range(100, 100 + line))
+    field = round(words[0][3].getlength("cat 50%") + letters * 0.6), round(letters * 1.35)
+    beside = drawn[100 - field[1] : 98, 100 + field[0] + 2 :]
+    assert (beside == 128).all()  # the words stay on their field
 
 
 @pytest.mark.parametrize(

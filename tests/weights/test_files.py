@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import random
+import stat
 import struct
 import zipfile
 
@@ -438,6 +439,23 @@ def test_text_is_replaced_whole(tmp_path, monkeypatch):
     assert path.read_text() == "old"
     write_text(path, "naïve ✓")
     assert path.read_text(encoding="utf-8") == "naïve ✓"
+
+
+def test_the_file_is_on_the_disk_before_it_is_renamed_and_its_folder_after(tmp_path, monkeypatch):
+    steps, sync, replace = [], os.fsync, os.replace
+
+    def fsync(descriptor):
+        steps.append("folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "file")
+        sync(descriptor)
+
+    def renamed(source, target):
+        steps.append("rename")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", renamed)
+    write_state(STATE, tmp_path / "w.safetensors")
+    assert steps == ["file", "rename", "folder"]
 
 
 def test_nothing_stays_open_after_writing(tmp_path):

@@ -35,12 +35,13 @@ def online(cache, monkeypatch):
     """A hub that answers: its repository, what was asked of it, and the failure to raise, if any."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     names = ["README.md", "config.json", "model.safetensors", "modeling.py", "pytorch_model.bin"]
-    fake = SimpleNamespace(files=names, fetched=[], failure=None)
+    fake = SimpleNamespace(files=names, fetched=[], asked=[], failure=None)
     (cache / "config.json").write_text("{}")
 
     def model_info(repo, *, revision=None):
         if fake.failure:
             raise fake.failure
+        fake.asked.append((repo, revision))
         siblings = [SimpleNamespace(rfilename=n) for n in fake.files]
         return SimpleNamespace(sha=COMMIT, siblings=siblings)
 
@@ -68,6 +69,12 @@ def test_only_weights_of_the_resolved_commit_are_fetched_never_code(online):
         ("owner/name", "model.safetensors", COMMIT),
         ("owner/name", "config.json", COMMIT),
     ]
+
+
+def test_the_hub_is_asked_for_the_revision_that_is_named(online):
+    for spec in ("hf:owner/name@v1", "hf:owner/name/model.safetensors@refs/pr/3", "hf:owner/name"):
+        hub.fetch(spec)
+    assert online.asked == [("owner/name", r) for r in ("v1", "refs/pr/3", None)]
 
 
 @pytest.mark.parametrize("spec", ["hf:owner/name", "hf:owner/name@v1", "hf://owner/name"])
