@@ -386,14 +386,21 @@ def statement(source: str, first: int, last: int) -> range:
     return found
 
 
+def in_function(source: str, line: int) -> bool:
+    """Whether a line stands in a function's body."""
+    functions = (ast.FunctionDef, ast.AsyncFunctionDef)
+    found = (node for node in ast.walk(ast.parse(source)) if isinstance(node, functions))
+    return any(f.body[0].lineno <= line <= f.end_lineno for f in found)
+
+
 def tests_of(room: str, spec, source: str, reached: dict) -> tuple[list[str], float]:
     """The tests that reach a mutated line, the quick ones first, and how long they take in all."""
     seconds = reached["seconds"]
     lines = reached["lines"].get(str(spec.module_path), {})
     inside = [str(n) for n in statement(source, spec.start_pos[0], spec.end_pos[0])]
     names = {name for line in inside for name in lines.get(line, [])}
-    if not names and any(line in lines for line in inside):
-        names = set(seconds)  # run when the module is imported: tables, fields
+    if not names and not in_function(source, spec.start_pos[0]):
+        names = set(seconds)  # run when the module is imported, before any test: tables, fields
     stem = spec.module_path.stem
     order = sorted(names, key=lambda n: (f"test_{stem}" not in n, seconds.get(n, 0.0)))
     return order, sum(seconds.get(name, 0.0) for name in names)
