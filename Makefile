@@ -15,7 +15,7 @@ setup: $(STAMP)
 
 $(STAMP): $(PINS) pyproject.toml runtime/pyproject.toml | $(UV)
 	test -x $(BIN)/python || $(UV) venv --quiet --python "$$($(PYTHON) -c 'import sys; print(sys.executable)')" $(VENV)
-	$(UV) pip sync --quiet --python $(BIN)/python $(PINS)
+	$(UV) pip sync --quiet --compile-bytecode --python $(BIN)/python $(PINS)
 	$(UV) pip install --quiet --python $(BIN)/python --no-deps -e runtime -e .
 	touch $@
 
