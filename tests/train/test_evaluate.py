@@ -224,7 +224,7 @@ def test_classes_that_the_model_does_not_know_are_shown_with_both_lists():
 @pytest.mark.parametrize("rank", [0, 1, 2])
 def test_with_sharded_weights_every_process_runs_as_many_forwards(folder, monkeypatch, rank):
     """Three processes share 14 images in batches of 2: shares of 5, 5 and 4, so 3, 3 and 2 batches."""
-    monkeypatch.setattr(evaluation, "DTensor", nn.Parameter)
+    monkeypatch.setattr("torch.distributed.tensor.DTensor", nn.Parameter)
     model, data = net(), open_data(folder, "val")
     scores = evaluate(model, data, batch_size=2, rank=rank, world=3)
     assert scores["num_images"] == (5, 5, 4)[rank]
@@ -232,7 +232,7 @@ def test_with_sharded_weights_every_process_runs_as_many_forwards(folder, monkey
     assert counts == [[2, 2, 1], [2, 2, 1], [2, 2, 1]][rank]
     assert {size[1:] for size in model.backbone.sizes} == {(3, 20, 24)}
     model.backbone.sizes.clear()
-    monkeypatch.setattr(evaluation, "DTensor", type(None))
+    monkeypatch.setattr("torch.distributed.tensor.DTensor", type(None))
     evaluate(model, data, batch_size=2, rank=rank, world=3)
     assert len(model.backbone.sizes) == (3, 3, 2)[rank]
 
@@ -240,7 +240,7 @@ def test_with_sharded_weights_every_process_runs_as_many_forwards(folder, monkey
 def test_of_two_processes_with_sharded_weights_the_one_with_fewer_images_goes_along(
     folder, monkeypatch
 ):
-    monkeypatch.setattr(evaluation, "DTensor", nn.Parameter)
+    monkeypatch.setattr("torch.distributed.tensor.DTensor", nn.Parameter)
     model, data = net(), open_data(folder, "val").subset(range(9))  # shares of 5 and 4
     for rank in range(2):
         model.backbone.sizes.clear()
