@@ -36,7 +36,7 @@ def test_failed_allocations_are_told_from_other_errors(error, expected):
         (RuntimeError("worker 1 died\n CUDA out of memory. \nmore"), "CUDA out of memory."),
         (RuntimeError("out of memory" + "!" * 300), "out of memory" + "!" * 187),
         (MemoryError(), "MemoryError"),
-        (MemoryError("no room for (9, 9)"), "no room for (9, 9)"),
+        (MemoryError("no room for (9, 9)\nseen in frame 3"), "no room for (9, 9)"),
     ],
 )
 def test_the_message_has_what_was_asked_for_the_reason_and_what_needs_less(error, reason):
