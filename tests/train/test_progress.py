@@ -97,7 +97,7 @@ def test_the_bar_shows_the_share_that_is_done_by_updates_or_by_time(clock, monke
     for total, minutes in ((8, None), (8, 4), (8, 1), (100, 4)):
         shown = run(clock, [20.0] * 4, total=total, minutes=minutes)
         assert shown.bar is not None
-        seen.append(shown.bar.tasks[0].completed)
+        seen.append(shown.bar.tasks[0].percentage / 100)
     assert seen == [0.5, 0.5, 1.0, pytest.approx(80 / 240)]
 
 

@@ -34,7 +34,7 @@ def test_a_run_writes_its_rows_for_tensorboard(pictures, tmp_path):
 
 def test_what_is_computed_again_is_shown_once(tmp_path):
     first = Scalars(tmp_path, 0)
-    for step in (2, 4, 6):
+    for step in (2, 4, 6, 8):
         first.add("train", step, {"loss": 1.0})
     first.close()
     again = Scalars(tmp_path, 4)
