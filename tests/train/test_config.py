@@ -1,4 +1,5 @@
 import dataclasses
+from dataclasses import FrozenInstanceError
 
 import pytest
 import yaml
@@ -313,3 +314,8 @@ def test_of_nested_settings_only_those_that_differ_are_told():
 def test_a_model_field_that_is_no_yaml_is_an_input_error():
     with pytest.raises(InputError, match=r"dims=.*YAML"):
         field_value("dims=[1")
+
+
+def test_a_configuration_cannot_be_changed_under_a_run():
+    with pytest.raises(FrozenInstanceError):
+        TrainConfig().lr = 1.0  # pyright: ignore[reportAttributeAccessIssue]
