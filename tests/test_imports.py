@@ -21,6 +21,7 @@ LEVELS: list[set[str]] = [
         "configuration",
         "device",
         "memory",
+        "modes",
         "packing",
         "boxes",
         "ops",

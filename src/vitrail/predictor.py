@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from vitrail.device import choose_device
 from vitrail.memory import enough_memory
+from vitrail.modes import eval_mode
 from vitrail_runtime.errors import InputError
 from vitrail_runtime.finish import FINISH
 from vitrail_runtime.pictures import find_pictures
@@ -129,18 +130,13 @@ class Predictor:
         weight = next(self.model.parameters())
         height, width = group[0][1].pixels.shape[1:]
         what = f"a batch of {len(group)} of {height} x {width} pixels on {weight.device}"
-        training = [m for m in self.model.modules() if m.training]
-        self.model.eval()
-        try:
-            with (
-                torch.inference_mode(),
-                enough_memory(what, "give a smaller batch_size (--batch-size)"),
-            ):
-                images = torch.from_numpy(np.stack([prepared.pixels for _, prepared in group]))
-                found = self.model.forward_tensors(images.to(weight.device, weight.dtype))
-        finally:
-            for module in training:
-                module.training = True
+        with (
+            eval_mode(self.model),
+            torch.inference_mode(),
+            enough_memory(what, "give a smaller batch_size (--batch-size)"),
+        ):
+            images = torch.from_numpy(np.stack([prepared.pixels for _, prepared in group]))
+            found = self.model.forward_tensors(images.to(weight.device, weight.dtype))
         outputs = {name: value.float().cpu().numpy() for name, value in found.items()}
         geometries = [prepared.geometry for _, prepared in group]
         predictions = FINISH[self.model.task](outputs, geometries, self.classes, top_k)

@@ -21,7 +21,7 @@ from vitrail.classifiers import Classifier
 from vitrail.data import open_data
 from vitrail.models import ModelInfo, describe
 from vitrail.train import evaluate as evaluation
-from vitrail.train.evaluate import eval_mode, evaluate, label_map
+from vitrail.train.evaluate import evaluate, label_map
 from vitrail_runtime.errors import InputError, NotFinite
 from vitrail_runtime.preprocess import Preprocessing
 
@@ -161,22 +161,6 @@ def test_evaluation_is_in_full_precision_and_leaves_the_model_as_it_was(folder):
         assert torch.equal(value, before[key]), key
     assert all(p.grad is None for p in model.parameters())
     assert "predictions" not in scores
-
-
-def test_every_module_comes_back_in_its_own_mode_after_an_error_too():
-    model = net()
-    model.head.eval()
-    seen = []
-
-    def fail() -> None:
-        with eval_mode(model):
-            seen.extend(m.training for m in model.modules())
-            raise KeyError
-
-    with pytest.raises(KeyError):
-        fail()
-    assert not any(seen)
-    assert [model.training, model.backbone.training, model.head.training] == [True, True, False]
 
 
 def test_two_processes_give_what_one_gives(folder, tmp_path):

@@ -8,8 +8,7 @@ from head to head, and how far they reach.
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from vitrail.features import Features, FeatureSpec
+from vitrail.modes import eval_mode
 from vitrail_runtime.errors import InputError
 
 Grid = tuple[int, int]
@@ -225,18 +225,6 @@ def record_attention(
             "deepvit_s, swin_tiny_patch4_window7 or efficientvit_m0"
         )
     return layers, features
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Inside, every module is in eval mode; afterwards each is in the mode it was in."""
-    training = [m for m in model.modules() if m.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def similarity_between_blocks(layers: Sequence[Tensor]) -> Tensor:

@@ -18,12 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitrail.analysis.attention import eval_mode
 from vitrail.backbones import cmt, mobilevit, mobilevitv2
 from vitrail.backbones.efficientvit import FFN, CascadedGroupAttention, EfficientViT
 from vitrail.backbones.swin import Swin, WindowAttention
 from vitrail.backbones.vit import Attention, SwiGLU, ViT
 from vitrail.layers.mlp import Mlp
+from vitrail.modes import eval_mode
 from vitrail_runtime.errors import InputError
 
 Part = Literal["Q", "K", "V", "FFN"]

@@ -6,7 +6,7 @@ import torch
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
-from vitrail.analysis.attention import eval_mode
+from vitrail.modes import eval_mode
 
 
 def where_it_looks(model: Any, image: Tensor, label: int) -> tuple[str, Tensor]:

@@ -7,6 +7,8 @@ from torch import nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
+from vitrail.modes import eval_mode
+
 
 def count_macs(model: nn.Module, height: int, width: int) -> int:
     """Multiply-adds of one (1, 3, height, width) image: convolutions, linear layers, attention products.
@@ -15,18 +17,12 @@ def count_macs(model: nn.Module, height: int, width: int) -> int:
     products that resample a table of positions count. Nothing is computed: shapes run through the operators
     on `meta`, with the weights of a model on any device, or of none.
     """
-    modes = [(m, m.training) for m in model.modules()]
     tensors = chain(model.named_parameters(), model.named_buffers())
     shapes = {name: tensor.detach().to("meta") for name, tensor in tensors}
     image = torch.empty(1, 3, height, width, device="meta")
     counter = FlopCounterMode(display=False)
-    model.eval()
-    try:
-        with torch.no_grad(), counter:
-            functional_call(model, shapes, (image,))
-    finally:
-        for module, training in modes:
-            module.training = training
+    with eval_mode(model), torch.no_grad(), counter:
+        functional_call(model, shapes, (image,))
     return counter.get_total_flops() // 2  # the counter takes a multiply-add as two
 
 

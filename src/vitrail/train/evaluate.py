@@ -1,16 +1,17 @@
 """A model measured on a data set, through the one preprocessing that Predictor and runtime share."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vitrail.data.images import ImageData
 from vitrail.data.loader import FEWER, batch_indices, eval_batches
 from vitrail.memory import enough_memory
+from vitrail.modes import eval_mode
 from vitrail.train.agreement import share
 from vitrail_runtime.errors import InputError
 from vitrail_runtime.preprocess import Preprocessing
@@ -90,21 +91,6 @@ def evaluate(
     if predictions:
         scores["predictions"] = _in_order(kept, data, world)
     return scores
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Inside, every module is in eval mode; afterwards each is in the mode it was in, whatever happened.
-
-    Module by module: `model.train()` would also wake what was frozen on purpose, such as a BatchNorm.
-    """
-    were = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in were.items():
-            module.training = training
 
 
 def is_sharded(model: Any) -> bool:

@@ -13,7 +13,7 @@ from vitrail.data import ImageData
 from vitrail.data.images import hold_out
 from vitrail.data.loader import eval_batches
 from vitrail.features import Features
-from vitrail.train.evaluate import eval_mode
+from vitrail.modes import eval_mode
 from vitrail_runtime.errors import InputError
 from vitrail_runtime.preprocess import Preprocessing
 
