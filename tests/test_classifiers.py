@@ -1,6 +1,8 @@
 """A backbone with a head: what the head reads, and in which order a pack answers."""
 
+import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from vitrail.backbones.vit import ViT, ViTConfig, ViTHead
@@ -34,3 +36,40 @@ def test_a_pack_answers_in_its_own_order_and_records_pass_through():
     torch.testing.assert_close(got, alone)
     torch.testing.assert_close(recorded[0], alone[2])
     assert "blocks.0.attn.weights" in record
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_the_sum_of_losses_over_their_weight_is_the_mean_cross_entropy(smoothing):
+    torch.manual_seed(0)
+    backbone = ViT(ViTConfig(embed_dim=32, depth=1, num_heads=2, patch_size=4, image_size=8))
+    model = Classifier(backbone, ViTHead(backbone.config, backbone.feature_specs, 3))
+    nn.init.normal_(model.head.fc.weight)
+    images, labels = torch.randn(5, 3, 8, 12), torch.tensor([2, 0, 1, 1, 2])
+    shares = torch.rand(5, 3).softmax(1)
+    for targets in (labels, shares):
+        losses, weight = (
+            model.losses(images, targets, label_smoothing=smoothing),
+            model.weight(targets),
+        )
+        want = F.cross_entropy(model(images), targets, label_smoothing=smoothing)
+        assert losses.keys() == {"classify"}
+        assert weight.dtype == torch.float32
+        torch.testing.assert_close(losses["classify"] / weight, want)
+    one_hot = F.one_hot(labels, 3).float()
+    torch.testing.assert_close(model.losses(images, one_hot), model.losses(images, labels))
+    # Two parts of a batch add up to it, in any split.
+    parts = [model.losses(images[s], labels[s])["classify"] for s in (slice(2), slice(2, 5))]
+    torch.testing.assert_close(parts[0] + parts[1], model.losses(images, labels)["classify"])
+
+
+def test_the_loss_is_taken_in_float32_whatever_the_logits_are():
+    class Half(nn.Module):
+        def forward(self, images, record=None):
+            return torch.tensor([[12.0, 1.5, -3.0], [0.1, 9.0, 2.0]], dtype=torch.bfloat16)
+
+    model, labels = Classifier(Half(), nn.Identity()), torch.tensor([1, 2])
+    logits = Half()(None).float()
+    want = -(logits - logits.exp().sum(1, keepdim=True).log())[[0, 1], labels].sum()
+    got = model.losses(torch.zeros(2, 3, 1, 1), labels)["classify"]
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, want)

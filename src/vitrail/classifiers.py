@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitrail.features import Features, FeatureSpec
@@ -45,6 +46,23 @@ class Classifier(nn.Module):
     def forward_tensors(self, images: Tensor) -> dict[str, Tensor]:
         """{"logits": (B, num_classes)}: what is exported as it is."""
         return {"logits": self(images)}
+
+    def losses(
+        self, images: Tensor, targets: Tensor, *, label_smoothing: float = 0.0
+    ) -> dict[str, Tensor]:
+        """{"classify": cross-entropy in float32, summed over the images}; divide by `weight(targets)`.
+
+        targets: (B,) labels, or (B, K) shares of the classes.
+        """
+        return {
+            "classify": F.cross_entropy(
+                self(images).float(), targets, label_smoothing=label_smoothing, reduction="sum"
+            )
+        }
+
+    def weight(self, targets: Tensor) -> Tensor:
+        """What the sums of `losses` are divided by: the number of images."""
+        return torch.tensor(float(len(targets)), device=targets.device)
 
     def forward_packed(self, packed: Any) -> Tensor:
         """PackedImages of N images -> logits (N, num_classes), in the order of `packed`.

@@ -5,9 +5,8 @@ from torch import nn
 from vitrail.registry import unknown
 from vitrail_runtime.errors import InputError
 
-FROZEN: dict[
-    str, tuple[str, ...]
-] = {  # what is trained -> the top-level parts that stay as they are
+# What is trained -> the top-level parts that stay as they are.
+FROZEN: dict[str, tuple[str, ...]] = {
     "full": (),
     "head": ("backbone",),
 }
