@@ -32,7 +32,7 @@ LEVELS: list[set[str]] = [
     {"necks"},
     {"classifiers", "detectors", "segmenters"},
     {"models"},
-    {"predictor", "adapt"},
+    {"predictor", "adapt", "tasks"},
     {"train", "deploy", "analysis", "bench"},
     {"recipes"},
     {"cli"},
@@ -105,7 +105,8 @@ def test_only_train_imports_accelerate():
 
 
 @pytest.mark.parametrize(
-    "module", ["vitrail", "vitrail_runtime", "vitrail.cli", "vitrail.train.config"]
+    "module",
+    ["vitrail", "vitrail_runtime", "vitrail.cli", "vitrail.train.config", "vitrail.tasks.section"],
 )
 def test_importing_the_public_face_does_not_import_torch(module):
     code = f"import {module}, sys; assert 'torch' not in sys.modules, 'torch was imported'"

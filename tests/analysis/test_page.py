@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from vitrail.analysis import page
+from vitrail.tasks.section import Bullets, Images, Plot, Rows, Section, Text, Tiles
 
 
 def test_a_page_is_one_file_whose_text_is_no_markup(tmp_path):
@@ -32,6 +33,34 @@ def test_a_page_is_one_file_whose_text_is_no_markup(tmp_path):
         '<section><h2>&lt;i&gt;</h2><p class="note">x &lt; y</p><pre>k: &lt;v&gt;</pre></section>'
         "<section><h2>List</h2><ul><li>p &amp; q</li><li>runs/<wbr>one_<wbr>two</li></ul></section>"
     )
+
+
+def test_every_block_is_rendered_by_its_kind_and_a_section_without_title_has_no_card(tmp_path):
+    image = Image.new("RGB", (2, 2))
+    blocks = (
+        Text("x < y"),
+        Bullets(["p & q", "r"]),
+        Rows(("a", "b"), [("x", 1000)]),
+        Images([(image, "one\ntwo")]),
+        Plot(lambda ax: ax.set_title("drawn"), 3.0, 2.0),
+    )
+    before, out = page.plt.get_fignums(), page.Page("title")
+    out.add(Section("", (Tiles([("5", "five")]),)))
+    out.add(Section("<i>", blocks))
+    bare, card = out.parts
+    assert bare == '<div class="tiles"><div class="tile"><b>5</b><span>five</span></div></div>'
+    parts = [
+        '<p class="note">x &lt; y</p>',
+        "<ul><li>p &amp; q</li><li>r</li></ul>",
+        page.table(("a", "b"), [("x", 1000)]),
+        page.gallery([(image, "one\ntwo")]),
+    ]
+    begin = "<section><h2>&lt;i&gt;</h2>" + "".join(parts) + '<div class="plots"><svg'
+    assert card.startswith(begin)
+    assert card.endswith("</svg>\n</div></section>")
+    assert ">drawn</text>" in card
+    assert 'width="216pt" height="144pt"' in card
+    assert page.plt.get_fignums() == before
 
 
 def test_numbers_in_a_table_stand_right_with_separators_or_three_decimals():

@@ -16,29 +16,33 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 import vitrail
 from tests.train.conftest import CLASSES, VIT, make_pictures, tiny_config
 from vitrail.analysis import page
-from vitrail.analysis.report import (
+from vitrail.analysis.report import curves, explain, training_advice
+from vitrail.analysis.saliency import attention_rollout, smooth_gradient
+from vitrail.cli import main
+from vitrail.cli.train import report_run
+from vitrail.data import open_data
+from vitrail.tasks.classify_report import (
     Scored,
     advice,
     calibration_bins,
     class_table,
     confusion_section,
-    confusions,
-    curves,
     expected_calibration_error,
     interval,
     looks,
     worst_mistakes,
 )
-from vitrail.analysis.saliency import attention_rollout, smooth_gradient
-from vitrail.cli import main
-from vitrail.cli.train import report_run
-from vitrail.data import open_data
+from vitrail.tasks.section import Found, Section, confusions, isolated, shortened
 from vitrail.train.loop import train
 from vitrail_runtime.errors import InputError
 
 
 def answers(probabilities: np.ndarray, labels: np.ndarray) -> Scored:
     return Scored(probabilities, labels, probabilities.argmax(1), CLASSES)
+
+
+def rendered(section: Section) -> str:
+    return "".join(map(page.render, section.blocks))
 
 
 def scored(seed: int = 0, n: int = 200) -> Scored:
@@ -74,14 +78,14 @@ def test_calibration_error_is_zero_when_confidence_equals_accuracy():
 def test_confidence_is_judged_by_what_so_many_pictures_can_tell(confidence, count, word):
     rest = (1 - confidence) / 2
     probabilities = np.array([[confidence, rest, rest]] * count)
-    said = " ".join(advice(answers(probabilities, np.arange(count) % 2), []))  # half are right
+    said = " ".join(advice(answers(probabilities, np.arange(count) % 2)))  # half are right
     assert word in said
     assert bool(word) == ("mean confidence" in said)
 
 
 def test_the_advice_names_the_confusion_and_what_was_not_measured():
     probabilities = np.array([[0.02, 0.98, 0.0]] * 5 + [[0.9, 0.1, 0.0]] * 5)
-    said = " ".join(advice(answers(probabilities, np.zeros(10, int)), []))
+    said = " ".join(advice(answers(probabilities, np.zeros(10, int))))
     assert "'left' taken for 'right', 5 of 10" in said
     assert "no picture of 'right', 'top'" in said
     assert "over 90 % confidence" in said
@@ -136,12 +140,12 @@ def cells(table: str) -> list[list[str]]:
 
 
 def test_with_many_classes_the_worst_cells_stand_for_the_matrix():
-    title, drawn = confusion_section(many(30))
-    assert title == "Confusion matrix"
-    assert "<svg" in drawn
-    title, drawn = confusion_section(many(31))
-    assert title == "Most frequent confusions"
-    assert cells(drawn) == [
+    section = confusion_section(many(30))
+    assert section.title == "Confusion matrix"
+    assert "<svg" in rendered(section)
+    section = confusion_section(many(31))
+    assert section.title == "Most frequent confusions"
+    assert cells(rendered(section)) == [
         ["true", "predicted", "pictures"],
         ["class 30", "class 0", "3"],
         ["class 29", "class 30", "2"],
@@ -151,7 +155,7 @@ def test_with_many_classes_the_worst_cells_stand_for_the_matrix():
 
 def test_the_fifteen_worst_cells_and_the_twelve_worst_mistakes_are_enough():
     s = many(60)
-    rows = cells(confusion_section(s)[1])[1:]
+    rows = cells(rendered(confusion_section(s)))[1:]
     assert [row[2] for row in rows] == [str(32 - i) for i in range(15)]
     data = SimpleNamespace(
         keys=["a.png"] * len(s.labels), read=lambda i: np.zeros((2, 3, 3), np.uint8)
@@ -173,7 +177,7 @@ def test_five_classes_without_images_are_named_and_the_others_counted(absent, sa
     predicted = np.where(labels < 6 - absent, labels, 6)
     names = tuple(f"c{i}" for i in range(7))
     truth = np.where(labels < 6 - absent, labels, 6)
-    told = advice(Scored(np.eye(7)[predicted], truth, predicted, names), [])
+    told = advice(Scored(np.eye(7)[predicted], truth, predicted, names))
     assert told[1:] == ([f"Not measured: no picture of {said} split."] if said else [])
 
 
@@ -182,7 +186,7 @@ def test_the_matrix_has_the_truth_in_rows_and_shades_shares_of_them(monkeypatch)
     monkeypatch.setattr(page, "svg", lambda fig: figures.append(fig) or "<svg>")
     predicted = np.array([0, 1, 1, 1, 2])
     s = Scored(np.eye(3)[predicted], np.array([0, 0, 0, 0, 2]), predicted, CLASSES)
-    confusion_section(s)
+    rendered(confusion_section(s))
     (axes,) = figures[0].axes
     np.testing.assert_allclose(axes.images[0].get_array(), [[0.25, 0.75, 0], [0, 0, 0], [0, 0, 1]])
     assert axes.images[0].get_clim() == (0, 1)
@@ -205,7 +209,7 @@ def test_the_table_of_classes_has_scikit_learns_figures_weakest_first_and_unmeas
     predicted[labels == 2] = 0
     names = ("a", "b", "c", "never seen", "e")
     s = Scored(np.eye(5)[predicted], labels, predicted, names)
-    header, *rows = cells(class_table(s))
+    header, *rows = cells(page.render(class_table(s)))
     assert header == ["class", "pictures", "precision", "95 %", "recall", "95 %"]
     precision, recall, _, support = precision_recall_fscore_support(
         labels, predicted, labels=range(5), zero_division=0
@@ -257,7 +261,8 @@ def test_half_of_what_is_looked_at_are_mistakes_where_there_are(run, wrong, hits
     predicted[:wrong] = (labels[:wrong] + 1) % 3
     probabilities = np.full((24, 3), 0.1)
     probabilities[np.arange(24), predicted] = 0.8
-    name, shown = looks(model, images, Scored(probabilities, labels, predicted, CLASSES))
+    found = Found(model, images, {}, "train", lambda pixels, label: explain(model, pixels, label))
+    name, shown = looks(found, Scored(probabilities, labels, predicted, CLASSES))
     assert name == "attention rollout"
     captions = [caption for _, caption in shown]
     assert sum(caption.endswith("(0.80), right") for caption in captions) == hits
@@ -265,14 +270,14 @@ def test_half_of_what_is_looked_at_are_mistakes_where_there_are(run, wrong, hits
 
 
 def test_advice_for_a_model_without_mistakes_says_so_and_nothing_of_weak_classes():
-    said = advice(answers(np.eye(3)[[0, 1, 2] * 9], np.array([0, 1, 2] * 9)), [])
+    said = advice(answers(np.eye(3)[[0, 1, 2] * 9], np.array([0, 1, 2] * 9)))
     assert said == ["Every picture was classified correctly."]
 
 
 def test_the_weakest_class_is_the_one_with_the_lowest_recall_among_the_measured():
     labels = np.array([0] * 10 + [2] * 4)
     predicted = np.array([0] * 9 + [1] + [2, 2, 2, 0])
-    said = " ".join(advice(Scored(np.eye(3)[predicted] * 0.8, labels, predicted, CLASSES), []))
+    said = " ".join(advice(Scored(np.eye(3)[predicted] * 0.8, labels, predicted, CLASSES)))
     assert "Weakest class: 'top' with recall 0.75 (95 %: 0.30 to 0.95, 4 pictures)." in said
     assert "Not measured: no picture of 'right' in this split." in said
     assert "over 90 %" not in said
@@ -281,7 +286,7 @@ def test_the_weakest_class_is_the_one_with_the_lowest_recall_among_the_measured(
 @pytest.mark.parametrize(("confidence", "count"), [(0.9, 0), (0.91, 2)])
 def test_mistakes_with_over_90_percent_confidence_are_counted(confidence, count):
     probabilities = np.array([[confidence, 1 - confidence, 0.0]] * 3)
-    said = " ".join(advice(answers(probabilities, np.array([0, 1, 1])), []))
+    said = " ".join(advice(answers(probabilities, np.array([0, 1, 1]))))
     assert (f"over 90 % confidence: {count};" in said) == bool(count)
 
 
@@ -301,7 +306,7 @@ def evaluations(*scores: float, losses: tuple[float, ...] = ()) -> list[dict]:
     ],
 )
 def test_training_longer_is_advised_only_where_the_last_evaluation_is_the_best(scores, rises):
-    said = " ".join(advice(scored(), evaluations(*scores)))
+    said = " ".join(training_advice(evaluations(*scores), "top1"))
     assert ("train longer" in said) == rises
 
 
@@ -316,7 +321,7 @@ def test_training_longer_is_advised_only_where_the_last_evaluation_is_the_best(s
 )
 def test_overfitting_is_told_from_a_tenth_above_the_lowest_loss_on(losses, overfits):
     history = evaluations(*(0.5,) * len(losses), losses=losses)
-    assert ("by heart" in " ".join(advice(scored(), history))) == overfits
+    assert ("by heart" in " ".join(training_advice(history, "top1"))) == overfits
 
 
 def test_the_curves_draw_what_was_logged_and_ring_the_best_evaluation(monkeypatch):
@@ -324,11 +329,11 @@ def test_the_curves_draw_what_was_logged_and_ring_the_best_evaluation(monkeypatc
     monkeypatch.setattr(page, "svg", lambda fig: figures.append(fig) or "")
     history = [{"step": s, "loss": 3 - s / 10, "lr": s / 100} for s in (1, 2, 3)]
     history += evaluations(0.2, 0.7, 0.7, losses=(2.0, 1.5, 1.8))
-    curves(history)
+    curves(history, "top1")
     losses, score, rate = (fig.axes[0].lines for fig in figures)
     drawn = {line.get_label(): line.get_xydata().tolist() for line in losses}
     assert drawn == {
-        "training, with augmentation and smoothing": [[1, 2.9], [2, 2.8], [3, 2.7]],
+        "training, with augmentation": [[1, 2.9], [2, 2.8], [3, 2.7]],
         "validation": [[10, 2.0], [20, 1.5], [30, 1.8]],
     }
     assert score[0].get_xydata().tolist() == [[10, 0.2], [20, 0.7], [30, 0.7]]
@@ -336,13 +341,13 @@ def test_the_curves_draw_what_was_logged_and_ring_the_best_evaluation(monkeypatc
     assert score[1].get_markerfacecolor() == "none"
     assert rate[0].get_xydata().tolist() == [[1, 0.01], [2, 0.02], [3, 0.03]]
     titles = [fig.axes[0].get_title(loc="left") for fig in figures]
-    assert titles == ["loss", "accuracy on the validation split", "learning rate"]
+    assert titles == ["loss", "top1 on the validation split", "learning rate"]
     for part, kept in (
         (history[:3], [0, 2]),
         (history[3:], [0, 1]),
     ):  # a run without evaluations, without a log
         figures.clear()
-        curves(part)
+        curves(part, "top1")
         assert [fig.axes[0].get_title(loc="left") for fig in figures] == [titles[i] for i in kept]
         assert len(figures[0].axes[0].lines) == 1
 
@@ -356,17 +361,17 @@ def test_names_of_files_break_behind_separators_and_captions_have_lines():
 
 
 def test_names_written_from_right_to_left_do_not_turn_round_what_stands_beside_them():
-    assert page.isolated("כלב") == "\u2068כלב\u2069"
-    assert page.isolated("كلب_2") == "\u2068كلب_2\u2069"
-    assert [page.isolated(name) for name in ("dog", "猫", "Größe")] == ["dog", "猫", "Größe"]
+    assert isolated("כלב") == "\u2068כלב\u2069"
+    assert isolated("كلب_2") == "\u2068كلب_2\u2069"
+    assert [isolated(name) for name in ("dog", "猫", "Größe")] == ["dog", "猫", "Größe"]
     labels = np.zeros(4, int)
     s = Scored(np.eye(2)[[1, 1, 0, 0]], labels, np.array([1, 1, 0, 0]), ("כלב", "كلب"))
-    assert "\u2068'כלב'\u2069 taken for \u2068'كلب'\u2069, 2 of 4" in advice(s, [])[0]
+    assert "\u2068'כלב'\u2069 taken for \u2068'كلب'\u2069, 2 of 4" in advice(s)[0]
 
 
 def test_long_names_keep_their_beginning_and_their_end_in_a_drawing():
-    assert page.shortened("a" * 24) == "a" * 24
-    short = page.shortened("breed of a very long hunting dog 217")
+    assert shortened("a" * 24) == "a" * 24
+    short = shortened("breed of a very long hunting dog 217")
     assert short == "breed of a very… dog 217"
     assert len(short) == 24
 
@@ -435,15 +440,15 @@ def test_the_curves_show_both_losses_and_the_advice_that_the_model_learns_by_hea
     history += [
         {"step": 10 * i, "epoch": i, "loss": loss, "top1": 0.5} for i, loss in enumerate(losses, 1)
     ]
-    drawn = curves(history)
-    assert ">training, with augmentation and smoothing<" in drawn
+    drawn = curves(history, "top1")
+    assert ">training, with augmentation<" in drawn
     assert ">validation<" in drawn
-    said = " ".join(advice(scored(), history))
+    said = " ".join(training_advice(history, "top1"))
     assert (
         "lowest at step 30 (1.00) and ended at 1.90: the model learns its training pictures by"
         in said
     )
-    assert "by heart" not in " ".join(advice(scored(), history[:-2]))
+    assert "by heart" not in " ".join(training_advice(history[:-2], "top1"))
 
 
 def test_names_in_other_alphabets_are_drawn_without_a_word_of_missing_letters():

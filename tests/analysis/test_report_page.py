@@ -6,20 +6,14 @@ import re
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from tests.analysis.test_report import answers, cells
+from tests.analysis.test_report import answers, cells, rendered
 from vitrail.analysis import page, report
-from vitrail.analysis.report import (
-    calibration_section,
-    configuration,
-    data_table,
-    interval,
-    looks,
-    machine,
-    read_history,
-    write_report,
-)
+from vitrail.analysis.report import configuration, explain, machine, read_history, write_report
 from vitrail.models import ModelInfo, create_model, describe
+from vitrail.tasks.classify_report import Scored, calibration_section, interval, looks, sections
+from vitrail.tasks.section import Found, data_rows
 from vitrail_runtime.preprocess import Preprocessing
 
 CLASSES = ("left", "right", "top")
@@ -63,7 +57,7 @@ def predictions(data: Images, wrong: tuple[int, ...]) -> dict[str, np.ndarray]:
     return {"probabilities": probabilities, "labels": data.labels, "predicted": predicted}
 
 
-def sections(text: str) -> dict[str, str]:
+def cards(text: str) -> dict[str, str]:
     return dict(re.findall("<section><h2>(.*?)</h2>(.*?)</section>", text, re.DOTALL))
 
 
@@ -85,7 +79,7 @@ def test_the_page_tells_what_the_predictions_are_worth(tmp_path, wrong):
         (f"{ece:.3f}", "calibration error (ECE)"),
         (f"{size / 1e6:.2f} M", "parameters"),
     ]
-    found = sections(text)
+    found = cards(text)
     expected = [
         "What to look at first",
         "Confusion matrix",
@@ -119,7 +113,7 @@ def test_a_runs_curves_and_configuration_stand_on_the_page(tmp_path):
     ]
     data = Images()
     path = write_report(tmp_path / "a.html", classifier(), data, predictions(data, ()), run=run)
-    found = sections(path.read_text(encoding="utf-8"))
+    found = cards(path.read_text(encoding="utf-8"))
     assert list(found)[:2] == ["What to look at first", "Training"]
     assert found["Training"].count("<svg") == 3
     assert "Pictures of val" in found
@@ -142,21 +136,37 @@ def test_the_machine_is_named_by_what_speed_and_rounding_depend_on():
 
 def test_the_table_of_the_data_tells_counts_sizes_and_the_hash():
     data = Images()
-    assert cells(data_table(data))[1:] == [
+    assert cells(page.render(data_rows(data, [("classes", "so many")])))[1:] == [
         ["pictures", "14"],
-        ["classes", "3, 1 to 9 pictures each"],
+        ["classes", "so many"],
         ["width", "1,200 to 2,890 px, median 1625"],
         ["height", "30 to 43 px, median 36"],
         ["left out as broken", "2"],
         ["content hash", "0123456789abcdef"],
     ]
-    data.sizes[:, 0], data.labels = 30, np.array([0, 1, 2] * 4)
-    data.keys = data.keys[:12]
-    told = cells(data_table(data))
-    assert told[2] == ["classes", "3, 4 pictures each"]
-    assert told[4] == ["height", "30 px, median 30"]
-    data.classes = (*CLASSES, "absent")
-    assert cells(data_table(data))[2] == ["classes", "4, 0 to 4 pictures each"]
+    data.sizes[:, 0] = 30
+    told = cells(page.render(data_rows(data, [("a", "b"), ("c", "d")])))
+    assert told[2:4] == [["a", "b"], ["c", "d"]]
+    assert told[5] == ["height", "30 px, median 30"]
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes", "said"),
+    [
+        ([0] * 9 + [2] * 4 + [1], CLASSES, "3, 1 to 9 pictures each"),
+        ([0, 1, 2] * 4, CLASSES, "3, 4 pictures each"),
+        ([0, 1, 2] * 4, (*CLASSES, "absent"), "4, 0 to 4 pictures each"),
+    ],
+)
+def test_the_pictures_of_each_class_are_counted(labels, classes, said):
+    labels = np.array(labels)
+    data, model = Images(), torch.nn.Linear(1, 1)
+    model.classes = classes
+    answers = {"labels": labels, "predicted": labels, "probabilities": np.eye(len(classes))[labels]}
+    shown = Image.new("RGB", (2, 2))
+    last = sections(Found(model, data, answers, "test", lambda pixels, label: ("a way", shown)))[-1]
+    assert last.title == "Pictures of test"
+    assert cells(rendered(last))[2] == ["classes", said]
 
 
 def test_calibration_is_drawn_by_confidence_accuracy_and_count(monkeypatch):
@@ -164,8 +174,9 @@ def test_calibration_is_drawn_by_confidence_accuracy_and_count(monkeypatch):
     monkeypatch.setattr(page, "svg", lambda fig: figures.append(fig) or "")
     first = np.array([0.5, 0.625, 0.625, 0.625, 1.0])
     probabilities = np.stack([first, 1 - first, np.zeros(5)], 1)
-    _, text = calibration_section(answers(probabilities, np.array([0, 0, 0, 1, 1])), 0.1234)
-    assert "Expected calibration error 0.123 (ten bins)" in text
+    text = rendered(calibration_section(answers(probabilities, np.array([0, 0, 0, 1, 1]))))
+    ece = (0.5 + 3 * (2 / 3 - 0.625) + 1.0) / 5
+    assert f"Expected calibration error {ece:.3f} (ten bins)" in text
     (axes,) = figures[0].axes
     ideal, line = axes.lines
     assert ideal.get_xydata().tolist() == [[0, 0], [1, 1]]
@@ -181,7 +192,7 @@ def test_calibration_is_drawn_by_confidence_accuracy_and_count(monkeypatch):
 def test_what_is_looked_at_is_the_image_as_the_model_gets_it_asked_for_what_was_said(monkeypatch):
     data, model = Images(), classifier().train()
     said = predictions(data, (2, 5, 9))
-    scored = report.Scored(said["probabilities"], data.labels, said["predicted"], CLASSES)
+    scored = Scored(said["probabilities"], data.labels, said["predicted"], CLASSES)
     asked, veiled = [], []
 
     def where(given, image, label):
@@ -190,7 +201,8 @@ def test_what_is_looked_at_is_the_image_as_the_model_gets_it_asked_for_what_was_
 
     monkeypatch.setattr(report, "where_it_looks", where)
     monkeypatch.setattr(page, "heat", lambda *given: veiled.append(given) or given)
-    name, shown = looks(model, data, scored)
+    found = Found(model, data, said, "val", lambda pixels, label: explain(model, pixels, label))
+    name, shown = looks(found, scored)
     assert (name, len(shown), len(asked), len(veiled)) == ("a way", 8, 8, 8)
     levels = [int(image[0, 0, 0]) for image, _ in veiled]
     places = [round(level / 15) for level in levels]
@@ -208,5 +220,5 @@ def test_what_is_looked_at_is_the_image_as_the_model_gets_it_asked_for_what_was_
         np.testing.assert_allclose(given.mean((1, 2)), normal, atol=0.01)
         verdict = f"is {CLASSES[data.labels[i]]}" if i in (2, 5, 9) else "right"
         assert shown[n] == (veiled[n], f"{CLASSES[label]} (0.80), {verdict}")
-    assert [c for _, c in looks(model, data, scored)[1]] == [c for _, c in shown], "every time"
-    assert len(looks(model, data, scored, count=4)[1]) == 4
+    assert [c for _, c in looks(found, scored)[1]] == [c for _, c in shown], "every time"
+    assert len(looks(found, scored, count=4)[1]) == 4

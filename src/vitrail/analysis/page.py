@@ -4,7 +4,6 @@ import base64
 import html
 import io
 import re
-import unicodedata
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -15,12 +14,15 @@ import matplotlib
 import numpy as np
 from PIL import Image
 
+from vitrail.tasks.section import ACCENT as ACCENT
+from vitrail.tasks.section import GOOD as GOOD
+from vitrail.tasks.section import INK as INK
+from vitrail.tasks.section import SOFT, Block, Bullets, Images, Plot, Rows, Section, Text, Tiles
+from vitrail.tasks.section import shortened as shortened
 from vitrail.weights import write_text
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
-
-INK, ACCENT, SOFT, GOOD, BAD = "#1d2433", "#2f6fb3", "#dfe6ef", "#2d8a57", "#b8433f"
 
 STYLE = """
 :root { color-scheme: light; }
@@ -74,14 +76,21 @@ class Page:
     lead: str = ""
     parts: list[str] = field(default_factory=list)
 
-    def tiles(self, tiles: Iterable[tuple[str, str]]) -> None:
+    def tiles(self, items: Iterable[tuple[str, str]]) -> None:
         """Headline numbers: (value, what it is)."""
-        cells = (f'<div class="tile"><b>{esc(v)}</b><span>{esc(t)}</span></div>' for v, t in tiles)
-        self.parts.append(f'<div class="tiles">{"".join(cells)}</div>')
+        self.parts.append(tiles(items))
 
     def section(self, title: str, *content: str) -> None:
         """A titled card; `content` is HTML made by the functions of this module."""
         self.parts.append(f"<section><h2>{esc(title)}</h2>{''.join(content)}</section>")
+
+    def add(self, section: Section) -> None:
+        """A section of blocks, whatever they say."""
+        content = [render(block) for block in section.blocks]
+        if section.title:
+            self.section(section.title, *content)
+        else:
+            self.parts += content
 
     def write(self, path: Path) -> Path:
         """Whole or not at all. Raises InputError where it cannot be written."""
@@ -107,22 +116,32 @@ def flowing(text: Any) -> str:
     return re.sub(r"([/_-])(?=\w)", r"\1<wbr>", esc(text))
 
 
-def isolated(name: str) -> str:
-    """A name within a sentence: written from right to left, it would turn round the digits beside it."""
-    leftwards = any(unicodedata.bidirectional(letter) in ("R", "AL", "AN") for letter in name)
-    return f"\u2068{name}\u2069" if leftwards else name
-
-
-def shortened(name: str, most: int = 24) -> str:
-    """At most so many letters of a name: its beginning and its end, which tells numbered names apart."""
-    if len(name) <= most:
-        return name
-    end = most // 3
-    return f"{name[: most - end - 1]}…{name[-end:]}"
+def render(block: Block) -> str:
+    """A block as HTML."""
+    match block:
+        case Text(text):
+            return paragraph(text)
+        case Bullets(items):
+            return bullets(items)
+        case Tiles(items):
+            return tiles(items)
+        case Rows(header, rows):
+            return table(header, rows)
+        case Images(pairs):
+            return gallery(pairs)
+        case Plot(draw, width, height):
+            fig, ax = figure(width, height)
+            draw(ax)
+            return plots(svg(fig))
 
 
 def paragraph(text: str, kind: str = "note") -> str:
     return f'<p class="{kind}">{esc(text)}</p>'
+
+
+def tiles(items: Iterable[tuple[str, str]]) -> str:
+    cells = (f'<div class="tile"><b>{esc(v)}</b><span>{esc(t)}</span></div>' for v, t in items)
+    return f'<div class="tiles">{"".join(cells)}</div>'
 
 
 def bullets(items: Iterable[str]) -> str:
