@@ -425,3 +425,35 @@ def test_the_box_of_cutmix_has_the_images_shape_and_is_clipped_at_its_edge():
         assert drawn.share == pytest.approx(1 - (bottom - top) * (right - left) / 2400, abs=1e-12)
         clipped += top == 0 or left == 0 or bottom == 40 or right == 60
     assert 20 < clipped < 190
+
+
+def test_how_long_is_very_long_goes_by_the_pixels_of_a_result_that_is_not_square():
+    a = Augmentation(crop="simple", flip=0.0)
+    image, size = pixels(2, (60, 12)), (10, 16)  # 80 x 16, eight times the result: resized whole
+    whole = oracle.resize(tensor(image), [80, 16], MODES["bicubic"], antialias=True)
+    whole = oracle.pad(whole, [4] * 4, padding_mode="reflect")
+    for key in keys(5):
+        cut = draw(60, 12, size, a, key).cut
+        top, left = (int(u * n) for u, n in zip(cut, (79, 9), strict=True))
+        assert torch.equal(augment(image, size, a, key), whole[:, top : top + 10, left : left + 16])
+    image, size = pixels(2, (20, 112)), (16, 10)  # 16 x 90, more than eight times
+    for key in keys(5):
+        left = int(draw(20, 112, size, a, key).cut[1] * (112 - 13 + 1))
+        part = tensor(image)[:, :, left : left + 13]
+        expected = oracle.resize(part, [*size], MODES["bicubic"], antialias=True)
+        assert torch.equal(augment(image, size, a, key), expected)
+
+
+def test_a_part_at_the_far_edge_of_a_much_reduced_image_is_its_last_pixel():
+    """Of 1000 x 1000 decoded at 4 x 4: a part of one pixel has still one, and lies inside."""
+    image = pixels(3, (4, 4))
+    a = Augmentation(scale=(1e-6, 1e-6), ratio=(1.0, 1.0), flip=0.0)
+    seen = set()
+    for key in keys(300):
+        top, left, height, width = draw(1000, 1000, (1, 1), a, key).crop
+        assert (height, width) == (1, 1)
+        at = min(3, round(top * 4 / 1000)), min(3, round(left * 4 / 1000))
+        found = augment(image, (1, 1), a, key, original=(1000, 1000))
+        assert found.flatten().tolist() == image[at].tolist()
+        seen.add((round(top * 4 / 1000), round(left * 4 / 1000)))
+    assert (4, 4) in seen, "past the last one, if it were not clipped"

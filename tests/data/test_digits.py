@@ -115,3 +115,7 @@ def test_a_drawn_digit_is_its_source_in_dark_ink_on_light_paper():
     heights, widths = zip(*sizes, strict=True)
     assert 56 <= min(heights) < 65 < 120 < max(heights) <= 128
     assert 56 <= min(widths) < 65 < 120 < max(widths) <= 144
+
+
+def test_others_may_read_the_folder(made):
+    assert made.stat().st_mode & 0o777 == 0o755

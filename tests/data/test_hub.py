@@ -166,3 +166,11 @@ def test_of_two_splits_by_one_name_the_first_is_taken(monkeypatch):
 def test_a_name_that_the_hub_could_not_have_is_refused(name):
     with pytest.raises(InputError, match="is no data set of the hub"):
         open_data(name, "train")
+
+
+def test_of_two_columns_of_images_the_first_is_taken(monkeypatch):
+    rows = [row(i, "ab"[i]) | {"mask": row(i + 5, "")["image"]} for i in range(2)]
+    for label in (TEXT, ("ClassLabel", {"names": ["a", "b"]})):
+        loaded(monkeypatch, {"image": IMAGE, "mask": IMAGE, "label": label}, train=rows)
+        data = open_data("hf:some/pets@main", "all")
+        assert [data.read_bytes(i) for i in range(2)] == [encoded(0), encoded(1)]

@@ -264,3 +264,13 @@ def test_a_fingerprint_follows_names_sizes_times_and_labels(kind, class_folders)
     table.write_text(table.read_text().replace(",b", ",c"))
     look()
     assert len(seen) == 5 + (kind == "table")
+
+
+def test_the_line_of_progress_vanishes_when_all_is_read(monkeypatch):
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    assert list(index._with_progress(iter(range(7)), 7, "indexing")) == list(range(7))
+    assert "indexing" in terminal.getvalue()
+    assert terminal.getvalue().endswith("\x1b[2K"), "the line is erased"

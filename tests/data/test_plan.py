@@ -319,3 +319,18 @@ def test_a_batch_of_all_the_data_is_the_largest():
     assert BatchPlan(length=10, batch_size=10, size=(8, 8)).steps(0) == 1
     with pytest.raises(InputError, match=r"a batch of 44 is larger than .* 40 .* at most 10 "):
         BatchPlan(length=40, batch_size=11, size=(8, 8), scales=((4, 4), (8, 8)))
+
+
+def test_one_image_makes_a_plan():
+    plan = BatchPlan(length=1, batch_size=1, size=(8, 8), repeats=1)
+    assert [b.indices for b in plan.batches(3)] == [(0,)]
+
+
+def test_the_pixels_of_a_multi_scale_step_are_those_of_a_batch_that_is_not_square():
+    plan = BatchPlan(length=500, batch_size=32, size=(16, 64), scales=((16, 32), (32, 64)))
+    assert plan.batch_sizes() == {(16, 32): 64, (32, 64): 16}
+
+
+def test_the_settings_of_a_plan_are_given_by_name():
+    with pytest.raises(TypeError, match="positional"):
+        BatchPlan(10, 2, (8, 8))  # pyright: ignore[reportCallIssue]
