@@ -15,7 +15,7 @@ from tests.parity import randomise
 from vitrail import models, weights
 from vitrail.models import build_classifier
 from vitrail.registry import backbone_entry, list_backbones
-from vitrail_runtime.errors import InputError
+from vitrail_runtime.errors import InputError, NewerVersion
 
 NAME = "efficientvit_m0"
 CLASSES = ("ant", "Biene", "câprier", "蝶")
@@ -153,6 +153,16 @@ def test_a_config_that_does_not_belong_is_named(folder, changes, message):
         return
     with pytest.raises(InputError, match=message):
         vitrail.load(folder)
+
+
+def test_a_newer_schema_is_an_error_of_its_own(folder):
+    change_config(folder, schema_version=3)
+    with pytest.raises(NewerVersion):
+        vitrail.load(folder)
+    change_config(folder, schema_version="x")
+    with pytest.raises(InputError) as error:
+        vitrail.load(folder)
+    assert not isinstance(error.value, NewerVersion)
 
 
 def test_weights_other_than_those_described_are_refused(model, folder):

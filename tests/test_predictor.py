@@ -165,6 +165,7 @@ def test_broken_pictures_are_left_out_when_asked(folder):
     predict = Predictor(classifier(size=(8, 8)), skip_broken=True)
     assert len(list(predict(folder))) == 4
     assert [name for name, _ in predict.skipped] == [str(folder / f"{i}.png") for i in (2, 3, 5)]
+    assert predict.skipped[1][1] == "is empty (0 bytes)"
     list(predict(folder / "0.png"))
     assert predict.skipped == []
 
@@ -172,7 +173,7 @@ def test_broken_pictures_are_left_out_when_asked(folder):
 def test_a_broken_array_is_named_by_its_place():
     images = [next(pictures(1)), np.zeros((3, 4))]
     with pytest.raises(
-        InputError, match=r"1 of 2 .*\n  picture 1 \(ndarray\): an array must be a uint8"
+        InputError, match=r"1 of 2 .*\n  picture 1 \(ndarray\) must be a uint8 array"
     ):
         list(Predictor(classifier(size=(8, 8)))(images))
 
@@ -237,7 +238,7 @@ def test_a_picture_of_1_by_5000_is_one_like_any_other():
 
 
 def test_an_array_that_is_no_picture_is_refused_by_its_shape():
-    with pytest.raises(InputError, match=r"must be a uint8 picture.*\(5,\)"):
+    with pytest.raises(InputError, match=r"must be a uint8 array.*\(5,\)"):
         list(Predictor(classifier())([np.zeros(5, np.uint8)]))
 
 
@@ -297,7 +298,7 @@ def test_grey_and_transparent_tensors_are_images_too():
     for tensor in (grey, opaque, grey / 255, (opaque / 255).double().requires_grad_()):
         (got,) = predict(tensor)
         np.testing.assert_array_equal(got.scores, want.scores)
-    with pytest.raises(InputError, match=r"shape \(3, H, W\)"):
+    with pytest.raises(InputError, match=r"\n  picture 0 \(Tensor\) must be of shape \(3, H, W\)"):
         list(predict(grey.expand(2, -1, -1)))
 
 

@@ -26,7 +26,7 @@ from vitrail.registry import (
 )
 from vitrail.segmenters import linear, semantic_fpn, upernet
 from vitrail.segmenters.segmenter import check_classes
-from vitrail_runtime.errors import InputError
+from vitrail_runtime.errors import InputError, NewerVersion
 from vitrail_runtime.preprocess import Preprocessing
 
 SCHEMA_VERSION = 2  # 1 had one "config", the backbone's, where 2 has "parts"
@@ -374,11 +374,10 @@ def _checked(text: str, path: Path) -> dict[str, Any]:
         config["schema_version"] = version = SCHEMA_VERSION
         config.pop("config_sha256", None)
     if version != SCHEMA_VERSION:
-        newer = isinstance(version, int) and version > SCHEMA_VERSION
-        hint = "it was written by a newer vitrail: update yours" if newer else "it is not readable"
-        raise InputError(
-            f"{path} has schema version {version!r}, but this vitrail reads {SCHEMA_VERSION}; {hint}"
-        )
+        said = f"{path} has schema version {version!r}, but this vitrail reads {SCHEMA_VERSION}"
+        if isinstance(version, int) and version > SCHEMA_VERSION:
+            raise NewerVersion(f"{said}; it was written by a newer vitrail: update yours")
+        raise InputError(f"{said}; it is not readable")
     for key, kind in CONFIG_KEYS.items():
         if not isinstance(config.get(key), kind):
             raise InputError(

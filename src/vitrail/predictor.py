@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from vitrail.device import choose_device
 from vitrail.memory import enough_memory
 from vitrail.modes import eval_mode
-from vitrail_runtime.errors import InputError
+from vitrail_runtime.errors import ImageError, InputError
 from vitrail_runtime.finish import FINISH
 from vitrail_runtime.pictures import find_pictures
 from vitrail_runtime.prediction import Prediction
@@ -42,7 +42,7 @@ class Predictor:
     batch_size: pictures per forward. Only pictures of equal preprocessed size share one, so that each
         result is that of the picture alone.
     top_k: how many classes a Prediction of a classifier holds, the best first.
-    skip_broken: leave out pictures that cannot be read; `skipped` then lists them as (name, why).
+    skip_broken: leave out pictures that cannot be read; `skipped` then lists them as (name, problem).
     """
 
     def __init__(
@@ -158,8 +158,8 @@ class _Prepared:
 
 
 def broken_pictures(broken: list[tuple[str, str]], readable: int) -> InputError:
-    """The error that lists pictures which could not be read, (name, why) each."""
-    shown = "\n".join(f"  {why}" for _, why in broken[:20])
+    """The error that lists pictures which could not be read, (name, problem) each."""
+    shown = "\n".join(f"  {name} {problem}" for name, problem in broken[:20])
     more = f"\n  ... and {len(broken) - 20} more" if len(broken) > 20 else ""
     return InputError(
         f"{len(broken)} of {len(broken) + readable} pictures could not be read:\n{shown}{more}\n"
@@ -215,32 +215,33 @@ def _prepare(index: int, item: Picture, p: Preprocessing) -> _Prepared | tuple[s
     name = name or f"picture {index} ({type(item).__name__})"
     try:
         if isinstance(item, Tensor):
-            item = _pixels(item)
+            item = _pixels(item, name)
         original = read_size(item, name=name)
         image = decode(item, at_least=decode_size(p), name=name)
-    except InputError as error:
-        message = str(error)
-        return name, message if name in message else f"{name}: {message}"
+    except ImageError as error:
+        return name, error.problem
     pixels, geometry = prepare(image, p, original=original)
     return _Prepared(pixels, geometry, source)
 
 
-def _pixels(image: Tensor) -> np.ndarray:
+def _pixels(image: Tensor, name: str) -> np.ndarray:
     # (C, H, W) uint8, or floats in [0, 1] -> uint8 (H, W, C)
     if image.ndim != 3 or image.shape[0] not in (1, 3, 4):
-        raise InputError(
-            f"a tensor must be a picture of shape (3, H, W), but is {tuple(image.shape)}; "
-            "arrays of shape (H, W, 3) are given as numpy"
+        raise ImageError(
+            name,
+            f"must be of shape (3, H, W), but is {tuple(image.shape)}; arrays of shape (H, W, 3) are given "
+            "as numpy",
         )
     image = image.detach().cpu()
     if image.is_floating_point():
         low, high = float(image.min()), float(image.max())
         if not (low >= 0 and high <= 1):
-            raise InputError(
-                f"a float tensor must lie in [0, 1], but holds {low:.3g} to {high:.3g}; "
-                "give it before normalisation"
+            raise ImageError(
+                name,
+                f"must lie in [0, 1] as a float tensor, but holds {low:.3g} to {high:.3g}; give it before "
+                "normalisation",
             )
         image = (image.float() * 255).round().to(torch.uint8)
     elif image.dtype != torch.uint8:
-        raise InputError(f"a tensor must be uint8 or float, but is {image.dtype}")
+        raise ImageError(name, f"must be a tensor of uint8 or floats, but is {image.dtype}")
     return image.permute(1, 2, 0).numpy()

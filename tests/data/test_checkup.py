@@ -12,7 +12,6 @@ from PIL import Image
 from tests.data.conftest import picture
 from vitrail.data import checkup, open_data, sheet
 from vitrail.data.checkup import check
-from vitrail_runtime.errors import InputError
 
 
 def write(root, name: str, size: tuple[int, int], number: int) -> None:
@@ -269,11 +268,6 @@ def test_an_image_that_changes_during_the_check_is_told(class_folders, monkeypat
     first, second = check(root).errors["broken pictures"]
     assert first == f"{root / 'a' / '001.jpg'}: changed while it was checked"
     assert second.startswith(f"{root / 'b' / '002.jpg'}: [Errno 2] No such file")
-
-
-def test_a_message_about_bytes_loses_their_name():
-    assert checkup._without_name(InputError("<12 bytes> is empty (0 > 1)")) == "is empty (0 > 1)"
-    assert checkup._without_name(OSError(" the disk > gone ")) == "the disk > gone"
 
 
 @pytest.mark.parametrize("terminal", [False, True])

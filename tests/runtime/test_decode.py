@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import pickle
 import struct
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from vitrail_runtime.decoding import (
     pixel_limit,
     read_size,
 )
-from vitrail_runtime.errors import InputError
+from vitrail_runtime.errors import ImageError, InputError
 
 
 def gradient(height, width):
@@ -247,7 +248,7 @@ def test_arrays_of_grey_and_rgb_are_taken_and_others_are_refused():
         np.zeros((0, 4, 3), np.uint8),
         np.zeros(4, np.uint8),
     ):
-        with pytest.raises(InputError, match="an array must be a uint8 picture"):
+        with pytest.raises(InputError, match=r"^<ndarray> must be a uint8 array"):
             decode(bad)
 
 
@@ -271,6 +272,33 @@ def test_a_file_that_is_not_there_a_folder_and_an_empty_file_say_so(tmp_path):
         decode(b"text", name="shard.tar:a.jpg")
     with pytest.raises(InputError, match="got int"):
         decode(3)
+
+
+def test_what_is_wrong_with_an_image_stands_apart_from_its_name_also_out_of_another_process(
+    tmp_path,
+):
+    (tmp_path / "cut.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(20))
+    for source, name in (
+        (tmp_path / "no: is empty.jpg", str(tmp_path / "no: is empty.jpg")),
+        (tmp_path / "cut.png", str(tmp_path / "cut.png")),
+        (b"text", "<4 bytes>"),
+        (np.zeros(3), "<ndarray>"),
+        (Image.new("CMYK", (20, 30)), "<Image>"),
+    ):
+        for given in (None, "mine is mine"):
+            with pytest.raises(ImageError) as raised:
+                decode(source, name=given, max_pixels=500)
+            error = raised.value
+            assert error.name == (given or name)
+            assert str(error) == f"{error.name} {error.problem}"
+            assert error.problem.split()[0] in ("is", "must", "cannot")
+            again = pickle.loads(pickle.dumps(error))
+            assert (type(again), again.name, again.problem, str(again)) == (
+                ImageError,
+                error.name,
+                error.problem,
+                str(error),
+            )
 
 
 def test_a_text_file_called_jpg_and_an_eps_are_not_pictures(tmp_path):
@@ -535,5 +563,5 @@ def test_grey_and_transparent_arrays_are_pictures_too():
         np.zeros((4, 0), np.uint8),
     ):
         for read in (decode, read_size):
-            with pytest.raises(InputError, match="an array must be a uint8 picture"):
+            with pytest.raises(InputError, match=r"^<ndarray> must be a uint8 array"):
                 read(bad)

@@ -1,7 +1,7 @@
 """What runs a vitrail model without PyTorch: preprocessing, predictions, finishing."""
 
 from vitrail_runtime.decoding import decode, read_size
-from vitrail_runtime.errors import InputError
+from vitrail_runtime.errors import ImageError, InputError, NewerVersion
 from vitrail_runtime.finish import FINISH, finish_classification, finish_segmentation
 from vitrail_runtime.pictures import find_pictures
 from vitrail_runtime.prediction import Prediction
@@ -16,7 +16,9 @@ from vitrail_runtime.preprocess import (
 __all__ = [
     "FINISH",
     "Geometry",
+    "ImageError",
     "InputError",
+    "NewerVersion",
     "Prediction",
     "Preprocessing",
     "decode",

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vitrail_runtime.errors import InputError
+from vitrail_runtime.errors import ImageError, InputError
 
 # What a folder is searched for, and what is tried on a file. No format whose reader starts another
 # program (EPS starts Ghostscript) and no vector format stands here.
@@ -72,11 +72,11 @@ def decode(
     max_pixels: the largest picture that is decoded; None takes the environment variable
         VITRAIL_MAX_PIXELS, else 178,956,970.
     name: what messages call the source; a file's path by itself, and bytes have none.
-    Raises: InputError naming the file for anything that is not a whole, readable picture.
+    Raises: ImageError naming the file for anything that is not a whole, readable picture.
     """
-    if isinstance(source, np.ndarray):
-        return _from_array(source)
     name = name or name_of(source)
+    if isinstance(source, np.ndarray):
+        return _from_array(source, name)
     with _opened(source, name, max_pixels) as image, _reading(name):
         orientation = _orientation(image)
         if at_least is not None and image is not source:
@@ -96,12 +96,12 @@ def read_size(
 ) -> tuple[int, int]:
     """(height, width) of the upright picture, from the header alone: no pixel is decoded.
 
-    Raises: InputError naming the file, as `decode`; a file broken behind its header passes here.
+    Raises: ImageError naming the file, as `decode`; a file broken behind its header passes here.
     """
-    if isinstance(source, np.ndarray):
-        _check_array(source)
-        return source.shape[0], source.shape[1]
     name = name or name_of(source)
+    if isinstance(source, np.ndarray):
+        _check_array(source, name)
+        return source.shape[0], source.shape[1]
     with _opened(source, name, max_pixels) as image, _reading(name):
         width, height = image.size
         return (width, height) if _orientation(image) >= 5 else (height, width)
@@ -131,18 +131,19 @@ def pixel_limit(given: int | None = None) -> int:
         ) from None
 
 
-def _check_array(array: np.ndarray) -> None:
+def _check_array(array: np.ndarray, name: str) -> None:
     shape = array.shape
     fits = array.ndim == 2 or (array.ndim == 3 and shape[2] in (1, 3, 4))
     if array.dtype != np.uint8 or not fits or 0 in shape:
-        raise InputError(
-            "an array must be a uint8 picture of shape (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), "
-            f"but is {array.dtype} {shape}"
+        raise ImageError(
+            name,
+            "must be a uint8 array of shape (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), but is "
+            f"{array.dtype} {shape}",
         )
 
 
-def _from_array(array: np.ndarray) -> np.ndarray:
-    _check_array(array)
+def _from_array(array: np.ndarray, name: str) -> np.ndarray:
+    _check_array(array, name)
     if array.ndim == 3 and array.shape[2] == 4:
         return np.array(_over_white(Image.fromarray(np.ascontiguousarray(array), "RGBA")))
     if array.ndim == 2:
@@ -160,9 +161,9 @@ def _reading(name: str) -> Iterator[None]:
     except (InputError, MemoryError):
         raise
     except Image.DecompressionBombError as error:
-        raise InputError(_too_large(name, str(error))) from None
+        raise _too_large(name, str(error)) from None
     except Exception as error:
-        raise InputError(f"{name} is broken or truncated: {error}") from error
+        raise ImageError(name, f"is broken or truncated: {error}") from error
 
 
 @contextmanager
@@ -176,17 +177,17 @@ def _opened(source: Any, name: str, max_pixels: int | None) -> Iterator[Image.Im
         path = Path(source)
         if not path.exists():
             hint = " (a link to nothing)" if path.is_symlink() else ""
-            raise InputError(f"{name}: no such file{hint}")
+            raise ImageError(name, f"cannot be read: no such file{hint}")
         if path.is_dir():
-            raise InputError(f"{name} is a folder, but a picture is expected")
+            raise ImageError(name, "is a folder, but an image is expected")
         if not path.is_file():
-            raise InputError(f"{name} is not a regular file")
+            raise ImageError(name, "is not a regular file")
         if path.stat().st_size == 0:
-            raise InputError(f"{name} is empty (0 bytes)")
+            raise ImageError(name, "is empty (0 bytes)")
         target: Any = path
     elif isinstance(source, bytes):
         if not source:
-            raise InputError(f"{name} is empty (0 bytes)")
+            raise ImageError(name, "is empty (0 bytes)")
         target = io.BytesIO(source)
     else:
         raise InputError(
@@ -196,18 +197,19 @@ def _opened(source: Any, name: str, max_pixels: int | None) -> Iterator[Image.Im
     try:
         image = _open(target, limit)
     except PermissionError:
-        raise InputError(f"{name} cannot be read: permission denied") from None
+        raise ImageError(name, "cannot be read: permission denied") from None
     except Image.DecompressionBombError as error:
-        raise InputError(_too_large(name, str(error))) from None
+        raise _too_large(name, str(error)) from None
     except Image.UnidentifiedImageError:
-        raise InputError(
-            f"{name} is not a picture in a format that is read here "
-            "(JPEG, PNG, WebP, GIF, BMP, TIFF, PNM, AVIF, JPEG 2000, TGA)"
+        raise ImageError(
+            name,
+            "is not a picture in a format that is read here "
+            "(JPEG, PNG, WebP, GIF, BMP, TIFF, PNM, AVIF, JPEG 2000, TGA)",
         ) from None
     except MemoryError:
         raise
     except Exception as error:
-        raise InputError(f"{name} is broken or truncated: {error}") from error
+        raise ImageError(name, f"is broken or truncated: {error}") from error
     with image:
         _check_pixels(image, name, limit)
         yield image
@@ -238,18 +240,17 @@ def _formats() -> list[str]:
 def _check_pixels(image: Image.Image, name: str, limit: int) -> None:
     width, height = image.size
     if width < 1 or height < 1:
-        raise InputError(f"{name} has no pixels: {height} x {width}")
+        raise ImageError(name, f"has no pixels: {height} x {width}")
     if width * height > limit:
-        raise InputError(
-            _too_large(name, f"{height} x {width} is {width * height / 1e6:.1f} megapixels", limit)
-        )
+        megapixels = f"{height} x {width} is {width * height / 1e6:.1f} megapixels"
+        raise _too_large(name, megapixels, limit)
 
 
-def _too_large(name: str, what: str, limit: int | None = None) -> str:
+def _too_large(name: str, what: str, limit: int | None = None) -> ImageError:
     shown = f", above the limit of {limit / 1e6:.1f}" if limit else ""
-    return (
-        f"{name} is too large to decode: {what}{shown}; if you trust it, set "
-        f"{MAX_PIXELS_VARIABLE} (pixels) higher"
+    return ImageError(
+        name,
+        f"is too large to decode: {what}{shown}; if you trust it, set {MAX_PIXELS_VARIABLE} (pixels) higher",
     )
 
 
@@ -295,18 +296,19 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
         values = np.asarray(image).astype(np.int64)
         low, high = int(values.min()), int(values.max())
         if low < 0 or high > 65535:
-            raise InputError(
-                f"{name} holds integers from {low} to {high}, but at most 16 bits (0 to 65535) are "
-                "read; scale it and save it as 16-bit or 8-bit"
+            raise ImageError(
+                name,
+                f"holds integers from {low} to {high}, but at most 16 bits (0 to 65535) are read; "
+                "scale it and save it as 16-bit or 8-bit",
             )
         return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
     if mode == "F":
         values = np.asarray(image)
         low, high = float(values.min()), float(values.max())
         if not (low >= 0 and high <= 1):  # also not-a-number
-            raise InputError(
-                f"{name} holds floats from {low:g} to {high:g}, but [0, 1] is expected; "
-                "scale it and save it again"
+            raise ImageError(
+                name,
+                f"holds floats from {low:g} to {high:g}, but [0, 1] is expected; scale it and save it again",
             )
         return Image.fromarray(np.rint(values * 255).astype(np.uint8)).convert("RGB")
     if "transparency" in image.info or mode in ("RGBA", "LA", "PA", "La", "RGBa"):
@@ -315,8 +317,8 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     try:
         return image.convert("RGB")
     except ValueError:
-        raise InputError(
-            f"{name} has colours in {mode}, which cannot be converted; save it as RGB"
+        raise ImageError(
+            name, f"has colours in {mode}, which cannot be converted; save it as RGB"
         ) from None
 
 

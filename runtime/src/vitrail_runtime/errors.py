@@ -9,5 +9,20 @@ class InputError(ValueError):
     """
 
 
+class ImageError(InputError):
+    """An image that cannot be used: `name`, as messages call it, and its `problem`, such as "is empty"."""
+
+    def __init__(self, name: str, problem: str) -> None:
+        super().__init__(name, problem)  # both, so that it comes out of another process whole
+        self.name, self.problem = name, problem
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.problem}"
+
+
+class NewerVersion(InputError):
+    """A file that a later version wrote, which this one cannot read."""
+
+
 class NotFinite(InputError):
     """A model's scores are NaN or infinite: its weights are damaged, or its training diverged."""

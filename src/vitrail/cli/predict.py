@@ -89,8 +89,8 @@ def run(argv: list[str]) -> int:
             print_table(seen, sys.stdout)
     if predict.skipped:
         say(f"left out {len(predict.skipped)} of {len(pictures)} pictures:")
-        for _, why in predict.skipped:
-            say(f"  {why}")
+        for name, problem in predict.skipped:
+            say(f"  {name} {problem}")
         if len(predict.skipped) == len(pictures):
             raise InputError("none of the pictures could be read")
     if flags.out is not None:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from vitrail.data.images import hold_out, open_source
 from vitrail.data.index import Index, Place, Source, digest, read_index
-from vitrail_runtime.errors import InputError
+from vitrail_runtime.errors import ImageError, InputError
 from vitrail_runtime.preprocess import decode
 
 IMBALANCE = 10.0  # largest class over smallest from which it is worth a word
@@ -111,19 +111,15 @@ def _look_through(
         try:
             payload = source.read(index.keys[i], place)
             if digest(payload) != index.digests[i]:
-                raise InputError(" changed while it was checked")
+                raise ImageError(where, "changed while it was checked")
             pixels = decode(payload)
         except (InputError, OSError) as error:
             # The index believes a picture whose last bytes look right; decoding knows.
-            errors["broken pictures"].append(f"{where}: {_without_name(error)}")
+            problem = error.problem if isinstance(error, ImageError) else error
+            errors["broken pictures"].append(f"{where}: {problem}")
             continue
         look = Image.fromarray(pixels).resize((LOOK_SIDE, LOOK_SIDE), Image.Resampling.BOX)
         yield _Seen(split, index.names[i], where, index.digests[i], look.tobytes())
-
-
-def _without_name(error: Exception) -> str:
-    text = str(error)
-    return text.partition("> ")[2] if text.startswith("<") else text.strip()
 
 
 def _summary(split: str, index: Index, classes: tuple[str, ...]) -> SplitSummary:

@@ -15,8 +15,8 @@ from typing import Protocol
 import numpy as np
 
 from vitrail.data.cache import cache_folder, make_room, mark_used, write_atomically
-from vitrail_runtime.errors import InputError
-from vitrail_runtime.preprocess import decode, name_of, read_size
+from vitrail_runtime.errors import ImageError
+from vitrail_runtime.preprocess import decode, read_size
 
 VERSION = 2  # of the stored form; a reader of another version makes the index anew
 SUM = 16  # bytes of the digest in front
@@ -136,9 +136,8 @@ def examine(payload: bytes) -> tuple[tuple[int, int], str]:
         size = read_size(payload)
         if not _looks_finished(payload):
             decode(payload)
-    except InputError as error:
-        # The reader knows the bytes only; the caller adds the name.
-        return (0, 0), str(error).removeprefix(name_of(payload)).lstrip()
+    except ImageError as error:
+        return (0, 0), error.problem  # the reader knows the bytes only; the caller adds the name
     return size, ""
 
 
