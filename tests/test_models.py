@@ -97,6 +97,20 @@ def test_the_hash_of_a_config_is_sha256_over_all_else_in_it(folder):
     assert said == hashlib.sha256(text.encode()).hexdigest()
 
 
+def test_a_vit_saved_with_the_fields_that_are_a_studys_now_comes_back(tmp_path):
+    shape = {"depth": 2, "embed_dim": 32, "num_heads": 2, "patch_size": 8, "image_size": 32}
+    made = vitrail.create_model("vit_tiny_patch16", num_classes=3, **shape)
+    randomise(made)
+    path = vitrail.save(made, tmp_path / "vit") / "config.json"
+    config = json.loads(path.read_text())
+    config["parts"]["backbone"] |= {"attn_every": 1, "qk_dim": None, "stem": "patch"}
+    config["config_sha256"] = models.config_hash(config)
+    path.write_text(json.dumps(config))
+    x = torch.randn(1, 3, 20, 30)
+    with torch.no_grad():
+        torch.testing.assert_close(vitrail.load(path.parent)(x), made.eval()(x), rtol=0, atol=0)
+
+
 def test_no_flipped_bit_of_a_model_folder_passes_for_what_was_written(folder):
     """The slow test below flips more of them."""
     flip_bits(folder, 12)

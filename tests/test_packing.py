@@ -10,6 +10,7 @@ from tests.parity import randomise
 from vitrail.backbones.vit import ViT, ViTConfig, ViTHead
 from vitrail.classifiers import Classifier
 from vitrail.packing import pack, patch_grid, plan_packs, unpack
+from vitrail.registry import config_class
 from vitrail_runtime.errors import InputError
 
 PATCH = 4
@@ -23,7 +24,7 @@ def pictures(sizes: list[tuple[int, int]], dtype: torch.dtype = torch.float64) -
 
 def backbone(**fields) -> ViT:
     shape = {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": PATCH, "image_size": 16}
-    model = ViT(ViTConfig(**{**shape, "mlp_ratio": 2.0, **fields}))
+    model = ViT(config_class(ViTConfig, fields)(**{**shape, "mlp_ratio": 2.0, **fields}))
     randomise(model)
     return model.eval()
 
@@ -168,7 +169,7 @@ def test_stochastic_depth_drops_the_branch_of_whole_images():
     block = backbone(depth=2, drop_path_rate=0.5).train().blocks[1]
     runs = [(3, 6), (3, 1)]  # three images of six tokens, three of one
     torch.manual_seed(0)
-    kept = torch.stack([block._drop_images(torch.ones(21, 2), runs)[:, 0] for _ in range(50)])
+    kept = torch.stack([block.drop_images(torch.ones(21, 2), runs)[:, 0] for _ in range(50)])
     assert set(kept.unique().tolist()) == {0.0, 2.0}
     per_image = kept[:, :18].unflatten(1, (3, 6))
     assert torch.equal(per_image, per_image[..., :1].expand_as(per_image))

@@ -3,9 +3,10 @@
 import pytest
 
 import vitrail
-from vitrail.backbones.efficientvit import EfficientViT, EfficientViTConfig
+from vitrail.backbones.efficientvit import EfficientViT, EfficientViTConfig, StudiedViTConfig
 from vitrail.registry import (
     backbone_entry,
+    config_class,
     list_backbones,
     register_backbone,
     rename_keys,
@@ -54,6 +55,26 @@ def test_fields_are_replaced_in_a_copy():
     config = vitrail.create_backbone("efficientvit_m0").config
     assert with_fields("efficientvit_m0", config, {"window_size": 5}).window_size == 5
     assert config.window_size == 7
+
+
+def test_a_study_adds_its_fields_to_the_names_of_a_family_and_of_those_that_inherit_from_it():
+    plain = backbone_entry("deit_tiny_patch16").config
+    narrow = with_fields("deit_tiny_patch16", plain, {"qk_dim": 8, "depth": 2})
+    assert type(narrow) is StudiedViTConfig
+    assert (narrow.qk_dim, narrow.attn_every, narrow.depth, narrow.embed_dim) == (8, 1, 2, 192)
+    deep = backbone_entry("deepvit_s").config
+    both = with_fields("deepvit_s", deep, {"attn_every": 2})
+    assert isinstance(both, StudiedViTConfig)
+    assert isinstance(both, type(deep))
+    assert (both.attn_every, both.mix_from, both.stem) == (2, 11, "conv")
+    assert both == with_fields("deepvit_s", deep, {"attn_every": 2}), "one class for equal fields"
+    assert type(with_fields("deit_tiny_patch16", plain, {"depth": 2})) is type(plain)
+    of_two = with_fields("deit_tiny_patch16", narrow, {"stem": "conv"})
+    assert (of_two.qk_dim, of_two.stem) == (8, "conv")
+    others = backbone_entry("efficientvit_m0").config
+    assert config_class(type(others), {"qk_dim", "stem"}) is type(others)
+    with pytest.raises(InputError, match="did you mean 'attn_every'"):
+        with_fields("deit_tiny_patch16", plain, {"attn_evry": 2})
 
 
 def test_names_are_listed_by_pattern_and_sorted():

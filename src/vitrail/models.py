@@ -20,6 +20,7 @@ from vitrail.registry import (
     BackboneEntry,
     Tensors,
     backbone_entry,
+    config_class,
     list_backbones,
     unknown,
     with_fields,
@@ -303,9 +304,12 @@ def read_parts(config: Mapping[str, Any], *, where: str) -> dict[str, Any]:
             f"{where}: {config['name']} has the parts {', '.join(kinds)}, but {', '.join(config['parts'])} "
             "are given; copy the folder again"
         )
-    return {
-        part: from_dict(kind, config["parts"][part], where=where) for part, kind in kinds.items()
-    }
+    parts = {}
+    for part, kind in kinds.items():
+        given = config["parts"][part]
+        kind = config_class(kind, given if isinstance(given, dict) else ())
+        parts[part] = from_dict(kind, given, where=where)
+    return parts
 
 
 def model_folder(folder: str | Path) -> Path:

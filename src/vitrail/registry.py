@@ -2,6 +2,7 @@
 
 import difflib
 import fnmatch
+import functools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -81,6 +82,7 @@ class BackboneEntry:
 
 _ENTRIES: dict[str, BackboneEntry] = {}
 _TINY: dict[str, BackboneEntry] = {}
+_STUDIES: list[tuple[type[Any], type[Any]]] = []  # (config of a family, the study's)
 
 
 def register_backbone(
@@ -132,6 +134,39 @@ def register_backbone(
     _TINY[family] = entry(f"tiny_{family}", tiny)
 
 
+def register_study(cls: type[Any], config: type[Any], *, tiny: Any) -> None:
+    """Let a registered family be built with fields that another paper adds, in order to study it.
+
+    cls: the family's class; those whose configs inherit from its take the fields too. config: a dataclass
+    that inherits from the family's, with a default for each field of its own. tiny: as in register_backbone.
+    """
+    plain = _TINY[cls.__name__.lower()]
+    _STUDIES.append((type(plain.config), config))
+    family = config.__name__.lower().removesuffix("config")
+    _TINY[family] = replace(plain, name=f"tiny_{family}", family=family, config=tiny)
+
+
+def config_class(kind: type[Any], given: Iterable[str]) -> type[Any]:
+    """The class of a config that has the fields given: `kind`, or one that studies add to it."""
+    for base, study in _STUDIES:
+        added = _names(study) - _names(kind)
+        if issubclass(kind, base) and not added.isdisjoint(given):
+            kind = _extended(kind, study)
+    return kind
+
+
+@functools.cache  # configs of equal fields are equal only where their class is the same
+def _extended(kind: type[Any], study: type[Any]) -> type[Any]:
+    if issubclass(study, kind):
+        return study
+    both = type(f"{study.__name__}{kind.__name__}", (study, kind), {})
+    return dataclass(frozen=True, kw_only=True)(both)
+
+
+def _names(kind: type[Any]) -> set[str]:
+    return {f.name for f in fields(kind)}
+
+
 def list_backbones(pattern: str = "*") -> list[str]:
     """Registered names that match a shell pattern, sorted."""
     return sorted(n for n in _ENTRIES if fnmatch.fnmatchcase(n, pattern))
@@ -151,7 +186,8 @@ def tiny_entries() -> dict[str, BackboneEntry]:
 
 def with_fields(name: str, config: Any, given: Mapping[str, Any]) -> Any:
     """`config` with some fields replaced. Raises InputError for a field that it does not have."""
-    known = [f.name for f in fields(config)]
+    kind = config_class(type(config), given)
+    known = _names(kind)
     for key in given:
         if key == "image_size" and key not in known:
             raise InputError(
@@ -159,8 +195,9 @@ def with_fields(name: str, config: Any, given: Mapping[str, Any]) -> Any:
                 "matter of the preprocessing"
             )
         if key not in known:
-            raise unknown(f"config field of {name}", key, known)
-    return replace(config, **given)
+            studied = [_names(study) for base, study in _STUDIES if isinstance(config, base)]
+            raise unknown(f"config field of {name}", key, known.union(*studied))
+    return kind(**({f.name: getattr(config, f.name) for f in fields(config)} | dict(given)))
 
 
 def unknown(what: str, given: str, known: Iterable[str]) -> InputError:

@@ -11,6 +11,7 @@ from vitrail.analysis import page
 from vitrail.analysis.importance import Importance, Slice
 from vitrail.analysis.importance_page import COLOURS, changes, importance_page, importance_words
 from vitrail.analysis.prune import Slimming
+from vitrail.backbones.efficientvit import StudiedViTConfig
 from vitrail.backbones.vit import ViTConfig
 
 VIT = ViTConfig(embed_dim=32, depth=2, num_heads=2)
@@ -99,7 +100,7 @@ def test_the_page_has_a_row_and_a_curve_for_each_stage_and_part(tmp_path, figure
 
 
 def test_a_slimmer_model_is_described_by_widths_costs_and_config(tmp_path, figures):
-    slim = ViTConfig(embed_dim=32, depth=2, num_heads=2, qk_dim=8)
+    slim = StudiedViTConfig(embed_dim=32, depth=2, num_heads=2, qk_dim=8)
     plan = Slimming(slim, {}, ((0, "QK", 16, 8), (0, "FFN", 128, 128)))
     scores = found({(0, "V"): EVEN})
     out = importance_page(

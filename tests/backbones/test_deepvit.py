@@ -188,6 +188,7 @@ def test_width_is_free_and_mixing_starts_where_the_variant_says():
         ({"embed_dim": 400}, "divisible by num_heads"),
         ({"mix_from": 16}, "the blocks are 0 to 15"),
         ({"branch_scale": 0.0}, "must be above 0"),
+        ({"stem": "conv", "patch_size": 7}, "patch_size 7 is odd"),
     ],
 )
 def test_a_config_that_cannot_be_built_says_why(fields, message):

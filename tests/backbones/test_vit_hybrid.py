@@ -148,7 +148,6 @@ def test_packed_images_are_refused_with_the_reason():
     ("fields", "message"),
     [
         ({"patch_size": 24}, "multiple of the ResNet's stride 16"),
-        ({"stem": "conv"}, "a hybrid's stem is its ResNet"),
         ({"stem_width": 40}, "multiple of 32"),
     ],
 )
@@ -156,6 +155,11 @@ def test_a_config_that_cannot_be_built_is_refused(fields, message):
     config = backbone_entry("vit_base_r50_s16").config
     with pytest.raises(InputError, match=message):
         ViTHybridConfig(**{**vars(config), **fields})
+
+
+def test_a_second_stem_is_refused():
+    with pytest.raises(InputError, match="stem is 'conv', but ViTHybrid has a stem of its own"):
+        create_backbone("vit_tiny_r_s16_p8", stem="conv")
 
 
 def test_weights_of_a_plain_vit_are_told_from_a_hybrids():

@@ -1,5 +1,6 @@
 """The page of `vitrail inspect importance`: which channels matter, in words, a table and pictures."""
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,9 @@ def importance_page(
 
 def changes(before: Any, after: Any) -> list[tuple[str, Any, Any]]:
     """(field, value before, value after) where two configs of one kind differ."""
-    a, b = to_dict(before), to_dict(after)
+    # A slimmer ViT's config has the fields of a study too.
+    same = type(after)(**{f.name: getattr(before, f.name) for f in fields(before)})
+    a, b = to_dict(same), to_dict(after)
     return [(key, a[key], b[key]) for key in a if a[key] != b[key]]
 
 

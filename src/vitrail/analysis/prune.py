@@ -4,7 +4,7 @@ Taylor importance (Molchanov et al., ICLR 2017, https://arxiv.org/abs/1611.06440
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from vitrail.backbones.efficientvit import EfficientViTConfig
 from vitrail.backbones.vit import ViTConfig
 from vitrail.classifiers import Classifier
 from vitrail.models import ModelInfo, build_classifier, describe
-from vitrail.registry import backbone_entry
+from vitrail.registry import backbone_entry, with_fields
 from vitrail_runtime.errors import InputError
 
 SLIMMABLE = (ViTConfig, EfficientViTConfig)
@@ -80,7 +80,7 @@ def slim_config(config: Any, widths: Sequence[tuple[int, str, int, int]]) -> Any
             each = tuple(mine[i] for i in range(len(config.dims)))
             ratios = tuple(w / dim for w, dim in zip(each, config.dims, strict=True))
             fields |= {"key_dim": each} if kind == "QK" else {"ffn_ratio": ratios}
-    return replace(config, **fields)
+    return with_fields("the slimmer model", config, fields)
 
 
 def prune(model: Classifier, plan: Slimming) -> Classifier:

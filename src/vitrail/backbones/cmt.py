@@ -25,23 +25,34 @@ resampled bicubically, first over the grid of queries, then over the grid of key
 
 Switches of the paper's ablation (table 4): `stem` off: patches of 4x4 pixels straight from the image; `lpu`
 off: none; `lmhsa` off: all tokens are keys, without bias, as in ViT; `irffn` off: ViT's MLP of two layers.
+The other way round, a ViT gets the stem by `stem="conv"`.
 """
 
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from vitrail.backbones.vit import PatchEmbed as ViTPatchEmbed
+from vitrail.backbones.vit import ViT, ViTConfig
 from vitrail.features import Features, FeatureSpec, check_images, pad_to_multiple, pyramid_specs
 from vitrail.layers.attention import attend, map_to_tokens, tokens_to_map
 from vitrail.layers.checkpoint import checkpointed
 from vitrail.layers.mlp import Mlp
 from vitrail.layers.position import resample_positions
 from vitrail.layers.residual import DropPath, drop_path_schedule
-from vitrail.registry import Layout, Published, Tensors, register_backbone, rename_keys
+from vitrail.registry import (
+    Layout,
+    Published,
+    Tensors,
+    register_backbone,
+    register_study,
+    rename_keys,
+)
 from vitrail_runtime.errors import InputError
 from vitrail_runtime.preprocess import Preprocessing
 
@@ -353,6 +364,40 @@ def _init(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
+class ConvStemEmbed(nn.Module):
+    """The stem, then patches of half the size; shapes as ViT's PatchEmbed."""
+
+    def __init__(self, patch_size: int, embed_dim: int, stem_dim: int = 32) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.stem = Stem(stem_dim)
+        self.proj = nn.Conv2d(stem_dim, embed_dim, patch_size // 2, patch_size // 2)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.proj(self.stem(pad_to_multiple(images, self.patch_size)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvStemViTConfig(ViTConfig):
+    """A ViT's fields, and the stem that the ablation begins with."""
+
+    stem: Literal["patch", "conv"] = "patch"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.stem == "conv" and self.patch_size % 2:
+            raise InputError(f"stem='conv' halves the image: patch_size {self.patch_size} is odd")
+
+    def alter(self, vit: ViT) -> None:
+        super().alter(vit)
+        if self.stem == "conv" and not isinstance(vit.patch_embed, ViTPatchEmbed):
+            raise InputError(
+                f"stem is 'conv', but {type(vit).__name__} has a stem of its own; leave the field"
+            )
+        if self.stem == "conv":
+            vit.patch_embed = ConvStemEmbed(self.patch_size, self.embed_dim)
+
+
 def from_official(state: Tensors, config: CMTConfig) -> Tensors:
     """The official code names stages a to d, and the tail _fc, _bn and head."""
 
@@ -440,4 +485,18 @@ register_backbone(
         ),
         "cmt_b": Published(params=45.7, macs=9.3, top1=84.5, image_size=256, source=SOURCE),
     },
+)
+register_study(
+    ViT,
+    ConvStemViTConfig,
+    tiny=ConvStemViTConfig(
+        embed_dim=32,
+        depth=1,
+        num_heads=2,
+        patch_size=8,
+        image_size=(24, 40),
+        mlp_ratio=2.0,
+        stem="conv",
+        drop_path_rate=0.1,
+    ),
 )

@@ -49,8 +49,9 @@ from vitrail_runtime.preprocess import Preprocessing
 
 @dataclass(frozen=True, kw_only=True)
 class DeepViTConfig(ViTConfig):
-    """A ViT's fields, of which `stem="conv"` is this paper's, and those of the mixing."""
+    """A ViT's fields, the stem and those of the mixing."""
 
+    stem: Literal["patch", "conv"] = "patch"  # "conv": two convolutions before patching
     attention: Literal["re", "self"] = "re"
     mix_from: int = 0  # the first block that mixes its heads; all after it do
     scale_maps: bool = False  # multiply mixed maps by head width ** -0.5
@@ -58,6 +59,8 @@ class DeepViTConfig(ViTConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.stem == "conv" and self.patch_size % 2:
+            raise InputError(f"stem='conv' halves the image: patch_size {self.patch_size} is odd")
         if self.attention == "re" and not 0 <= self.mix_from < self.depth:
             raise InputError(
                 f"mix_from is {self.mix_from}, but the blocks are 0 to {self.depth - 1}; "
@@ -113,9 +116,8 @@ class ReAttention(Attention):
         num_heads: int,
         qkv_bias: bool,
         scale_maps: bool,
-        qk_dim: int | None = None,
     ) -> None:
-        super().__init__(dim, num_heads, qkv_bias, qk_dim)
+        super().__init__(dim, num_heads, qkv_bias)
         self.reatten_matrix = nn.Conv2d(num_heads, num_heads, 1)
         self.var_norm = nn.BatchNorm2d(num_heads)
         self.map_scale = (dim // num_heads) ** -0.5 if scale_maps else 1.0
@@ -152,22 +154,17 @@ class Scale(nn.Module):
 class DeepViTBlock(Block):
     """A ViT's block; `mixes` says whether its attention is re-attention. (B, N, C) -> same."""
 
-    def __init__(self, config: DeepViTConfig, drop_path: float, attends: bool, mixes: bool) -> None:
+    def __init__(self, config: DeepViTConfig, drop_path: float, mixes: bool) -> None:
         s = config.branch_scale
         # LayerNorm(s x) with eps is LayerNorm(x) with eps / s^2.
-        super().__init__(replace(config, norm_eps=config.norm_eps / s**2), drop_path, attends)
-        if attends and mixes:
+        super().__init__(replace(config, norm_eps=config.norm_eps / s**2), drop_path)
+        if mixes:
             self.attn = ReAttention(
-                config.embed_dim,
-                config.num_heads,
-                config.qkv_bias,
-                config.scale_maps,
-                config.qk_dim,
+                config.embed_dim, config.num_heads, config.qkv_bias, config.scale_maps
             )
         if s != 1.0:
+            self.ls1 = nn.Sequential(self.ls1, Scale(1 / s))
             self.ls2 = nn.Sequential(self.ls2, Scale(1 / s))
-            if attends:
-                self.ls1 = nn.Sequential(self.ls1, Scale(1 / s))
 
 
 class DeepViT(ViT):
@@ -179,12 +176,7 @@ class DeepViT(ViT):
         stem = ConvStem(config.patch_size, config.embed_dim) if config.stem == "conv" else None
         rates = drop_path_schedule(config.drop_path_rate, config.depth)
         blocks = [
-            DeepViTBlock(
-                config,
-                rate,
-                attends=i % config.attn_every == 0,
-                mixes=config.attention == "re" and i >= config.mix_from,
-            )
+            DeepViTBlock(config, rate, config.attention == "re" and i >= config.mix_from)
             for i, rate in enumerate(rates)
         ]
         super().__init__(config, stem, blocks)

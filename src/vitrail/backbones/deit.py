@@ -136,7 +136,6 @@ register_backbone(
         patch_size=8,
         image_size=32,
         mlp_ratio=2.0,
-        attn_every=2,
         drop_path_rate=0.1,
         distillation_token=True,
     ),

@@ -14,23 +14,35 @@ bottom, as the official detection code does. The window of a stage is min(7, its
 detection code keeps 7 everywhere, which is `image_size=448` or more here. The table of attention biases of
 another window is resampled bicubically with antialias, as timm does (the detection code without). The
 distilled variant's second head is not built, and a file that has one is refused.
+
+The paper's study of ViTs (section 2): `attn_every` says how many blocks of a ViT attend, `qk_dim` how wide
+its queries and keys are.
 """
 
 import functools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vitrail.backbones.vit import Block, KeysValues, Run, ViT, ViTConfig
 from vitrail.features import Features, FeatureSpec, check_images, pyramid_specs
 from vitrail.layers.checkpoint import checkpointed
 from vitrail.layers.conv import ConvNormAct, SqueezeExcite, fast_layout
 from vitrail.layers.tables import cached_table
-from vitrail.registry import Layout, Published, Tensors, register_backbone, rename_keys
+from vitrail.registry import (
+    Layout,
+    Published,
+    Tensors,
+    register_backbone,
+    register_study,
+    rename_keys,
+)
 from vitrail_runtime.errors import InputError
 
 
@@ -373,6 +385,68 @@ class NormLinearHead(nn.Module):
         return self.linear(self.bn(last.mean((2, 3))))
 
 
+class MlpBlock(Block):
+    """What is left of a ViT's block when it does not attend: norm, MLP and shortcut. (B, N, C) -> same."""
+
+    def __init__(self, block: Block) -> None:
+        nn.Module.__init__(self)
+        self.register_module("attn", None)
+        self.norm2, self.mlp, self.ls2 = block.norm2, block.mlp, block.ls2
+        self.drop_path = block.drop_path
+
+    def forward(
+        self,
+        x: Tensor,
+        memory: Tensor | None = None,
+        keys_values: list[KeysValues | None] | None = None,
+        record: dict[str, Tensor] | None = None,
+        name: str = "",
+    ) -> Tensor:
+        if memory is not None:
+            raise InputError(f"{name or 'this block'} does not attend: its memory must be None")
+        if keys_values is not None:
+            keys_values.append(None)
+        return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
+
+    def cross(
+        self, tokens: Tensor, kv: KeysValues | None, memory_kv: KeysValues | None = None
+    ) -> Tensor:
+        return self(tokens, memory_kv)
+
+    def forward_packed(self, x: Tensor, runs: Sequence[Run]) -> Tensor:
+        return x + self.drop_images(self.ls2(self.mlp(self.norm2(x))), runs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudiedViTConfig(ViTConfig):
+    """A ViT's fields, and those that section 2 varies."""
+
+    attn_every: int = 1  # blocks 0, k, 2k, ... attend, the others keep only their MLP (section 2.1)
+    # Width of a head's queries and keys (section 2.3); None: as its values'.
+    qk_dim: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.qk_dim is not None and self.qk_dim < 1:
+            raise InputError(
+                f"qk_dim is {self.qk_dim}, but a head's queries need at least 1 channel"
+            )
+        if self.attn_every < 1:
+            raise InputError(
+                f"attn_every is {self.attn_every}, but must be at least 1 (all blocks)"
+            )
+
+    def alter(self, vit: ViT) -> None:
+        super().alter(vit)
+        for i, block in enumerate(cast(Iterable[Block], vit.blocks)):
+            if i % self.attn_every:
+                vit.blocks[i] = MlpBlock(block)
+            elif self.qk_dim is not None:
+                qk, v = self.qk_dim * self.num_heads, self.embed_dim
+                block.attn.widths = (qk, qk, v)
+                block.attn.qkv = nn.Linear(v, 2 * qk + v, bias=self.qkv_bias)
+
+
 def from_timm(state: Tensors, config: EfficientViTConfig) -> Tensors:
     """timm's efficientvit_msra keys: each residual wraps its content as `m`."""
     rules = [
@@ -450,4 +524,19 @@ register_backbone(
             source="github.com/xinyuliu-jeffrey/EfficientViT_Model_Zoo",
         ),
     },
+)
+register_study(
+    ViT,
+    StudiedViTConfig,
+    tiny=StudiedViTConfig(
+        embed_dim=32,
+        depth=2,
+        num_heads=2,
+        patch_size=8,
+        image_size=32,
+        mlp_ratio=2.0,
+        attn_every=2,
+        qk_dim=6,
+        drop_path_rate=0.1,
+    ),
 )

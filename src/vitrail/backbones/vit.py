@@ -54,12 +54,9 @@ class ViTConfig:
     mlp_ratio: float = 4.0  # width of the hidden layer (of each half of it in SwiGLU) / embed_dim
     mlp: Literal["gelu", "swiglu"] = "gelu"
     qkv_bias: bool = True
-    qk_dim: int | None = None  # width of a head's queries and keys; None: as its values'
     norm_eps: float = 1e-6
     layer_scale_init: float | None = None  # None: no LayerScale
     drop_path_rate: float = 0.0  # rate of the last block; earlier blocks grow linearly from zero
-    attn_every: int = 1  # blocks 0, k, 2k, ... attend, the others keep only their MLP
-    stem: Literal["patch", "conv"] = "patch"  # "conv": CMT's three 3x3 convolutions before patching
     class_token: bool = True
     distillation_token: bool = False
     num_reg_tokens: int = 0
@@ -76,10 +73,6 @@ class ViTConfig:
             raise InputError(
                 f"embed_dim {self.embed_dim} must be divisible by num_heads {self.num_heads}"
             )
-        if self.qk_dim is not None and self.qk_dim < 1:
-            raise InputError(
-                f"qk_dim is {self.qk_dim}, but a head's queries need at least 1 channel"
-            )
         if self.pool != "avg" and not self.class_token:
             raise InputError(
                 f"pool={self.pool!r} reads the class token; without one choose pool='avg'"
@@ -89,12 +82,6 @@ class ViTConfig:
             raise InputError(
                 f"image_size {self.image_size} and patch_size {self.patch_size} must be at least 1 pixel"
             )
-        if self.attn_every < 1:
-            raise InputError(
-                f"attn_every is {self.attn_every}, but must be at least 1 (all blocks)"
-            )
-        if self.stem == "conv" and self.patch_size % 2:
-            raise InputError(f"stem='conv' halves the image: patch_size {self.patch_size} is odd")
         wrong = [i for i in self.out_blocks if not 0 <= i < self.depth]
         if wrong or list(self.out_blocks) != sorted(set(self.out_blocks)):
             raise InputError(
@@ -110,6 +97,9 @@ class ViTConfig:
         """(h, w) of the position table, in patches."""
         size = self.image_size
         return patch_grid((size, size) if isinstance(size, int) else size, self.patch_size)
+
+    def alter(self, vit: "ViT") -> None:
+        """What a study changes of a network just built (`register_study`); here nothing."""
 
 
 TINY = ViTConfig(embed_dim=192, depth=12, num_heads=3)  # DeiT, Table 1
@@ -164,42 +154,14 @@ class PatchEmbed(nn.Module):
         return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
 
 
-class ConvStemEmbed(nn.Module):
-    """The stem of CMT's ablation (Guo et al., CVPR 2022, https://arxiv.org/abs/2107.06263): three 3x3
-    convolutions, the first of stride 2, each followed by GELU and then BatchNorm, before patches of half the
-    size. Shapes as PatchEmbed."""
-
-    def __init__(self, patch_size: int, embed_dim: int, stem_dim: int = 32) -> None:
-        super().__init__()
-        self.patch_size = patch_size
-        layers: list[nn.Module] = []
-        for in_chans, stride, padding in ((3, 2, 0), (stem_dim, 1, 1), (stem_dim, 1, 1)):
-            conv = nn.Conv2d(in_chans, stem_dim, 3, stride, padding)
-            layers += [conv, nn.GELU(), nn.BatchNorm2d(stem_dim)]
-        self.stem = nn.Sequential(*layers)
-        self.proj = nn.Conv2d(stem_dim, embed_dim, patch_size // 2, patch_size // 2)
-
-    def forward(self, images: Tensor) -> Tensor:
-        # Of even sizes the first convolution reads one zero at the left and the top, and none at the right
-        # and the bottom; padded so, a traced graph halves its sizes without a remainder.
-        x = F.pad(pad_to_multiple(images, self.patch_size), (1, 0, 1, 0))
-        return self.proj(self.stem(x))
-
-
 class Attention(nn.Module):
-    """Multi-head self-attention (appendix A). (B, N, C) -> (B, N, C).
+    """Multi-head self-attention (appendix A). (B, N, C) -> (B, N, C)."""
 
-    qk_dim: width of a head's queries and keys; None: as its values', C / num_heads.
-    """
-
-    def __init__(
-        self, dim: int, num_heads: int, qkv_bias: bool = True, qk_dim: int | None = None
-    ) -> None:
+    def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True) -> None:
         super().__init__()
         self.num_heads = num_heads
         # Channels of queries, keys and values, in this order: rows of the one projection.
-        qk = dim if qk_dim is None else num_heads * qk_dim
-        self.widths = (qk, qk, dim)
+        self.widths = (dim, dim, dim)
         self.qkv = nn.Linear(dim, sum(self.widths), bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
 
@@ -279,14 +241,12 @@ class SwiGLU(nn.Module):
 class Block(nn.Module):
     """Attention, then MLP; each is pre-normed, scaled and added back (eq. 2 and 3). (B, N, C) -> same."""
 
-    def __init__(self, config: ViTConfig, drop_path: float, attends: bool = True) -> None:
+    def __init__(self, config: ViTConfig, drop_path: float) -> None:
         super().__init__()
         dim, init = config.embed_dim, config.layer_scale_init
-        self.attn: Attention | None = None
-        if attends:
-            self.norm1 = nn.LayerNorm(dim, config.norm_eps)
-            self.attn = Attention(dim, config.num_heads, config.qkv_bias, config.qk_dim)
-            self.ls1 = nn.Identity() if init is None else LayerScale(dim, init)
+        self.norm1 = nn.LayerNorm(dim, config.norm_eps)
+        self.attn = Attention(dim, config.num_heads, config.qkv_bias)
+        self.ls1 = nn.Identity() if init is None else LayerScale(dim, init)
         self.norm2 = nn.LayerNorm(dim, config.norm_eps)
         mlp = SwiGLU if config.mlp == "swiglu" else Mlp
         self.mlp = mlp(dim, round(dim * config.mlp_ratio))
@@ -305,14 +265,9 @@ class Block(nn.Module):
         are not handed on (Sandler et al., CVPR 2022, https://arxiv.org/abs/2203.15243, eq. 2).
         keys_values: a list that the block's own are appended to (None where it does not attend).
         """
-        if self.attn is not None:
-            extra = None if memory is None else self.keys_values(memory)
-            handed = {"keys_values": keys_values, "record": record, "name": f"{name}.attn"}
-            x = x + self.drop_path(self.ls1(self.attn(self.norm1(x), extra, **handed)))
-        elif memory is not None:
-            raise InputError(f"{name or 'this block'} does not attend: its memory must be None")
-        elif keys_values is not None:
-            keys_values.append(None)
+        extra = None if memory is None else self.keys_values(memory)
+        handed = {"keys_values": keys_values, "record": record, "name": f"{name}.attn"}
+        x = x + self.drop_path(self.ls1(self.attn(self.norm1(x), extra, **handed)))
         return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
 
     def cross(
@@ -323,26 +278,21 @@ class Block(nn.Module):
         The tokens attend to themselves, to the base stream's `kv` and to `memory_kv`; the base stream does
         not see them (the masked form of Sandler et al., section 3.3).
         """
-        if self.attn is not None:
-            y = self.attn(self.norm1(tokens), kv, memory_kv)
-            tokens = tokens + self.drop_path(self.ls1(y))
-        elif memory_kv is not None:
-            raise InputError("this block does not attend: its memory_kv must be None")
+        y = self.attn(self.norm1(tokens), kv, memory_kv)
+        tokens = tokens + self.drop_path(self.ls1(y))
         return tokens + self.drop_path(self.ls2(self.mlp(self.norm2(tokens))))
 
     def keys_values(self, memory: Tensor) -> KeysValues:
         """What memory rows (M, C) or (B, M, C) offer: they pass the block's norm like any other token."""
-        assert self.attn is not None, "a block without attention has no keys"
         return self.attn.keys_values(self.norm1(memory))
 
     def forward_packed(self, x: Tensor, runs: Sequence[Run]) -> Tensor:
         """(T, C) tokens of many images, one after another -> same."""
-        if self.attn is not None:
-            y = self.attn.forward_packed(self.norm1(x), runs)
-            x = x + self._drop_images(self.ls1(y), runs)
-        return x + self._drop_images(self.ls2(self.mlp(self.norm2(x))), runs)
+        y = self.attn.forward_packed(self.norm1(x), runs)
+        x = x + self.drop_images(self.ls1(y), runs)
+        return x + self.drop_images(self.ls2(self.mlp(self.norm2(x))), runs)
 
-    def _drop_images(self, y: Tensor, runs: Sequence[Run]) -> Tensor:
+    def drop_images(self, y: Tensor, runs: Sequence[Run]) -> Tensor:
         """Stochastic depth drops the branch of a whole image, never of single tokens."""
         if not self.training or self.drop_path.rate == 0.0:
             return y
@@ -372,10 +322,9 @@ class ViT(nn.Module):
         super().__init__()
         self.config = config
         dim = config.embed_dim
-        if patch_embed is None:
-            embed = ConvStemEmbed if config.stem == "conv" else PatchEmbed
-            patch_embed = embed(config.patch_size, dim)
-        self.patch_embed = patch_embed
+        self.patch_embed = (
+            PatchEmbed(config.patch_size, dim) if patch_embed is None else patch_embed
+        )
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if config.class_token else None
         self.dist_token = (
             nn.Parameter(torch.zeros(1, 1, dim)) if config.distillation_token else None
@@ -392,9 +341,7 @@ class ViT(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, rows, dim))
         if blocks is None:
             rates = drop_path_schedule(config.drop_path_rate, config.depth)
-            blocks = [
-                Block(config, rate, i % config.attn_every == 0) for i, rate in enumerate(rates)
-            ]
+            blocks = [Block(config, rate) for rate in rates]
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(dim, config.norm_eps)
 
@@ -404,6 +351,7 @@ class ViT(nn.Module):
             self.map_names = {config.depth - 1: level_name(spec.stride)}
         self.feature_specs = dict.fromkeys(self.map_names.values(), spec)
         self.grad_checkpointing = False
+        config.alter(self)
         self._init_weights()
 
     def _init_weights(self) -> None:
@@ -729,7 +677,6 @@ register_backbone(
         patch_size=8,
         image_size=(24, 40),
         mlp_ratio=2.0,
-        stem="conv",
         drop_path_rate=0.1,
         out_blocks=(0, 1),
         pool="both",

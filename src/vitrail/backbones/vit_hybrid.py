@@ -51,8 +51,6 @@ class ViTHybridConfig(ViTConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.stem != "patch":
-            raise InputError(f"stem is {self.stem!r}, but a hybrid's stem is its ResNet")
         if self.stem_width % GROUPS:
             raise InputError(f"stem_width {self.stem_width} must be a multiple of {GROUPS}")
         if self.patch_size % self.map_stride:
@@ -201,12 +199,6 @@ def from_timm(state: Tensors, config: ViTHybridConfig) -> Tensors:
     return vit_from_timm(renamed, config)
 
 
-def resample_table(state: Tensors, config: ViTHybridConfig) -> Tensors:
-    """ViT's, for the position table alone: the projection reads a map, not pixels."""
-    key = "backbone.pos_embed"
-    return {**state, **resample_to({key: state[key]}, config)} if key in state else state
-
-
 HALF = (0.5, 0.5, 0.5)
 AUGREG = "parameters: Steiner et al., table 2; top-1: the official README (ImageNet-21k first)"
 NO_MACS = "no multiply-adds are given"
@@ -233,7 +225,7 @@ register_backbone(
         ),
     },
     tail=ViTHead,
-    resample=resample_table,
+    resample=resample_to,
     preprocessing=Preprocessing(crop_pct=0.9, mean=HALF, std=HALF),
     published={
         "vit_tiny_r_s16_p8": Published(

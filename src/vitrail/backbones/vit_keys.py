@@ -81,7 +81,8 @@ def resample_to(state: Tensors, config: "ViTConfig") -> Tensors:
     """
     out = dict(state)
     kernel, table = out.get("backbone.patch_embed.proj.weight"), out.get("backbone.pos_embed")
-    if kernel is not None and config.stem == "patch" and kernel.shape[-1] == kernel.shape[-2] != 1:
+    # Of an RGB image, that is; the patches of a stem's map are not pixels.
+    if kernel is not None and kernel.shape[1] == 3 and kernel.shape[-1] == kernel.shape[-2] != 1:
         out["backbone.patch_embed.proj.weight"] = resize_patch_embedding(kernel, config.patch_size)
     if table is not None and _num_positions(table, config) != math.prod(config.grid):
         return from_square_table(out, config)

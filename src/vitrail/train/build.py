@@ -13,7 +13,7 @@ import torch
 from vitrail import models
 from vitrail.configuration import from_dict, to_dict
 from vitrail.data.shards import is_shard
-from vitrail.registry import backbone_entry
+from vitrail.registry import backbone_entry, config_class
 from vitrail.train.config import TrainConfig
 from vitrail_runtime.errors import InputError
 
@@ -130,7 +130,8 @@ def model_fields(config: TrainConfig) -> dict[str, Any]:
     if config.image_size is not None and any(f.name == "image_size" for f in fields(default)):
         given["image_size"] = config.image_size
     where = f"model_fields of {config.model}"
-    full = from_dict(type(default), to_dict(default) | given, where=where)
+    kind = config_class(type(default), given)
+    full = from_dict(kind, to_dict(default) | given, where=where)
     return {name: getattr(full, name) for name in given}
 
 
