@@ -10,6 +10,8 @@ from PIL import Image
 
 from vitrail.cli import main
 from vitrail.data import digits, open_data
+from vitrail.data.mask_folders import MaskFolders
+from vitrail.data.masks import read_class_maps
 from vitrail_runtime.errors import InputError
 
 
@@ -79,6 +81,131 @@ def test_making_it_again_leaves_it_alone_and_other_folders_are_safe(made, tmp_pa
 
 def test_the_attribution_lies_beside_the_pictures(made):
     assert "UCI Machine Learning Repository" in (made / "ABOUT.txt").read_text()
+
+
+@pytest.fixture(scope="module")
+def sheets(tmp_path_factory) -> tuple[Path, dict[str, list]]:
+    """A small set for segmentation, and the source digits that went into each split."""
+    folder, drawn = tmp_path_factory.mktemp("sheets") / "set", {}
+    images, _, _ = digits._source()
+    known = {image.tobytes(): i for i, image in enumerate(images)}  # a few digits are equal
+    real = digits.draw_sheet
+
+    def seen(inks, labels, rng):
+        split = next(s for s in ("test", "val", "train") if (folder_of(s)).is_dir())
+        drawn.setdefault(split, []).append([known[ink.tobytes()] for ink in inks])
+        return real(inks, labels, rng)
+
+    def folder_of(split: str) -> Path:
+        (partial,) = folder.parent.glob(".set-*")
+        return partial / "images" / split
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(digits, "draw_sheet", seen)
+        patch.setattr(digits, "SHEETS", {"train": 20, "val": 60, "test": 6})
+        assert digits.make_digits(folder, task="semantic") == folder
+    return folder, drawn
+
+
+def test_sheets_of_digits_are_images_with_masks_of_eleven_classes(sheets):
+    folder, drawn = sheets
+    source = MaskFolders(folder)
+    assert source.classes() == ("background", *"0123456789")
+    assert source.splits() == ("train", "val", "test")
+    assert {s: source.count(s) for s in source.splits()} == {"train": 20, "val": 60, "test": 6}
+    sizes = set()
+    for split in source.splits():
+        maps, problems, notes = read_class_maps(source, split)
+        assert (problems, notes) == ({}, ())
+        assert not maps.ignored.any()
+        assert (maps.counts[:, 0] > 0).all()
+        sizes |= {maps.read(i).shape for i in range(len(maps))}
+        _, labels, _ = digits._source()
+        for counts, mine in zip(maps.counts, drawn[split], strict=True):
+            there = set(np.flatnonzero(counts[1:]).tolist())
+            assert 2 <= len(mine) <= 6
+            assert int(labels[mine[0]]) in there <= set(labels[mine].tolist())
+    heights, widths = zip(*sizes, strict=True)
+    assert 96 <= min(heights) < 110 < 180 < max(heights) <= 192
+    assert 96 <= min(widths) < 110 < 200 < max(widths) <= 224
+    assert maps.palette == tuple(digits.CLASSES.values())
+    with Image.open(folder / "masks/val/0003.png") as mask:
+        assert tuple(mask.getpalette()[3:6]) == digits.CLASSES["0"]
+
+
+def test_sheets_share_no_source_digit_between_splits_and_use_all_before_one_again(sheets):
+    _, drawn = sheets
+    labels = digits._source()[1]
+    splits = np.array(digits.split_digits(labels, 0))
+    for split, of_sheets in drawn.items():
+        used = [i for mine in of_sheets for i in mine]
+        assert {splits[i] for i in used} == {split}
+    first = [i for mine in drawn["val"] for i in mine][:175]
+    assert len(set(first)) == 175  # of 179
+
+
+def test_masks_lie_over_the_strokes_of_their_digits():
+    images, labels, _ = digits._source()
+    alike = 0
+    for i in range(30):
+        image, mask = digits.draw_sheet(
+            images[i : i + 1], labels[i : i + 1], np.random.default_rng(i)
+        )
+        grey, ids = np.asarray(image.convert("L"), float), np.asarray(mask)
+        assert set(np.unique(ids).tolist()) == {0, labels[i] + 1}
+        assert grey[ids > 0].mean() < grey[ids == 0].mean() - 40
+        part = ids > 0
+        part = part[part.any(1)][:, part.any(0)]
+        ink = images[i] / 16
+        ink = ink[ink.any(1)][:, ink.any(0)]
+        shape = Image.fromarray(part.astype(np.float32))
+        shown = np.asarray(shape.resize(ink.shape[::-1], Image.Resampling.BOX))
+        alike += np.corrcoef(shown.ravel(), ink.ravel())[0, 1] > 0.6
+    assert alike >= 27
+
+
+def test_digits_of_a_sheet_do_not_overlap():
+    """A digit's pixels are as many as when it is drawn alone with the same random numbers."""
+    inks, kinds = digits._source()[0][10:16], np.arange(6)
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        pieces = []
+        real = digits._lay
+
+        def laid(place, pen, alpha, real=real, pieces=pieces):
+            pieces.append(int((alpha > 0.5).sum()))
+            real(place, pen, alpha)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(digits, "_lay", laid)
+            _, mask = digits.draw_sheet(inks, kinds, rng)
+        counts = np.bincount(np.asarray(mask).ravel(), minlength=7)[1:]
+        assert sorted(counts[counts > 0].tolist()) == sorted(pieces)
+        assert len(pieces) >= 2
+
+
+def test_one_folder_holds_the_digits_of_one_task(sheets, capsys):
+    folder, _ = sheets
+    assert digits.make_digits(folder, task="semantic") == folder
+    assert main(["data", "make", "digits", str(folder)]) == 2
+    assert "is not empty and does not hold these digits" in capsys.readouterr().err
+    assert main(["data", "make", "digits", str(folder), "--task", "semantic"]) == 0
+    out = capsys.readouterr().out
+    assert "900 sheets of handwritten digits with masks in train, val and test" in out
+    assert "--model semantic_fpn/efficientvit_m0" in out
+    assert main(["data", "make", "digits", str(folder), "--task", "boxes"]) == 2
+    assert "made for one of classify, semantic, but the task is 'boxes'" in capsys.readouterr().err
+    assert digits.SHEETS == {"train": 720, "val": 90, "test": 90}
+
+
+def test_sheets_are_the_same_for_a_seed(sheets, tmp_path, monkeypatch):
+    folder, _ = sheets
+    monkeypatch.setattr(digits, "SHEETS", {"train": 2, "val": 1, "test": 1})
+    again = digits.make_digits(tmp_path / "again", task="semantic")
+    other = digits.make_digits(tmp_path / "other", task="semantic", seed=1)
+    for name in ("images/train/0001.jpg", "masks/train/0001.png", "masks/test/0000.png"):
+        assert (again / name).read_bytes() == (folder / name).read_bytes()
+        assert (other / name).read_bytes() != (folder / name).read_bytes()
 
 
 def test_an_unknown_action_is_one_message(capsys):

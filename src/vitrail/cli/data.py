@@ -14,7 +14,7 @@ from vitrail_runtime.errors import InputError
 if TYPE_CHECKING:
     from vitrail.data.checkup import Checkup, SplitSummary
 
-HELP = """usage: vitrail data make digits DIR      write the embedded handwritten digits as class folders
+HELP = """usage: vitrail data make digits DIR      write the embedded digits (--task semantic: with masks)
        vitrail data check SOURCE         find broken files, duplicates, leaks and missing classes
        vitrail data show SOURCE          draw a contact sheet
 
@@ -26,10 +26,12 @@ SHOWN = 10  # places named for each finding
 
 @dataclass(frozen=True, kw_only=True)
 class MakeFlags:
-    """Write the embedded handwritten digits as class folders with train, val and test."""
+    """Write the embedded handwritten digits with train, val and test."""
 
     what: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="digits DIR")]
     """The data set, and where it goes."""
+    task: str = "classify"
+    """What they are for: classify (class folders, a digit an image) or semantic (several, with a mask)."""
     seed: int = 0
     """Of the splits, and of colours, sizes and places."""
 
@@ -79,9 +81,12 @@ def make(argv: list[str]) -> None:
 
     from vitrail.data.digits import make_digits
 
-    folder = make_digits(names[1], seed=flags.seed)
-    print(f"{folder}: 1,797 handwritten digits in train, val and test (UCI, CC BY 4.0)")
-    print(f"next: vitrail train --data {folder} --model efficientvit_m0 --out runs/digits")
+    folder = make_digits(names[1], task=flags.task, seed=flags.seed)
+    classify = flags.task == "classify"
+    what = "1,797 handwritten digits" if classify else "900 sheets of handwritten digits with masks"
+    model = "efficientvit_m0" if classify else "semantic_fpn/efficientvit_m0"
+    print(f"{folder}: {what} in train, val and test (UCI, CC BY 4.0)")
+    print(f"next: vitrail train --data {folder} --model {model} --out runs/digits")
 
 
 def check(argv: list[str]) -> int:

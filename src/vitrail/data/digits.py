@@ -1,14 +1,16 @@
 """The embedded data set: 1,797 real handwritten digits, drawn at random scale and place.
 
 The source is the 8 x 8 "Optical Recognition of Handwritten Digits" (Alpaydin and Kaynak, 1998, UCI, CC BY
-4.0). Each digit is drawn once, upscaled, in dark ink on tinted, unevenly lit paper of one of many sizes and
-shapes: enough variety that colour, place and size say nothing, small enough to learn on a CPU in minutes.
+4.0). Digits are drawn upscaled, in dark ink on tinted, unevenly lit paper of one of many sizes and shapes:
+enough variety that colour, place and size say nothing, small enough to learn on a CPU in minutes. For
+classification each is drawn once, alone; for semantic segmentation several stand on a sheet, beside a mask.
 """
 
 import importlib.resources
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +19,16 @@ from PIL import Image
 from vitrail_runtime.errors import InputError
 
 SHARES = {"train": 0.8, "val": 0.1, "test": 0.1}  # of each class
+SHEETS = {"train": 720, "val": 90, "test": 90}  # for segmentation: each digit is drawn about twice
+MOST_ON_A_SHEET = 6
+CLASSES = {  # of a pixel, and its colour
+    "background": (32, 36, 44), "0": (230, 25, 75), "1": (60, 180, 75), "2": (255, 225, 25),
+    "3": (0, 130, 200), "4": (245, 130, 48), "5": (145, 30, 180), "6": (70, 240, 240),
+    "7": (240, 50, 230), "8": (210, 245, 60), "9": (250, 190, 212),
+}  # fmt: skip
 MARKER = "ABOUT.txt"
 ABOUT = """\
-Handwritten digits on coloured canvases, drawn by `vitrail data make digits`.
+Handwritten digits on coloured canvases, drawn by `vitrail data make digits{how}`.
 
 Source: {licence}.
 Changes: each 8 x 8 digit was upscaled, coloured and placed on a larger canvas. The splits share no source
@@ -27,19 +36,26 @@ Changes: each 8 x 8 digit was upscaled, coloured and placed on a larger canvas. 
 """
 
 
-def make_digits(folder: str | Path, *, seed: int = 0) -> Path:
-    """Write the digits as class folders: FOLDER/{train,val,test}/{0..9}/NNNN.jpg, 1,797 pictures in all.
+def make_digits(folder: str | Path, *, task: str = "classify", seed: int = 0) -> Path:
+    """Write the digits for one of TASKS.
+
+    "classify": class folders FOLDER/{train,val,test}/{0..9}/NNNN.jpg, 1,797 images in all.
+    "semantic": FOLDER/images/{train,val,test}/NNNN.jpg, FOLDER/masks/{train,val,test}/NNNN.png with the class
+        of every pixel (background, 0 to 9) and classes.txt, 900 images in all.
 
     The same seed gives the same files byte for byte (with the same Pillow). Splits are drawn by source
     digit, so none is on two sides. A folder that already holds this set is left as it is; one that holds
     anything else raises InputError. The set appears whole or not at all.
     """
+    if task not in TASKS:
+        raise InputError(f"digits are made for one of {', '.join(TASKS)}, but the task is {task!r}")
     folder = Path(folder)
     if ".." in folder.parts:
         # To make the parents of MISSING/../x would make MISSING, through which another x then stands there.
         folder = Path(os.path.realpath(folder))
     images, labels, licence = _source()
-    about = ABOUT.format(licence=licence) + f"Seed: {seed}\n"
+    how = "" if task == "classify" else f" --task {task}"
+    about = ABOUT.format(licence=licence, how=how) + f"Seed: {seed}\n"
     if folder.exists():
         if not folder.is_dir():
             raise InputError(f"{folder} is a file; give a new folder for the digits")
@@ -56,11 +72,7 @@ def make_digits(folder: str | Path, *, seed: int = 0) -> Path:
     except OSError as error:
         raise InputError(f"{folder} cannot be made: {error.strerror}: {error.filename}") from error
     try:
-        for index, split in enumerate(split_digits(labels, seed)):
-            target = partial / split / str(labels[index])
-            target.mkdir(parents=True, exist_ok=True)
-            picture = draw_digit(images[index], np.random.default_rng([seed, index]))
-            picture.save(target / f"{index:04d}.jpg", quality=92)
+        TASKS[task](partial, images, labels, seed)
         (partial / MARKER).write_text(about, encoding="utf-8")
         partial.chmod(0o755)
         if folder.exists():
@@ -69,6 +81,40 @@ def make_digits(folder: str | Path, *, seed: int = 0) -> Path:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
+
+
+def _write_alone(folder: Path, images: np.ndarray, labels: np.ndarray, seed: int) -> None:
+    for index, split in enumerate(split_digits(labels, seed)):
+        target = folder / split / str(labels[index])
+        target.mkdir(parents=True, exist_ok=True)
+        image = draw_digit(images[index], np.random.default_rng([seed, index]))
+        image.save(target / f"{index:04d}.jpg", quality=92)
+
+
+def _write_sheets(folder: Path, images: np.ndarray, labels: np.ndarray, seed: int) -> None:
+    splits = np.array(split_digits(labels, seed))
+    lines = [f"{name} {r} {g} {b}" for name, (r, g, b) in CLASSES.items()]
+    (folder / "classes.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    for place, (split, count) in enumerate(SHEETS.items()):
+        for kind in ("images", "masks"):
+            (folder / kind / split).mkdir(parents=True)
+        rng = np.random.default_rng([seed, len(labels), place])
+        waiting: list[int] = []
+        for number in range(count):
+            if len(waiting) < MOST_ON_A_SHEET:  # every digit once, then all of them again
+                waiting += rng.permutation(np.flatnonzero(splits == split)).tolist()
+            wanted = int(rng.integers(2, MOST_ON_A_SHEET + 1))
+            mine, waiting = waiting[:wanted], waiting[wanted:]
+            image, mask = draw_sheet(images[mine], labels[mine], rng)
+            image.save(folder / "images" / split / f"{number:04d}.jpg", quality=92)
+            mask.save(folder / "masks" / split / f"{number:04d}.png")
+
+
+# What a set is made for -> what writes it.
+TASKS: dict[str, Callable[[Path, np.ndarray, np.ndarray, int], None]] = {
+    "classify": _write_alone,
+    "semantic": _write_sheets,
+}
 
 
 def split_digits(labels: np.ndarray, seed: int) -> list[str]:
@@ -95,20 +141,63 @@ def draw_digit(ink: np.ndarray, rng: np.random.Generator) -> Image.Image:
     paper = rng.uniform(170, 245) + rng.uniform(-25, 25, 3)
     pen = rng.uniform(10, 85) + rng.uniform(-35, 35, 3)
     canvas = paper + _shading(height, width, rng)
-    side = round(min(height, width) * rng.uniform(0.7, 1.0))
-    stretch = rng.uniform(0.8, 1.0)  # digits are a little narrower than their frame
-    size = (max(1, round(side * stretch)), side)
+    alpha = _strokes(ink, round(min(height, width) * rng.uniform(0.7, 1.0)), rng)
+    top = int(rng.integers(0, height - alpha.shape[0] + 1))
+    left = int(rng.integers(0, width - alpha.shape[1] + 1))
+    _lay(canvas[top : top + alpha.shape[0], left : left + alpha.shape[1]], pen, alpha)
+    return _noisy(canvas, rng)
+
+
+def draw_sheet(
+    inks: np.ndarray, labels: np.ndarray, rng: np.random.Generator
+) -> tuple[Image.Image, Image.Image]:
+    """Digits side by side on one sheet, and the mask of their strokes: label + 1, else 0, with a palette.
+
+    `inks` is (n, 8, 8); height is 96 to 192 pixels, width 96 to 224. A digit that finds no free place is left
+    out; the first always has one.
+    """
+    height = int(rng.integers(96, 193))
+    width = int(np.clip(round(height * np.exp(rng.uniform(-0.35, 0.35))), 96, 224))
+    canvas = rng.uniform(170, 245) + rng.uniform(-25, 25, 3) + _shading(height, width, rng)
+    mask = np.zeros((height, width), np.uint8)
+    taken = np.zeros((height, width), bool)
+    for ink, label in zip(inks, labels.tolist(), strict=True):
+        pen = rng.uniform(10, 85) + rng.uniform(-35, 35, 3)
+        alpha = _strokes(ink, round(min(height, width) * rng.uniform(0.32, 0.6)), rng)
+        rows, columns = np.flatnonzero(alpha.any(1)), np.flatnonzero(alpha.any(0))
+        alpha = alpha[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+        high, wide = alpha.shape
+        for _ in range(30):
+            top = int(rng.integers(0, height - high + 1))
+            left = int(rng.integers(0, width - wide + 1))
+            here = np.s_[top : top + high, left : left + wide]
+            if not taken[here].any():
+                taken[here] = True
+                _lay(canvas[here], pen, alpha)
+                mask[here][alpha > 0.5] = label + 1
+                break
+    shown = Image.fromarray(mask)
+    shown.putpalette([c for colour in CLASSES.values() for c in colour])
+    return _noisy(canvas, rng), shown
+
+
+def _strokes(ink: np.ndarray, side: int, rng: np.random.Generator) -> np.ndarray:
+    """How much ink lies where, 0 to 1: a digit drawn `side` pixels high, a little narrower and turned."""
+    size = (max(1, round(side * rng.uniform(0.8, 1.0))), side)
     # In mode F: 8-bit steps of 0..16 would show as terraces after an eightfold upscale.
     # The frame of one pixel keeps the strokes whole when the digit is turned.
     glyph = Image.fromarray(np.pad(ink, 1).astype(np.float32) / 16)
     glyph = glyph.resize(size, Image.Resampling.BICUBIC)
     glyph = glyph.rotate(rng.uniform(-10, 10), Image.Resampling.BICUBIC)
-    alpha = np.clip(1.6 * np.asarray(glyph) - 0.2, 0, 1)[..., None]
-    top = int(rng.integers(0, height - size[1] + 1))
-    left = int(rng.integers(0, width - size[0] + 1))
-    place = canvas[top : top + size[1], left : left + size[0]]
-    place[:] = place * (1 - alpha) + pen * alpha
-    canvas += rng.normal(0, rng.uniform(1, 10), canvas.shape)
+    return np.clip(1.6 * np.asarray(glyph) - 0.2, 0, 1)
+
+
+def _lay(place: np.ndarray, pen: np.ndarray, alpha: np.ndarray) -> None:
+    place[:] = place * (1 - alpha[..., None]) + pen * alpha[..., None]
+
+
+def _noisy(canvas: np.ndarray, rng: np.random.Generator) -> Image.Image:
+    canvas = canvas + rng.normal(0, rng.uniform(1, 10), canvas.shape)
     return Image.fromarray(np.clip(np.rint(canvas), 0, 255).astype(np.uint8))
 
 

@@ -27,8 +27,8 @@ from vitrail.data.legend import (
     shown,
     unpacked,
 )
-from vitrail_runtime.errors import InputError
-from vitrail_runtime.preprocess import name_of, read_size
+from vitrail_runtime.errors import ImageError, InputError
+from vitrail_runtime.preprocess import read_size
 
 VERSION = 1  # of the stored index of masks
 NOWHERE = (0, 0, 0)  # the place of a key that is a file
@@ -121,16 +121,16 @@ class ClassMaps:
     def read(self, i: int) -> np.ndarray:
         """(H, W) uint8 of 0..K-1 or IGNORE, upright and of its image's size.
 
-        Raises InputError when the mask is gone or is not what was indexed.
+        Raises ImageError when the mask is gone or is not what was indexed.
         """
         where = self.where(i)
         try:
             payload = self.source.read(self.masks[i], NOWHERE)
         except OSError as error:
-            raise InputError(f"{where} cannot be read: {error.strerror or error}") from error
+            raise ImageError(where, f"cannot be read: {error.strerror or error}") from error
         if digest(payload) != self.digests[i]:
-            raise InputError(
-                f"{where} has changed since it was indexed; start again to index it anew"
+            raise ImageError(
+                where, "has changed since it was indexed; start again to index it anew"
             )
         values, colour, _ = decode_mask(payload, where)
         return _turned(self.legend.class_map(values, colour), int(self.turns[i]))
@@ -322,8 +322,10 @@ def make_mask_index(source: MaskSource, split: str) -> MaskIndex:
         try:
             payload = source.read(mask, NOWHERE)
             facts, problem = _facts(payload, source, image)
-        except (OSError, InputError) as error:
-            facts, problem = _NOTHING, _without_name(error, payload)
+        except OSError as error:
+            facts, problem = _NOTHING, error.strerror or str(error)
+        except ImageError as error:
+            facts, problem = _NOTHING, error.problem
         digests.append(digest(payload))
         found.append(facts)
         if problem:
@@ -349,12 +351,12 @@ _NOTHING = ((0, 0), 1, False, False, _NONE, _NONE, _NONE)
 
 
 def _facts(payload: bytes, source: MaskSource, image: str) -> tuple[tuple, str]:
-    values, colour, own = decode_mask(payload, name_of(payload))
+    values, colour, own = decode_mask(payload, image)
     size, turn, unsure, problem = values.shape, own, False, ""
     try:
         encoded = source.read(image, NOWHERE)
         wanted, orientation = read_size(encoded), _orientation(encoded)
-    except (OSError, InputError):  # the image is among the broken ones, and its mask fits nothing
+    except (OSError, ImageError):  # the image is among the broken ones, and its mask fits nothing
         wanted, orientation = None, 1
     if wanted is not None and own == 1:
         if size == wanted:
@@ -388,7 +390,7 @@ def decode_mask(payload: bytes, name: str) -> tuple[np.ndarray, bool, int]:
     """(H, W) integers as stored, whether they are colours 0xRRGGBB, and the file's own EXIF orientation.
 
     Greyscale files of 1, 8 and 16 bits give their values, files with a palette their indices. Raises
-    InputError for what cannot be a mask; `name` begins the message.
+    ImageError for what cannot be a mask; `name` is what it calls the file.
     """
     read_size(payload, name=name)  # whether it is an image at all, and not too large
     try:
@@ -397,14 +399,15 @@ def decode_mask(payload: bytes, name: str) -> tuple[np.ndarray, bool, int]:
             image.load()
             mode, orientation = image.mode, _of_exif(image)
             if kind == "JPEG":
-                raise InputError(
-                    f"{name} is a JPEG, whose compression changes the values of a mask; save masks as PNG"
+                raise ImageError(
+                    name,
+                    "is a JPEG, whose compression changes the values of a mask; save masks as PNG",
                 )
             if "A" in mode and mode != "PA":
                 if image.getchannel("A").getextrema()[0] != 255:
-                    raise InputError(
-                        f"{name} is partly transparent, which says nothing of classes; save it without "
-                        "transparency"
+                    raise ImageError(
+                        name,
+                        "is partly transparent, which says nothing of classes; save it without transparency",
                     )
                 image = image.convert("L" if mode == "LA" else "RGB")
             elif mode == "PA":
@@ -413,7 +416,7 @@ def decode_mask(payload: bytes, name: str) -> tuple[np.ndarray, bool, int]:
     except (InputError, MemoryError):
         raise
     except Exception as error:  # Pillow's readers raise nearly anything at a damaged file
-        raise InputError(f"{name} is broken or truncated: {error}") from error
+        raise ImageError(name, f"is broken or truncated: {error}") from error
     if pixels.ndim == 2 and pixels.dtype.kind in "bui":
         if pixels.dtype.kind == "b":
             pixels = pixels.astype(np.uint8)
@@ -421,8 +424,9 @@ def decode_mask(payload: bytes, name: str) -> tuple[np.ndarray, bool, int]:
     if pixels.ndim == 3 and mode in ("RGB", "RGBA"):
         parts = pixels.astype(np.uint32)
         return (parts[..., 0] << 16) | (parts[..., 1] << 8) | parts[..., 2], True, orientation
-    raise InputError(
-        f"{name} has pixels of kind {mode}; a mask is greyscale of 8 or 16 bits, has a palette, or is RGB"
+    raise ImageError(
+        name,
+        f"has pixels of kind {mode}; a mask is greyscale of 8 or 16 bits, has a palette, or is RGB",
     )
 
 
@@ -447,9 +451,3 @@ def _turned(ids: np.ndarray, orientation: int) -> np.ndarray:
     image = Image.fromarray(ids)
     image.getexif()[ORIENTATION] = orientation
     return np.array(ImageOps.exif_transpose(image))
-
-
-def _without_name(error: Exception, payload: bytes) -> str:
-    if isinstance(error, OSError):
-        return error.strerror or str(error)
-    return str(error).removeprefix(name_of(payload)).strip()
