@@ -6,6 +6,8 @@ import numpy as np
 from PIL import Image
 
 from tests.data.conftest import picture
+from vitrail.data.mask_folders import MaskFolders
+from vitrail.data.masks import ClassMaps, read_class_maps
 
 
 def random_ids(number: int, size: tuple[int, int], classes: int = 3) -> np.ndarray:
@@ -41,3 +43,11 @@ def mask_set(
     names = "\n".join("abcdefghijklmnop"[k] for k in range(classes))
     (root / "classes.txt").write_text(names + "\n", encoding="utf-8")
     return root
+
+
+def class_maps(
+    source: MaskFolders, split: str = "train", classes: tuple[str, ...] | None = None
+) -> tuple[ClassMaps, dict[int, tuple[str, str]], tuple[str, ...]]:
+    """Class maps, problems and notes."""
+    maps = read_class_maps(source, split, classes)
+    return maps, maps.problems, maps.notes

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.data.masks import class_maps
 from vitrail.cli import main
 from vitrail.data import digits, open_data
 from vitrail.data.mask_folders import MaskFolders
-from vitrail.data.masks import read_class_maps
 from vitrail_runtime.errors import InputError
 
 
@@ -115,7 +115,7 @@ def test_sheets_of_digits_are_images_with_masks_of_eleven_classes(sheets):
     assert {s: source.count(s) for s in source.splits()} == {"train": 20, "val": 60, "test": 6}
     sizes = set()
     for split in source.splits():
-        maps, problems, notes = read_class_maps(source, split)
+        maps, problems, notes = class_maps(source, split)
         assert (problems, notes) == ({}, ())
         assert not maps.ignored.any()
         assert (maps.counts[:, 0] > 0).all()

@@ -7,10 +7,10 @@ import time
 
 import pytest
 
-from tests.data.masks import mask_set, random_ids, write_pair
+from tests.data.masks import class_maps, mask_set, random_ids, write_pair
 from vitrail.data.index import read_index
 from vitrail.data.mask_folders import MaskFolders, is_mask_folder
-from vitrail.data.masks import MaskSource, read_class_maps
+from vitrail.data.masks import MaskSource
 from vitrail_runtime.errors import InputError
 
 
@@ -110,7 +110,7 @@ def test_lists_say_what_belongs_together_and_in_which_order(root, tab):
         ("images/train/000.jpg", name),
     ]
     assert source.pairs("val") == [("other.jpg", "masks/val/001.png")]
-    maps, problems, _ = read_class_maps(source, "train")
+    maps, problems, _ = class_maps(source, "train")
     assert (len(maps), problems) == (2, {})
 
 

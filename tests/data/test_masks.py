@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.data.masks import mask_set, random_ids, write_pair
+from tests.data.masks import class_maps, mask_set, random_ids, write_pair
 from vitrail.data import masks as masks_module
 from vitrail.data.mask_folders import MaskFolders
-from vitrail.data.masks import class_weights, decode_mask, never_seen, read_class_maps
+from vitrail.data.masks import class_weights, decode_mask
 from vitrail_runtime.errors import InputError
 from vitrail_runtime.preprocess import decode
 
@@ -27,7 +27,7 @@ def one(root, mask, *, classes="a\nb\nc", **more):
     root = mask_set(root, {"train": 2})
     write_pair(root, "zzz", mask, **more)
     (root / "classes.txt").write_text(classes)
-    return read_class_maps(MaskFolders(root), "train")
+    return class_maps(MaskFolders(root), "train")
 
 
 def test_masks_are_read_as_they_were_drawn_and_counted(tmp_path):
@@ -38,7 +38,7 @@ def test_masks_are_read_as_they_were_drawn_and_counted(tmp_path):
         drawn.append(ids)
         write_pair(root, f"{i}", ids)
     (root / "classes.txt").write_text("a\nb\nc\nd\ne")
-    maps, problems, notes = read_class_maps(MaskFolders(root), "train")
+    maps, problems, notes = class_maps(MaskFolders(root), "train")
     assert (problems, notes) == ({}, ())
     assert maps.classes == ("a", "b", "c", "d", "e")
     assert (len(maps), maps.kind) == (4, "class maps")
@@ -48,11 +48,11 @@ def test_masks_are_read_as_they_were_drawn_and_counted(tmp_path):
         assert maps.counts[i].tolist() == np.bincount(ids.ravel(), minlength=256)[:5].tolist()
         assert maps.ignored[i] == (ids == 255).sum()
         assert maps.where(i) == str(root / f"masks/train/{i}.png")
-    assert never_seen(maps) == ["e"]
+    assert maps.missing() == ["e"]
 
 
 def test_a_selection_keeps_everything_of_its_images(tmp_path):
-    maps, _, _ = read_class_maps(MaskFolders(mask_set(tmp_path / "set", {"train": 4})), "train")
+    maps, _, _ = class_maps(MaskFolders(mask_set(tmp_path / "set", {"train": 4})), "train")
     some = maps.select([3, 1, 1])
     assert len(some) == 3
     assert some.classes == maps.classes
@@ -63,6 +63,39 @@ def test_a_selection_keeps_everything_of_its_images(tmp_path):
         assert some.digest(new) == maps.digest(old)
         assert some.where(new) == maps.where(old)
     assert len(maps.select(np.array([], np.int64))) == 0
+
+
+def test_class_maps_of_several_splits_are_joined_in_order(tmp_path):
+    source = MaskFolders(mask_set(tmp_path / "set", {"train": 2, "val": 3}))
+    parts = [class_maps(source, s)[0] for s in ("train", "val")]
+    both = parts[0].joined(parts[1:])
+    assert len(both) == 5
+    assert (both.problems, both.notes) == ({}, ())
+    for i in range(5):
+        part, k = (parts[0], i) if i < 2 else (parts[1], i - 2)
+        assert np.array_equal(both.read(i), part.read(k))
+        assert both.counts[i].tolist() == part.counts[k].tolist()
+        assert both.ignored[i] == part.ignored[k]
+        assert both.digest(i) == part.digest(k)
+
+
+def test_a_target_is_the_whole_map_or_what_a_view_shows_of_it(tmp_path):
+    class Corner:
+        def class_map(self, ids):
+            return ids[2:5, 1:7]
+
+    maps, _, _ = class_maps(MaskFolders(mask_set(tmp_path / "set", {"train": 2})))
+    assert np.array_equal(maps.target(1, None), maps.read(1))
+    assert np.array_equal(maps.target(1, Corner()), maps.read(1)[2:5, 1:7])
+    assert not maps.every_class_needed
+
+
+def test_one_class_alone_is_refused(tmp_path):
+    root = mask_set(tmp_path / "set", {"train": 2}, classes=1)
+    with pytest.raises(
+        InputError, match=r"one class only \(a\); a segmenter needs at least two: name"
+    ):
+        class_maps(MaskFolders(root))
 
 
 @pytest.mark.parametrize("kind", ["L", "P", "I;16", "1", "LA", "RGB", "RGBA"])
@@ -143,7 +176,8 @@ def test_a_mask_of_another_size_is_told_with_both_sizes(tmp_path):
     root = mask_set(tmp_path / "set", {"train": 3})
     path = root / "masks/train/001.png"
     Image.fromarray(random_ids(1, (20, 30))).save(path)
-    maps, problems, _ = read_class_maps(MaskFolders(root), "train")
+    maps, problems, _ = class_maps(MaskFolders(root), "train")
+    assert maps.select([1, 0]).problems == {}
     assert problems == {
         1: (
             str(path),
@@ -178,7 +212,7 @@ def test_a_mask_of_another_size_is_told_with_both_sizes(tmp_path):
 def test_a_file_that_is_no_mask_is_told_and_the_others_are_read(tmp_path, payload, message):
     root = mask_set(tmp_path / "set", {"train": 3})
     (root / "masks/train/000.png").write_bytes(payload)
-    maps, problems, _ = read_class_maps(MaskFolders(root), "train")
+    maps, problems, _ = class_maps(MaskFolders(root), "train")
     assert list(problems) == [0]
     assert problems[0][0] == str(root / "masks/train/000.png")
     assert problems[0][1].startswith(message)
@@ -188,7 +222,7 @@ def test_a_file_that_is_no_mask_is_told_and_the_others_are_read(tmp_path, payloa
 
 def test_a_mask_that_is_gone_or_has_changed_stops_the_reading(tmp_path):
     root = mask_set(tmp_path / "set", {"train": 2})
-    maps, _, _ = read_class_maps(MaskFolders(root), "train")
+    maps, _, _ = class_maps(MaskFolders(root), "train")
     Image.fromarray(random_ids(9, (21, 31))).save(root / "masks/train/000.png")
     with pytest.raises(InputError, match=r"000\.png has changed since it was indexed; start again"):
         maps.read(0)
@@ -198,7 +232,7 @@ def test_a_mask_that_is_gone_or_has_changed_stops_the_reading(tmp_path):
     root = mask_set(tmp_path / "two", {"train": 2})
     (root / "masks/train/001.png").unlink()
     (root / "masks/train/001.png").symlink_to("gone")
-    _, problems, _ = read_class_maps(MaskFolders(root), "train")
+    _, problems, _ = class_maps(MaskFolders(root), "train")
     assert problems[1] == (str(root / "masks/train/001.png"), "No such file or directory")
 
 
@@ -206,6 +240,7 @@ def test_masks_that_are_all_ignored_are_told(tmp_path):
     maps, problems, notes = one(tmp_path / "set", np.full((20, 30), 255, np.uint8))
     assert problems == {}
     assert maps.ignored[2] == 600
+    assert maps.select([2]).notes == ()
     assert notes == (
         "1 of 3 masks are all ignored, so their images teach nothing: "
         + str(tmp_path / "set/masks/train/zzz.png"),
@@ -240,7 +275,7 @@ def test_a_mask_is_turned_with_its_image_where_it_lies_over_the_stored_pixels(
     assert upright.shape == (36, 24)
     if not stored:
         Image.fromarray(upright).save(root / "masks/train/a.png")
-    maps, problems, notes = read_class_maps(MaskFolders(root), "train")
+    maps, problems, notes = class_maps(MaskFolders(root), "train")
     assert (problems, notes) == ({}, ())
     assert np.array_equal(maps.read(0), upright)
     assert maps.select([0]).read(0).shape == (36, 24)
@@ -254,7 +289,7 @@ def test_a_mask_with_an_orientation_of_its_own_is_turned_by_it(tmp_path, orienta
     Image.fromarray(ids).save(root / "masks/train/a.png", exif=exif(orientation))
     (root / "classes.txt").write_text("a\nb\nc")
     upright = np.rint(decode(root / "images/train/a.jpg")[..., 0] / 100).astype(np.uint8)
-    maps, problems, notes = read_class_maps(MaskFolders(root), "train")
+    maps, problems, notes = class_maps(MaskFolders(root), "train")
     assert (problems, notes) == ({}, ())
     assert np.array_equal(maps.read(0), upright)
 
@@ -276,7 +311,7 @@ def test_a_mask_that_fits_both_ways_is_taken_as_upright_and_told(tmp_path, orien
 def test_a_broken_image_is_not_held_against_its_mask(tmp_path):
     root = mask_set(tmp_path / "set", {"train": 2})
     (root / "images/train/000.jpg").write_bytes(b"no")
-    maps, problems, _ = read_class_maps(MaskFolders(root), "train")
+    maps, problems, _ = class_maps(MaskFolders(root), "train")
     assert problems == {}
     assert maps.counts[0].sum() == 21 * 31
 
@@ -289,7 +324,7 @@ def test_masks_without_names_are_counted_up_to_the_highest_value_of_train(tmp_pa
     write_pair(root, "z", ids, "val")
     source = MaskFolders(root)
     assert source.classes() == ("class 0", "class 1", "class 2")
-    _, problems, notes = read_class_maps(source, "val")
+    _, problems, notes = class_maps(source, "val")
     assert "1 pixel of 9 (first in row 0, column 0); classes are 0 to 2" in problems[1][1]
     assert "(values of the masks)" in problems[1][1]
     assert "has no classes.txt: values 0 to 2 of its masks" in notes[0]
@@ -300,13 +335,13 @@ def test_rgb_masks_without_names_are_classes_by_colour(tmp_path):
     colours = np.array([[0, 0, 0], [128, 0, 0], [0, 64, 0]], np.uint8)
     ids = random_ids(4, (20, 30))
     write_pair(root, "a", Image.fromarray(colours[ids]))
-    maps, problems, notes = read_class_maps(MaskFolders(root), "train")
+    maps, problems, notes = class_maps(MaskFolders(root), "train")
     assert problems == {}
     assert maps.palette == ((0, 0, 0), (0, 64, 0), (128, 0, 0))
     assert np.array_equal(maps.read(0), np.array([0, 2, 1], np.uint8)[ids])
     assert "no classes.txt gives their colours: each colour is a class" in notes[0]
     write_pair(root, "b", ids)  # one among them that holds values
-    maps, problems, _ = read_class_maps(MaskFolders(root), "train")
+    maps, problems, _ = class_maps(MaskFolders(root), "train")
     assert maps.classes == ("class 0", "class 1", "class 2")
     assert problems[0][1].startswith(
         "is RGB, and values of the masks gives no colours; write lines"
@@ -326,21 +361,21 @@ def test_a_set_whose_masks_are_all_broken_says_so(tmp_path):
 
 def test_given_names_decide_what_the_labels_refer_to(tmp_path):
     source = MaskFolders(mask_set(tmp_path / "set", {"train": 2}))
-    own, _, _ = read_class_maps(source, "train")
-    maps, _, _ = read_class_maps(source, "train", ("c", "new", "b", "a"))
+    own, _, _ = class_maps(source, "train")
+    maps, _, _ = class_maps(source, "train", ("c", "new", "b", "a"))
     assert maps.classes == ("c", "new", "b", "a")
     assert np.array_equal(maps.read(1), np.array([3, 2, 0], np.uint8)[own.read(1)])
     a, b, c = own.counts[1].tolist()
     assert maps.counts[1].tolist() == [c, 0, b, a]
     with pytest.raises(InputError, match="classes that are not among those to be learnt: b, c"):
-        read_class_maps(source, "train", ("a", "x"))
+        class_maps(source, "train", ("a", "x"))
 
 
 def test_a_digest_follows_the_mask_and_its_meaning(tmp_path):
     root = mask_set(tmp_path / "set", {"train": 3})
 
     def digests():
-        maps, _, _ = read_class_maps(MaskFolders(root), "train")
+        maps, _, _ = class_maps(MaskFolders(root), "train")
         return [maps.digest(i) for i in range(3)]
 
     first = digests()
@@ -362,7 +397,7 @@ def test_a_digest_of_an_rgb_mask_follows_the_meaning_of_its_colours(tmp_path):
     found = []
     for text in ("a 1 1 1\nb 2 2 2", "a 2 2 2\nb 1 1 1", "0 a 1 1 1\n7 b 2 2 2"):
         (root / "classes.txt").write_text(text)
-        found.append(read_class_maps(MaskFolders(root), "train")[0].digest(0))
+        found.append(class_maps(MaskFolders(root), "train")[0].digest(0))
     assert found[0] == found[2] != found[1]
 
 
@@ -375,7 +410,7 @@ def test_strata_are_the_rarest_class_of_each_image(tmp_path):
             ids[row, : 30 - row] = k
         write_pair(root, f"{i}", ids)
     (root / "classes.txt").write_text("a\nb\nc\nd")
-    maps, _, _ = read_class_maps(MaskFolders(root), "train")
+    maps, _, _ = class_maps(MaskFolders(root), "train")
     # In images: a in 6, b in 3, c in 2, d in 1.
     assert maps.strata().tolist() == [0, 1, 2, 2, 3, 1, 4]
     assert maps.strata().dtype == np.int64
@@ -403,8 +438,8 @@ def test_an_index_of_masks_is_made_once_and_again_when_a_mask_changes(tmp_path, 
         return real(source, split)
 
     monkeypatch.setattr(masks_module, "make_mask_index", counted)
-    first = read_class_maps(MaskFolders(root), "train")
-    second = read_class_maps(MaskFolders(root), "train")
+    first = class_maps(MaskFolders(root), "train")
+    second = class_maps(MaskFolders(root), "train")
     assert made == ["train"]
     assert second[1:] == first[1:]
     assert np.array_equal(second[0].counts, first[0].counts)
@@ -412,27 +447,27 @@ def test_an_index_of_masks_is_made_once_and_again_when_a_mask_changes(tmp_path, 
     assert second[0].digests == first[0].digests
     assert np.array_equal(second[0].read(2), first[0].read(2))
     Image.fromarray(random_ids(1, (22, 32))).save(root / "masks/train/001.png")
-    later = read_class_maps(MaskFolders(root), "train")
+    later = class_maps(MaskFolders(root), "train")
     assert made == ["train", "train"]
     assert later[1] == {}
 
 
 def test_the_names_of_classes_may_change_without_a_new_index(tmp_path, monkeypatch):
     root = mask_set(tmp_path / "set", {"train": 2})
-    read_class_maps(MaskFolders(root), "train")
+    class_maps(MaskFolders(root), "train")
     (root / "classes.txt").write_text("x\ny\nz")
     monkeypatch.setattr(masks_module, "make_mask_index", None)
-    assert read_class_maps(MaskFolders(root), "train")[0].classes == ("x", "y", "z")
+    assert class_maps(MaskFolders(root), "train")[0].classes == ("x", "y", "z")
 
 
 def test_a_damaged_index_is_made_anew(tmp_path, own_cache):
     source = MaskFolders(mask_set(tmp_path / "set", {"train": 2}))
-    maps, _, _ = read_class_maps(source, "train")
+    maps, _, _ = class_maps(source, "train")
     (path,) = (own_cache / "index").glob("*.npz")
     whole = path.read_bytes()
     for damaged in (whole[:-30], b"", b"no", whole[:200] + bytes(60) + whole[260:]):
         path.write_bytes(damaged)
-        assert np.array_equal(read_class_maps(source, "train")[0].counts, maps.counts)
+        assert np.array_equal(class_maps(source, "train")[0].counts, maps.counts)
         assert len(path.read_bytes()) == len(whole)
 
 
@@ -441,16 +476,14 @@ def test_a_cache_that_cannot_be_written_costs_time_alone(tmp_path, monkeypatch):
         raise OSError("no space left")
 
     monkeypatch.setattr(masks_module, "write_atomically", full)
-    maps, problems, _ = read_class_maps(
-        MaskFolders(mask_set(tmp_path / "set", {"train": 2})), "train"
-    )
+    maps, problems, _ = class_maps(MaskFolders(mask_set(tmp_path / "set", {"train": 2})), "train")
     assert (len(maps), problems) == (2, {})
 
 
 def test_an_index_that_serves_is_kept_longest(tmp_path, own_cache):
     source = MaskFolders(mask_set(tmp_path / "set", {"train": 2}))
-    read_class_maps(source, "train")
+    class_maps(source, "train")
     (path,) = (own_cache / "index").glob("*.npz")
     os.utime(path, (1, 1))
-    read_class_maps(source, "train")
+    class_maps(source, "train")
     assert path.stat().st_mtime > time.time() - 1000

@@ -11,14 +11,14 @@ What the masks mean: `vitrail.data.legend`.
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 
 from vitrail.data.folders import SPLIT_NAMES
-from vitrail.data.index import Place, Sample
+from vitrail.data.index import Index, Place, Sample
 from vitrail.data.legend import Legend, read_legend, shown
-from vitrail.data.masks import infer_legend
+from vitrail.data.masks import ClassMaps, infer_legend, read_class_maps
 from vitrail_runtime.errors import InputError
 from vitrail_runtime.preprocess import IMAGE_SUFFIXES
 
@@ -52,6 +52,9 @@ class MaskFolders:
 
     def classes(self) -> tuple[str, ...]:
         return self.legend().classes
+
+    def truth(self, split: str, index: Index, classes: Sequence[str]) -> ClassMaps:
+        return read_class_maps(self, split, classes)
 
     def told_legend(self) -> Legend | None:
         return read_legend(self.root)

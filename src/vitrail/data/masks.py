@@ -10,8 +10,8 @@ import json
 import zipfile
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import ClassVar, Protocol, runtime_checkable
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -63,6 +63,8 @@ class ClassMaps:
     counts: (N, K) int64 pixels of each class. ignored: (N,) int64 pixels without a class.
     legend: what the values of the masks mean. colour: (N,) bool, of which mask they are colours.
     turns: (N,) uint8 EXIF orientation that makes a mask upright.
+    problems: position -> (mask, what is wrong with it) of those that cannot be read. notes: what a person
+    should know of the masks. Both are of a whole split: a selection has none.
     """
 
     legend: Legend
@@ -73,7 +75,10 @@ class ClassMaps:
     colour: np.ndarray
     turns: np.ndarray
     source: MaskSource
+    problems: dict[int, tuple[str, str]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
     kind: ClassVar[str] = "class maps"
+    every_class_needed: ClassVar[bool] = False  # rare classes may be in one split alone
 
     def __len__(self) -> int:
         return len(self.masks)
@@ -98,7 +103,26 @@ class ClassMaps:
             digests=[self.digests[i] for i in ids],
             colour=self.colour[ids],
             turns=self.turns[ids],
+            problems={},
+            notes=(),
         )
+
+    def joined(self, others: Sequence["ClassMaps"]) -> "ClassMaps":
+        """These and others of the same source, one after another."""
+        parts = [self, *others]
+        columns = ("counts", "ignored", "colour", "turns")
+        return replace(
+            self,
+            **{name: np.concatenate([getattr(p, name) for p in parts]) for name in columns},
+            masks=[m for p in parts for m in p.masks],
+            digests=[d for p in parts for d in p.digests],
+            problems={},
+            notes=(),
+        )
+
+    def missing(self) -> list[str]:
+        """Classes without a pixel."""
+        return [self.classes[k] for k in np.flatnonzero(~self.counts.any(0)).tolist()]
 
     def strata(self) -> np.ndarray:
         """(N,) int64: of the classes that an image contains, the one that the fewest images contain.
@@ -135,6 +159,10 @@ class ClassMaps:
         values, colour, _ = decode_mask(payload, where)
         return _turned(self.legend.class_map(values, colour), int(self.turns[i]))
 
+    def target(self, i: int, view: Any) -> np.ndarray:
+        """The class map that a `View` of image i shows; without one, that of the whole image."""
+        return self.read(i) if view is None else view.class_map(self.read(i))
+
     def where(self, i: int) -> str:
         """How messages call mask i."""
         return self.source.where(self.masks[i], NOWHERE)
@@ -160,15 +188,14 @@ def class_weights(counts: np.ndarray) -> np.ndarray:
 
 def read_class_maps(
     source: MaskSource, split: str, classes: Sequence[str] | None = None
-) -> tuple[ClassMaps, dict[int, tuple[str, str]], tuple[str, ...]]:
-    """The masks of one split, in the order of the source's images.
-
-    Args:
-        classes: what the labels refer to; None: the source's own.
-    Returns: the class maps; position -> (mask, what is wrong with it) of those that must not be read; and
-        what a person should know.
-    """
+) -> ClassMaps:
+    """The masks of one split, in the order of its images, as classes of `classes` or else of the source."""
     legend = source.legend()
+    if len(legend.classes) < 2:
+        raise InputError(
+            f"{source.name} has one class only ({shown(legend.classes)}); a segmenter needs at least two: "
+            "name the background too"
+        )
     if classes is not None:
         legend = legend.for_classes(classes, source.name)
     index = read_mask_index(source, split)
@@ -191,7 +218,8 @@ def read_class_maps(
     maps = ClassMaps(
         legend, counts, ignored, masks, index.digests, index.colour, index.turns, source
     )
-    return maps, dict(sorted(problems.items())), (*legend.notes, *_notes(maps, index, problems))
+    notes = (*legend.notes, *_notes(maps, index, problems))
+    return replace(maps, problems=dict(sorted(problems.items())), notes=notes)
 
 
 def _strange(index: "MaskIndex", i: int, wrong: np.ndarray, legend: Legend) -> str:
@@ -233,11 +261,6 @@ def _notes(maps: ClassMaps, index: "MaskIndex", problems: dict) -> list[str]:
             f"be upright: {shown([maps.where(int(i)) for i in unsure])}"
         )
     return notes
-
-
-def never_seen(maps: ClassMaps) -> list[str]:
-    """Classes without a pixel."""
-    return [maps.classes[k] for k in np.flatnonzero(~maps.counts.any(0)).tolist()]
 
 
 def infer_legend(source: MaskSource) -> Legend:
