@@ -1,5 +1,6 @@
 """What a model is worth: thin over maintained libraries."""
 
 from vitrail.metrics.classification import ClassificationMetrics
+from vitrail.metrics.segmentation import SegmentationMetrics
 
-__all__ = ["ClassificationMetrics"]
+__all__ = ["ClassificationMetrics", "SegmentationMetrics"]
