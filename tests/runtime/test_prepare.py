@@ -7,6 +7,7 @@ from PIL import Image
 from timm.data.transforms_factory import transforms_imagenet_eval
 from torchvision import transforms
 from torchvision.models import ViT_B_16_Weights
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from vitrail_runtime.errors import InputError
 from vitrail_runtime.preprocess import (
@@ -127,6 +128,41 @@ def test_fit_touches_the_size_and_keeps_the_aspect_ratio(shape, expected):
     assert ours.shape[1:] == expected == preprocessed_size(*shape, p)
 
 
+EDGES = Preprocessing(size=(800, 1333), mode="edges", interpolation="bilinear")
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ((480, 640), (800, 1066)),  # 640 x 800 / 480 is 1066.7
+        ((640, 480), (1066, 800)),
+        ((1600, 2000), (800, 1000)),
+        ((500, 1000), (666, 1333)),  # the long edge binds: 500 x 1.333 is 666.5
+        ((1000, 500), (1333, 666)),
+        ((800, 1333), (800, 1333)),
+        ((7, 7), (800, 800)),
+        ((1, 5000), (1, 1333)),
+        ((5000, 2), (1333, 1)),
+    ],
+)
+def test_edges_brings_the_short_edge_to_its_size_while_the_long_one_stays_below_its_own(
+    shape, expected
+):
+    assert preprocessed_size(*shape, EDGES) == expected
+    # Either way round, of the image and of `size`.
+    assert preprocessed_size(*shape[::-1], EDGES) == expected[::-1]
+    turned = Preprocessing(size=(1333, 800), mode="edges")
+    assert preprocessed_size(*shape, turned) == expected
+
+
+def test_edges_makes_the_sizes_of_torchvisions_detectors():
+    theirs = GeneralizedRCNNTransform(24, 40, [0.0] * 3, [1.0] * 3).eval()
+    ours = Preprocessing(size=(24, 40), mode="edges")
+    for height, width in np.random.default_rng(0).integers(5, 90, (300, 2)).tolist():
+        image, _ = theirs.resize(torch.zeros(3, height, width))
+        assert preprocessed_size(height, width, ours) == tuple(image.shape[1:])
+
+
 def test_native_resizes_nothing():
     p = Preprocessing(mode="native")
     image = picture(13, 29)
@@ -145,7 +181,7 @@ def test_normalise_equals_torchvision_to_the_bit():
     np.testing.assert_array_equal(normalise(image, p), expected.numpy())
 
 
-@pytest.mark.parametrize("mode", ["crop", "squash", "fit", "native"])
+@pytest.mark.parametrize("mode", ["crop", "squash", "fit", "edges", "native"])
 def test_the_geometry_finds_the_way_back(mode):
     # A white rectangle on black: where it is seen in the input, mapped back, is where it was.
     image = np.zeros((300, 400, 3), np.uint8)
@@ -169,6 +205,8 @@ PLACES = [
     ((300, 280), (200, 150), "fit", (161, 150), (0, 0)),  # 160.7
     ((401, 152), (200, 150), "fit", (200, 76), (0, 0)),  # 75.8
     ((30, 41), (200, 150), "native", (30, 41), (0, 0)),
+    ((41, 30), (20, 31), "edges", (27, 20), (0, 0)),
+    ((30, 90), (20, 31), "edges", (10, 31), (0, 0)),
 ]
 
 
@@ -203,6 +241,7 @@ def test_boxes_go_to_the_input_and_back_by_scale_and_offset():
         ({"size": (65, 32), "mode": "squash"}, (98, 48)),
         ({"size": (65, 32), "mode": "fit"}, (98, 48)),
         ({"mode": "native"}, None),
+        ({"size": (65, 101), "mode": "edges"}, (98, 98)),
     ],
 )
 def test_a_jpeg_is_decoded_at_one_and_a_half_times_what_the_resize_makes(fields, expected):

@@ -7,7 +7,7 @@ into a model's input and says how to find the way back. Sizes are (height, width
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from PIL import Image
@@ -21,6 +21,7 @@ from vitrail_runtime.errors import InputError
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
+Mode = Literal["crop", "squash", "fit", "edges", "native"]
 _RESAMPLING = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
@@ -36,11 +37,13 @@ class Preprocessing:
     `size` is (height, width) in pixels; `mode` says how a picture of another shape gets there:
     "crop" resizes the short side to size / crop_pct and cuts the centre, "squash" ignores the
     aspect ratio, "fit" keeps it within `size` and leaves the result smaller, "native" resizes nothing.
+    "edges" is for detectors: the short edge becomes the smaller number of `size`, such as (800, 1333), unless
+    the long edge would exceed the larger one, either way round.
     `crop_pct` is for "crop" alone. "crop" is timm's and torchvision's evaluation transform.
     """
 
     size: tuple[int, int] = (224, 224)
-    mode: Literal["crop", "squash", "fit", "native"] = "crop"
+    mode: Mode = "crop"
     crop_pct: float = 0.875
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bicubic"
     mean: tuple[float, float, float] = IMAGENET_MEAN
@@ -51,9 +54,9 @@ class Preprocessing:
             raise InputError(
                 f"preprocessing size must be (height, width), both >= 1, but is {self.size}"
             )
-        if self.mode not in ("crop", "squash", "fit", "native"):
+        if self.mode not in get_args(Mode):
             raise InputError(
-                f"preprocessing mode must be 'crop', 'squash', 'fit' or 'native', but is {self.mode!r}"
+                f"preprocessing mode must be one of {', '.join(get_args(Mode))}, but is {self.mode!r}"
             )
         if self.interpolation not in _RESAMPLING:
             raise InputError(
@@ -110,6 +113,8 @@ def decode_size(p: Preprocessing) -> tuple[int, int] | None:
     if p.mode == "native":
         return None
     height, width = _scaled(p) if p.mode == "crop" else p.size
+    if p.mode == "edges":  # whichever edge is the short one, the other has the same scale
+        height = width = min(p.size)
     return math.ceil(1.5 * height), math.ceil(1.5 * width)
 
 
@@ -191,6 +196,9 @@ def _resized_size(height: int, width: int, p: Preprocessing) -> tuple[int, int]:
         if height * max_w >= width * max_h:
             return max_h, max(1, round(width * max_h / height))
         return max(1, round(height * max_w / width)), max_w
+    if p.mode == "edges":  # the pixels of torchvision's GeneralizedRCNNTransform
+        scale = min(min(p.size) / min(height, width), max(p.size) / max(height, width))
+        return max(1, int(height * scale)), max(1, int(width * scale))
     target_h, target_w = _scaled(p)
     if target_h == target_w:  # torchvision's Resize of the short side truncates the long one
         if width <= height:
