@@ -299,3 +299,11 @@ def test_the_finding_as_plain_data_has_every_field(class_folders):
 def test_a_check_holds_out_as_much_as_a_training_does():
     default = inspect.signature(open_data).parameters["val_fraction"].default
     assert default == checkup.VAL_FRACTION == 0.2
+
+
+@pytest.mark.parametrize(("few", "most", "told"), [(2, 19, False), (2, 20, True), (4, 9, False)])
+def test_imbalance_is_how_many_times_the_largest_class_holds_the_smallest(
+    class_folders, few, most, told
+):
+    found = check(class_folders({"train": {"a": few, "b": most}, "val": {"a": 1, "b": 1}}))
+    assert ("unbalanced classes" in found.warnings) == told

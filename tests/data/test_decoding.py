@@ -88,6 +88,13 @@ def test_the_fast_decoder_takes_jpegs_that_are_decoded_whole_and_no_others(data,
     assert fast("large.jpg", (100, 399))
 
 
+def test_what_the_fast_decoder_has_read_is_not_decoded_again(data, monkeypatch):
+    monkeypatch.setattr(type(data), "decode", None)
+    for name in ("baseline.jpg", "grey.jpg", "turned6.jpg"):
+        i = next(i for i, key in enumerate(data.keys) if f"/{name}" in key)
+        assert read_pixels(data, i, (60, 60)).shape == (*data.sizes[i], 3)
+
+
 def test_a_jpeg_that_breaks_inside_is_named(tmp_path, class_folders):
     root = class_folders({"": {"cat": 2, "dog": 2}})
     path = root / "cat" / "000.jpg"

@@ -476,3 +476,10 @@ def test_images_are_named_as_the_folder_was_given(class_folders, tmp_path, monke
     assert data.where(1) == "set/a/001.jpg"
     monkeypatch.chdir("/")  # what was opened is still found
     assert data.read_bytes(1) == (root / "a" / "001.jpg").read_bytes()
+
+
+def test_images_stand_in_the_order_of_their_paths_not_of_their_classes(class_folders):
+    """A hyphen sorts before the slash: "a-b/" comes before "a/"."""
+    data = open_data(class_folders({"": {"a": 2, "a-b": 1}}), "all")
+    assert data.keys == ["a-b/000.jpg", "a/000.jpg", "a/001.jpg"]
+    assert data.labels.tolist() == [1, 0, 0]

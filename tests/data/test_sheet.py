@@ -135,3 +135,27 @@ def test_a_cell_shows_the_middle_of_an_image(tmp_path, shape):
         168 + 16 + 4 : 168 + 16 + sheet.CELL - 4, sheet.MARGIN + 4 : sheet.MARGIN + sheet.CELL - 4
     ]
     assert of_colour(inner, (30, 160, 30)).mean() > 0.95
+
+
+def test_the_header_ends_in_a_line_from_margin_to_margin(tmp_path):
+    image = drawn(tmp_path / "set", {"a": [(30, 40)]})
+    rule = of_colour(image[145:168], sheet.RULE)
+    rows, columns = np.flatnonzero(rule.any(1)), np.flatnonzero(rule.any(0))
+    assert len(rows) == 2, "two pixels high, and level"
+    assert np.abs(columns[[0, -1]] - [sheet.MARGIN, sheet.WIDTH - sheet.MARGIN]).max() <= 2
+    ground = of_colour(image, sheet.PAPER)
+    assert ground[:, 0].all()
+    assert ground[:, -1].all()
+
+
+@pytest.mark.parametrize("more", [0, 1])
+def test_only_a_sheet_that_leaves_classes_out_has_room_for_saying_so(tmp_path, more):
+    count = sheet.MOST_CELLS + more
+    for i in range(count):
+        (tmp_path / "set" / f"n{i:03d}").mkdir(parents=True)
+        Image.new("RGB", (40, 30), (200, 30, 30)).save(tmp_path / "set" / f"n{i:03d}" / "0.png")
+    image = np.array(sheet.contact_sheet([open_data(tmp_path / "set", "all")], "many")).astype(int)
+    below = image[np.flatnonzero(of_colour(image, (200, 30, 30)).any(1))[-1] + 31 :]
+    assert of_colour(below, sheet.SOFT).any() == bool(more)
+    assert len(below) - sheet.MARGIN < (60 if more else 25)
+    assert len(below) - sheet.MARGIN > (30 if more else 0), "the note stands above the margin"
