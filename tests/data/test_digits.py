@@ -267,3 +267,8 @@ def test_a_seed_draws_the_same_digits_for_ever(index, size, means):
     ninths = [np.array_split(row, [size[1] // 3, 2 * size[1] // 3], 1) for row in rows]
     found = np.array([[part.mean() for part in row] for row in ninths])
     assert np.abs(found - means).max() < 0.16
+
+
+def test_digits_are_56_to_128_high_and_56_to_144_wide(made):
+    sizes = np.concatenate([open_data(made, split).sizes for split in ("train", "val", "test")])
+    assert (sizes.min(0).tolist(), sizes.max(0).tolist()) == ([56, 56], [128, 144])

@@ -334,3 +334,8 @@ def test_the_pixels_of_a_multi_scale_step_are_those_of_a_batch_that_is_not_squar
 def test_the_settings_of_a_plan_are_given_by_name():
     with pytest.raises(TypeError, match="positional"):
         BatchPlan(10, 2, (8, 8))  # pyright: ignore[reportCallIssue]
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 8), (8, 1)])
+def test_one_pixel_is_a_size(size):
+    assert BatchPlan(length=4, batch_size=2, size=size).batch_sizes() == {size: 2}

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from PIL import Image, ImageColor
+from PIL import Image, ImageColor, ImageDraw
 
 from vitrail.data import open_data, sheet
 
@@ -159,3 +159,26 @@ def test_only_a_sheet_that_leaves_classes_out_has_room_for_saying_so(tmp_path, m
     assert of_colour(below, sheet.SOFT).any() == bool(more)
     assert len(below) - sheet.MARGIN < (60 if more else 25)
     assert len(below) - sheet.MARGIN > (30 if more else 0), "the note stands above the margin"
+
+
+def test_the_header_counts_each_split_or_the_whole(class_folders, monkeypatch):
+    written = []
+    real = ImageDraw.ImageDraw.text
+    monkeypatch.setattr(
+        ImageDraw.ImageDraw,
+        "text",
+        lambda self, at, text, *a, **g: (written.append(text), real(self, at, text, *a, **g)),
+    )
+    root = class_folders({"train": {"a": 5, "b": 3}, "val": {"a": 2, "b": 1}})
+    splits = [open_data(root, split) for split in ("train", "val")]
+    sheet.contact_sheet(splits, "both")
+    facts = next(text for text in written if "classes" in text)
+    assert facts.startswith("train 8 · val 3 ")
+    assert "2 classes" in facts
+    assert "both" in written
+    assert [text for text in written if text.isdigit()] == ["5", "3"]
+    written.clear()
+    sheet.contact_sheet(splits[1:], "one")
+    facts = next(text for text in written if "classes" in text)
+    assert facts.startswith("3 ")
+    assert "val" not in facts
