@@ -174,3 +174,13 @@ def test_of_two_columns_of_images_the_first_is_taken(monkeypatch):
         loaded(monkeypatch, {"image": IMAGE, "mask": IMAGE, "label": label}, train=rows)
         data = open_data("hf:some/pets@main", "all")
         assert [data.read_bytes(i) for i in range(2)] == [encoded(0), encoded(1)]
+
+
+def test_of_two_declared_labels_the_first_is_taken_with_its_names(monkeypatch):
+    names = {"kind": ["x", "y"], "colour": ["blue", "red"]}
+    columns = {"image": IMAGE} | {c: ("ClassLabel", {"names": n}) for c, n in names.items()}
+    rows = [row(i, i % 2, "kind") | {"colour": 1 - i % 2} for i in range(4)]
+    loaded(monkeypatch, columns, train=rows)
+    data = open_data("hf:some/pets@main", "all")
+    assert data.classes == ("x", "y")
+    assert data.labels.tolist() == [0, 1, 0, 1]

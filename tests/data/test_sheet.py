@@ -182,3 +182,23 @@ def test_the_header_counts_each_split_or_the_whole(class_folders, monkeypatch):
     facts = next(text for text in written if "classes" in text)
     assert facts.startswith("3 ")
     assert "val" not in facts
+
+
+def test_an_image_is_a_third_of_a_row_wide_at_least_and_four_rows_at_most(tmp_path):
+    image = drawn(tmp_path / "set", {"a": [(10, 400), (400, 10)]})
+    row = of_colour(image[168 + 12 + sheet.ROW // 2], COLOURS["a"])
+    columns = np.flatnonzero(row)
+    runs = [len(run) for run in np.split(columns, np.flatnonzero(np.diff(columns) > 1) + 1)]
+    assert sorted(runs) == [sheet.ROW // 3, 4 * sheet.ROW]
+
+
+def test_a_class_that_a_split_lacks_has_a_row_without_a_bar(class_folders):
+    root = class_folders({"train": {"a": 2, "b": 2, "c": 2}, "test": {"a": 4, "b": 1}})
+    classes = open_data(root, "train").classes
+    data = open_data(root, "test", classes=classes)
+    image = np.array(sheet.contact_sheet([data], "held")).astype(int)
+    bars = of_colour(image[168:], sheet.ACCENT)[:, : sheet.MARGIN + sheet.LABELS]
+    step = sheet.ROW + 14
+    lengths = [bars[i * step : (i + 1) * step].sum(1).max() for i in range(3)]
+    assert lengths[0] > 3 * lengths[1] > 0
+    assert lengths[2] == 0

@@ -359,3 +359,19 @@ def test_sharded_processes_evaluate_though_one_has_more_batches(tmp_path):
     assert run_many(config, 2) == [0, 0]
     scores = json.loads((tmp_path / "run" / "last" / "metrics.json").read_text())
     assert scores["num_images"] == 9
+
+
+def test_blocks_and_the_whole_are_sharded_over_one_mesh_of_this_device(monkeypatch):
+    """Left to itself, torch would take a mesh of the accelerator that it finds, whatever --device says."""
+    sharded = []
+    monkeypatch.setattr(parallel, "init_device_mesh", lambda kind, shape: (kind, shape))
+    monkeypatch.setattr(
+        parallel, "fully_shard", lambda m, mesh=None: sharded.append((m, mesh)) or m
+    )
+    model = vitrail.create_model("vit_tiny_patch16", num_classes=3)
+    whole = SimpleNamespace(parallel="sharded")
+    accelerator = SimpleNamespace(num_processes=2, device=torch.device("cpu"))
+    assert parallel.distribute(model, whole, accelerator) is model  # pyright: ignore[reportArgumentType]
+    assert {mesh for _, mesh in sharded} == {("cpu", (2,))}
+    assert [m for m, _ in sharded][-1] is model
+    assert len(sharded) == 1 + len(model.backbone.blocks)
