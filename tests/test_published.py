@@ -9,6 +9,7 @@ from vitrail.bench.macs import count_macs, count_params
 from vitrail.cli.models import count, differences, stored_counts
 from vitrail.models import create_model, list_models
 from vitrail.registry import backbone_entry
+from vitrail.weights.published import PUBLISHED
 
 # What the authors print: millions of parameters, billions of multiply-adds, top-1 on ImageNet-1k in per cent,
 # at so many pixels; None: they give no such figure. Each group says where its figures were read a second
@@ -131,8 +132,7 @@ FIGURES: dict[str, tuple[float | None, float | None, float | None, int]] = {
 
 @pytest.mark.parametrize("name", list_models())
 def test_a_published_figure_is_the_one_of_the_authors_table(name):
-    published = backbone_entry(name).published
-    assert published is not None
+    published = PUBLISHED[name]
     found = (published.params, published.macs, published.top1, published.image_size)
     assert found == FIGURES[name.removeprefix("tf_")]
 
@@ -165,10 +165,13 @@ def test_efficientnet_has_so_many_without_stem_and_last_convolution(size, side, 
     assert (whole - stem_macs - last_macs) / 1e9 == pytest.approx(left, rel=2e-3)
 
 
+def test_every_name_has_an_entry_and_every_entry_a_name():
+    assert PUBLISHED.keys() == set(list_models()), "the authors' figures, or why there are none"
+
+
 @pytest.mark.parametrize("name", list_models())
 def test_every_figure_has_a_source_and_every_gap_a_reason(name):
-    published = backbone_entry(name).published
-    assert published is not None, "neither the authors' figures nor why there are none"
+    published = PUBLISHED[name]
     assert published.source
     missing = [key for key in ("params", "macs", "top1") if getattr(published, key) is None]
     assert not missing or published.remark, f"nothing says why there is no {missing}"

@@ -48,23 +48,6 @@ def rename_keys(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Published:
-    """What the authors say of a variant, at its `image_size` (height = width, pixels).
-
-    None stands for a figure that they do not give; `remark` then says why, or what there is instead.
-    """
-
-    params: float | None = None  # millions
-    macs: float | None = None  # billions of multiply-adds
-    top1: float | None = None  # ImageNet-1k validation, per cent
-    image_size: int = 224
-    source: str  # the table or page where these figures stand
-    params_note: str = ""  # why our count differs, where it does by more than rounding
-    macs_note: str = ""
-    remark: str = ""  # why a figure is missing; what a score belongs to
-
-
-@dataclass(frozen=True, kw_only=True)
 class BackboneEntry:
     """All that the rest of the house knows about one registered backbone name."""
 
@@ -76,7 +59,6 @@ class BackboneEntry:
     layouts: Mapping[str, Layout] = field(default_factory=dict)
     resample: Callable[[Tensors, Any], Tensors] | None = None  # see register_backbone
     preprocessing: Preprocessing = Preprocessing()
-    published: Published | None = None
     dense: Mapping[str, Any] = field(default_factory=dict)  # config fields under a dense head
 
 
@@ -94,7 +76,6 @@ def register_backbone(
     tail: Callable[..., Any] | None = None,
     resample: Callable[[Tensors, Any], Tensors] | None = None,
     preprocessing: Preprocessing | Mapping[str, Preprocessing] = Preprocessing(),
-    published: Mapping[str, Published] | None = None,
     dense: Mapping[str, Any] | None = None,
 ) -> None:
     """File a family: its class, its variants (name -> config) and what goes with them.
@@ -121,7 +102,6 @@ def register_backbone(
             layouts=layouts or {},
             resample=resample,
             preprocessing=pre or Preprocessing(),
-            published=(published or {}).get(name),
             dense=dense or {},
         )
 

@@ -47,7 +47,6 @@ from vitrail.layers.position import resample_positions
 from vitrail.layers.residual import DropPath, drop_path_schedule
 from vitrail.registry import (
     Layout,
-    Published,
     Tensors,
     register_backbone,
     register_study,
@@ -436,17 +435,6 @@ def resample(state: Tensors, config: CMTConfig) -> Tensors:
     return out
 
 
-SOURCE = (
-    "top-1: the official README; parameters and multiply-adds: the paper's table 2, which we could not read "
-    "(other people's tables have these of S and B, and the parameters of Ti and XS; the multiply-adds of Ti "
-    "and XS are unverified)"
-)
-CODE = (
-    "the official code has 26.26 M too; why the paper has 1.1 M less is not known. Tried: the classifier has "
-    "1.28 M, the convolution before it 0.66, the position tables 0.29; an expansion of 3.7 would have 25.1 M "
-    "but 3.83 G"
-)
-
 register_backbone(
     CMT,
     VARIANTS,
@@ -472,18 +460,6 @@ register_backbone(
         name: Preprocessing(size=(config.image_size, config.image_size))
         for name, config in VARIANTS.items()
         if isinstance(config.image_size, int)
-    },
-    published={
-        "cmt_ti": Published(params=9.5, macs=0.6, top1=79.0, image_size=160, source=SOURCE),
-        "cmt_xs": Published(params=15.2, macs=1.5, top1=81.8, image_size=192, source=SOURCE),
-        "cmt_s": Published(
-            params=25.1,
-            macs=4.0,
-            top1=83.5,
-            source=SOURCE,
-            params_note=CODE,
-        ),
-        "cmt_b": Published(params=45.7, macs=9.3, top1=84.5, image_size=256, source=SOURCE),
     },
 )
 register_study(

@@ -42,7 +42,7 @@ from vitrail.backbones.vit_keys import (
 )
 from vitrail.features import pad_to_multiple
 from vitrail.layers.residual import drop_path_schedule
-from vitrail.registry import Layout, Published, register_backbone
+from vitrail.registry import Layout, register_backbone
 from vitrail_runtime.errors import InputError
 from vitrail_runtime.preprocess import Preprocessing
 
@@ -183,17 +183,6 @@ class DeepViT(ViT):
 
 
 HALF = (0.5, 0.5, 0.5)  # the official models are shown images as the first ViT, not as DeiT
-README = "the official README"
-QUOTED = "top-1: the official README; the counts: the paper's table, as later papers quote it"
-CODE = (
-    "the official code is the same layer for layer; why the paper has less is not known. Tried: without the "
-    "stem's first convolution it is 6.24 G, but L at 408 then 12.36; the stem's others (0.46 and 0.32 G), "
-    "attention's products (0.49 G) and re-attention (0.03 G) do not fit"
-)
-NARROWER = (
-    "the code's is 420 wide; a width of 408, inferred from the count alone, fits the paper's: "
-)
-NO_MACS = "the README gives no multiply-adds"
 
 register_backbone(
     DeepViT,
@@ -217,24 +206,4 @@ register_backbone(
         "official": Layout(from_timm, TIMM_MARKS, source="github.com/zhoudaquan/dvit_repo"),
     },
     preprocessing=Preprocessing(crop_pct=0.9, mean=HALF, std=HALF),
-    published={
-        "deepvit_s": Published(
-            params=27,
-            macs=6.2,
-            top1=82.3,
-            source=QUOTED,
-            macs_note=CODE,
-        ),
-        "deepvit_l": Published(
-            params=55,
-            macs=12.5,
-            top1=83.1,
-            source=QUOTED,
-            params_note=f"{NARROWER}55.6 M; the README says 48.1 M, the count of deepvit_32b",
-            macs_note=f"{NARROWER}12.48 G",
-        ),
-        "deepvit_16b": Published(params=24.5, top1=79.10, source=README, remark=NO_MACS),
-        "deepvit_24b": Published(params=36.3, top1=79.99, source=README, remark=NO_MACS),
-        "deepvit_32b": Published(params=48.1, top1=80.90, source=README, remark=NO_MACS),
-    },
 )

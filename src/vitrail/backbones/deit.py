@@ -30,7 +30,7 @@ from vitrail.backbones.vit_keys import (
     resample_to,
 )
 from vitrail.features import Features, FeatureSpec
-from vitrail.registry import Layout, Published, register_backbone
+from vitrail.registry import Layout, register_backbone
 from vitrail_runtime.errors import InputError
 from vitrail_runtime.preprocess import Preprocessing
 
@@ -91,40 +91,6 @@ LAYOUTS = {
     "huggingface_base": replace(VIT_LAYOUTS["huggingface_base"], source="Hugging Face DeiTModel"),
 }
 
-README = "the official README"
-NO_MACS = "no multiply-adds are given"
-PUBLISHED = {
-    "deit_tiny_patch16": Published(
-        params=5,
-        macs=1.3,
-        top1=72.2,
-        source=f"{README}; multiply-adds: table 3 of the MobileViT paper",
-        params_note="digits are cut there and the classifier is left out: 5.52 M without it",
-    ),
-    "deit_small_patch16": Published(
-        params=22,
-        macs=4.6,
-        top1=79.9,
-        source=f"{README}; multiply-adds: the Swin paper's table 1",
-        remark="the paper's table 5 has 79.8 %",
-    ),
-    "deit_base_patch16": Published(
-        params=86,
-        macs=17.5,
-        top1=81.8,
-        source=f"{README}; multiply-adds: the Swin paper's table 1",
-        params_note="the classifier is left out there: 85.80 M without it",
-    ),
-    "deit_tiny_distilled_patch16": Published(
-        params=6,
-        top1=74.5,
-        source=README,
-        params_note="rounded to whole millions there",
-        remark=NO_MACS,
-    ),
-    "deit_small_distilled_patch16": Published(params=22, top1=81.2, source=README, remark=NO_MACS),
-    "deit_base_distilled_patch16": Published(params=87, top1=83.4, source=README, remark=NO_MACS),
-}
 
 register_backbone(
     DeiT,
@@ -143,5 +109,4 @@ register_backbone(
     tail=deit_tail,
     resample=resample_to,
     preprocessing=Preprocessing(crop_pct=0.9),
-    published=PUBLISHED,
 )

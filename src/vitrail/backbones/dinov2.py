@@ -32,7 +32,7 @@ from vitrail.backbones.vit_keys import (
     from_timm,
     resample_to,
 )
-from vitrail.registry import Layout, Published, Tensors, register_backbone
+from vitrail.registry import Layout, Tensors, register_backbone
 from vitrail_runtime.preprocess import Preprocessing
 
 GIANT = replace(
@@ -99,25 +99,6 @@ LAYOUTS = {
     )
 }
 
-# Millions of parameters, as the README rounds them and as we count without a classifier; linear evaluation
-# without and with registers.
-SCORES = {
-    "small": (21, 21.6, 81.1, 80.9),
-    "base": (86, 85.7, 84.5, 84.6),
-    "large": (300, 303.2, 86.3, 86.7),
-    "giant": (1100, 1134.8, 86.5, 87.1),
-}
-PUBLISHED = {
-    f"vit_{size}_patch14_{kind}": Published(
-        params=params,
-        top1=top1,
-        source="the official README",
-        params_note=f"a round count there, without a classifier: {bare} M without it",
-        remark="no multiply-adds are given; top-1 of a linear layer on frozen features",
-    )
-    for size, (params, bare, plain, registers) in SCORES.items()
-    for kind, top1 in (("dinov2", plain), ("reg4_dinov2", registers))
-}
 
 register_backbone(
     DINOv2,
@@ -142,5 +123,4 @@ register_backbone(
     tail=ViTHead,
     resample=resample_to,
     preprocessing=Preprocessing(size=(518, 518), crop_pct=1.0),
-    published=PUBLISHED,
 )

@@ -42,7 +42,7 @@ from vitrail.layers.conv_keys import (
     torchvision_head,
     torchvision_stages,
 )
-from vitrail.registry import Layout, Published, Tensors, register_backbone, rename_keys
+from vitrail.registry import Layout, Tensors, register_backbone, rename_keys
 from vitrail_runtime.errors import InputError
 from vitrail_runtime.preprocess import Preprocessing
 
@@ -217,24 +217,6 @@ def from_torchvision(state: Tensors, config: EfficientNetConfig) -> Tensors:
 
 
 CROP_PCT = (0.875, 0.882, 0.890, 0.904, 0.922, 0.934, 0.942, 0.949)
-SAME = "timm's and torchvision's models have as many"
-MORE = (
-    f"{SAME}; why the paper has more is not known. Tried: 242 pixels, the next larger maps: 0.724 G"
-)
-LESS = (
-    f"{SAME}; why the paper has less is not known. Tried: without stem and last convolution B4 has 4.23 G "
-    "and B7 37.0 G as there, but B5 9.96 G and B0 0.355 G"
-)
-PUBLISHED = {  # parameters in millions, billions of multiply-adds, top-1
-    "efficientnet_b0": (5.3, 0.39, 77.1),
-    "efficientnet_b1": (7.8, 0.70, 79.1),
-    "efficientnet_b2": (9.2, 1.0, 80.1),
-    "efficientnet_b3": (12, 1.8, 81.6),
-    "efficientnet_b4": (19, 4.2, 82.9),
-    "efficientnet_b5": (30, 9.9, 83.6),
-    "efficientnet_b6": (43, 19, 84.0),
-    "efficientnet_b7": (66, 37, 84.3),
-}
 
 register_backbone(
     EfficientNet,
@@ -270,23 +252,6 @@ register_backbone(
             size=(config.image_size, config.image_size), crop_pct=crop, interpolation="bicubic"
         )
         for (name, config), crop in zip(NATIVE.items(), CROP_PCT, strict=True)
-        for prefix in ("", "tf_")
-    },
-    published={
-        prefix + name: Published(
-            params=params,
-            macs=macs,
-            top1=top1,
-            image_size=NATIVE[name].image_size,
-            source="the paper's table 2, as later papers quote it",
-            params_note=f"{SAME}; how the paper counts is not known" if name.endswith("b2") else "",
-            macs_note=MORE
-            if name.endswith("b1")
-            else LESS
-            if name.endswith(("b4", "b5", "b7"))
-            else "",
-        )
-        for name, (params, macs, top1) in PUBLISHED.items()
         for prefix in ("", "tf_")
     },
 )

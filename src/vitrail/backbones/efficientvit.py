@@ -37,7 +37,6 @@ from vitrail.layers.conv import ConvNormAct, SqueezeExcite, fast_layout
 from vitrail.layers.tables import cached_table
 from vitrail.registry import (
     Layout,
-    Published,
     Tensors,
     register_backbone,
     register_study,
@@ -116,21 +115,6 @@ VARIANTS = {  # Table 2; the kernels are those of the official code, the paper d
     ),
     "efficientvit_m5": EfficientViTConfig(
         dims=(192, 288, 384), depths=(1, 3, 4), num_heads=(3, 3, 4), kernels=(7, 5, 3, 3)
-    ),
-}
-ZOO = "the model zoo of the official README"
-PUBLISHED = {
-    "efficientvit_m0": Published(params=2.3, macs=0.079, top1=63.2, source=ZOO),
-    "efficientvit_m1": Published(params=3.0, macs=0.167, top1=68.4, source=ZOO),
-    "efficientvit_m2": Published(params=4.2, macs=0.201, top1=70.8, source=ZOO),
-    "efficientvit_m3": Published(params=6.9, macs=0.263, top1=73.4, source=ZOO),
-    "efficientvit_m4": Published(params=8.8, macs=0.299, top1=74.3, source=ZOO),
-    "efficientvit_m5": Published(
-        params=12.4,
-        macs=0.522,
-        top1=77.1,
-        source=ZOO,
-        params_note="the official code has 12.47 M too: digits are cut there, not rounded",
     ),
 }
 
@@ -509,7 +493,6 @@ register_backbone(
     ),
     tail=NormLinearHead,
     resample=fit_windows,
-    published=PUBLISHED,
     layouts={
         "timm": Layout(
             from_timm,

@@ -22,7 +22,7 @@ from vitrail.layers.conv import (
     run_stages,
     stage_specs,
 )
-from vitrail.registry import Layout, Published, Tensors, register_backbone, rename_keys
+from vitrail.registry import Layout, Tensors, register_backbone, rename_keys
 from vitrail_runtime.preprocess import Preprocessing
 
 _relu6 = partial(nn.ReLU6, inplace=True)
@@ -103,7 +103,6 @@ def from_timm(state: Tensors, config: MobileNetV1Config) -> Tensors:
 
 
 HALF = (0.5, 0.5, 0.5)
-TABLE = "the paper's table 6, as TensorFlow's and Keras's documentation quote it"
 
 register_backbone(
     MobileNetV1,
@@ -120,15 +119,5 @@ register_backbone(
         # timm's only weights of this width are evaluated so.
         name: Preprocessing(crop_pct=0.9 if name.endswith("125") else 0.875, mean=HALF, std=HALF)
         for name in VARIANTS
-    },
-    published={
-        "mobilenetv1_025": Published(params=0.5, macs=0.041, top1=50.6, source=TABLE),
-        "mobilenetv1_050": Published(params=1.3, macs=0.149, top1=63.7, source=TABLE),
-        "mobilenetv1_075": Published(params=2.6, macs=0.325, top1=68.4, source=TABLE),
-        "mobilenetv1_100": Published(params=4.2, macs=0.569, top1=70.6, source=TABLE),
-        "mobilenetv1_125": Published(
-            source="none",
-            remark="a width of timm's; the paper's end at 1.0, and so do TensorFlow's",
-        ),
     },
 )

@@ -33,7 +33,7 @@ from vitrail.layers.conv_keys import (
     torchvision_head,
     torchvision_stages,
 )
-from vitrail.registry import Layout, Published, Tensors, register_backbone, rename_keys
+from vitrail.registry import Layout, Tensors, register_backbone, rename_keys
 from vitrail_runtime.preprocess import Preprocessing
 
 _relu6 = partial(nn.ReLU6, inplace=True)
@@ -122,12 +122,6 @@ def from_torchvision(state: Tensors, config: MobileNetV2Config) -> Tensors:
     return rename_keys(torchvision_stages(state, places, "conv"), rules)
 
 
-SLIM = "TensorFlow Slim's README"
-BATCHNORM = (
-    "the README leaves out the scales and shifts of BatchNorm, without which the count is the same"
-)
-FIGURE = "the paper draws this width in its figure 5, without numbers"
-
 register_backbone(
     MobileNetV2,
     VARIANTS,
@@ -149,31 +143,4 @@ register_backbone(
         ),
     },
     preprocessing=Preprocessing(),
-    published={
-        "mobilenetv2_035": Published(
-            params=1.66, macs=0.059, top1=60.3, source=SLIM, params_note=BATCHNORM, remark=FIGURE
-        ),
-        "mobilenetv2_050": Published(
-            params=1.95, macs=0.097, top1=65.4, source=SLIM, params_note=BATCHNORM, remark=FIGURE
-        ),
-        "mobilenetv2_075": Published(
-            params=2.61, macs=0.209, top1=69.8, source=SLIM, params_note=BATCHNORM, remark=FIGURE
-        ),
-        "mobilenetv2_100": Published(
-            params=3.47,
-            macs=0.300,
-            top1=71.8,
-            source=SLIM,
-            params_note=BATCHNORM,
-            remark="the paper's table 4 has 3.4 M and 72.0 %",
-        ),
-        "mobilenetv2_140": Published(
-            params=6.06,
-            macs=0.582,
-            top1=75.0,
-            source=SLIM,
-            params_note=BATCHNORM,
-            remark="the paper's table 4 has 6.9 M, 0.585 G and 74.7 %; no model of that size was released",
-        ),
-    },
 )

@@ -29,7 +29,7 @@ from vitrail.layers.conv import (
     stage_specs,
 )
 from vitrail.layers.conv_keys import counted_through, timm_stages, torchvision_stages
-from vitrail.registry import Layout, Published, Tensors, register_backbone, rename_keys
+from vitrail.registry import Layout, Tensors, register_backbone, rename_keys
 from vitrail_runtime.preprocess import Preprocessing
 
 _relu = partial(nn.ReLU, inplace=True)
@@ -232,33 +232,4 @@ register_backbone(
         ),
     },
     preprocessing=Preprocessing(),
-    published={
-        "mobilenetv3_large": Published(
-            params=5.4,
-            macs=0.217,
-            top1=75.2,
-            source="the paper's table 9 (table 3 has 0.219 G)",
-            params_note="timm's and torchvision's models have 5.48 M too; digits seem cut there",
-        ),
-        "mobilenetv3_large_075": Published(
-            params=4.0, macs=0.155, top1=73.3, source="the paper's table 3"
-        ),
-        "mobilenetv3_small": Published(
-            params=2.5, macs=0.056, top1=67.4, source="the paper's table 3"
-        ),
-        "mobilenetv3_small_075": Published(
-            params=2.0,
-            macs=0.044,
-            top1=65.4,
-            source="the paper's table 3",
-            macs_note="timm's model has 0.0434 G too; what else the paper counts is not known",
-        ),
-        "mobilenetv3_small_050": Published(
-            params=1.6,
-            macs=0.021,
-            top1=58.0,
-            source="the paper's table 9",
-            macs_note="timm keeps the stem 16 wide at this multiplier; 8 wide, all is 0.021 G",
-        ),
-    },
 )

@@ -38,7 +38,7 @@ from vitrail.layers.conv import (
 from vitrail.layers.keys import join_rows
 from vitrail.layers.mlp import Mlp
 from vitrail.layers.resize import resize_to_multiple
-from vitrail.registry import Layout, Published, Tensors, register_backbone, rename_keys
+from vitrail.registry import Layout, Tensors, register_backbone, rename_keys
 from vitrail_runtime.preprocess import Preprocessing
 
 
@@ -325,28 +325,4 @@ register_backbone(
         mean=(0.0, 0.0, 0.0),
         std=(1.0, 1.0, 1.0),
     ),
-    published={
-        "mobilevit_xxs": Published(
-            params=1.3,
-            top1=69.0,
-            image_size=256,
-            source="the official model zoo",
-            remark="the paper gives no multiply-adds for this size",
-        ),
-        "mobilevit_xs": Published(
-            params=2.3,
-            macs=0.7,
-            top1=74.8,
-            image_size=256,
-            source="the paper's table 3",
-            macs_note="the paper does not say at which size; 0.77 G at 224 pixels here",
-        ),
-        "mobilevit_s": Published(
-            params=5.6,
-            macs=2.0,
-            top1=78.4,
-            image_size=256,
-            source="table 2 of the MobileViTv2 paper, by the same authors",
-        ),
-    },
 )

@@ -36,7 +36,7 @@ from vitrail.layers.conv import (
     run_stages,
 )
 from vitrail.layers.resize import resize_to_multiple
-from vitrail.registry import Layout, Published, Tensors, register_backbone, rename_keys
+from vitrail.registry import Layout, Tensors, register_backbone, rename_keys
 from vitrail_runtime.preprocess import Preprocessing
 
 
@@ -287,18 +287,4 @@ register_backbone(
         mean=(0.0, 0.0, 0.0),
         std=(1.0, 1.0, 1.0),
     ),
-    published={
-        f"mobilevitv2_{percent:03d}": Published(
-            params=params, macs=macs, top1=top1, image_size=256, source="the paper's table 6"
-        )
-        for percent, params, macs, top1 in (
-            (50, 1.4, 0.5, 70.2),
-            (75, 2.9, 1.0, 75.6),
-            (100, 4.9, 1.8, 78.1),
-            (125, 7.5, 2.8, 79.6),
-            (150, 10.6, 4.0, 80.4),
-            (175, 14.3, 5.5, 80.8),
-            (200, 18.5, 7.2, 81.2),
-        )
-    },
 )

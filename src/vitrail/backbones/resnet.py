@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from vitrail.features import Features, FeatureSpec, check_images
 from vitrail.layers.checkpoint import checkpointed
 from vitrail.layers.conv import fast_layout
-from vitrail.registry import Layout, Published, Tensors, register_backbone, rename_keys
+from vitrail.registry import Layout, Tensors, register_backbone, rename_keys
 from vitrail_runtime.errors import InputError
 from vitrail_runtime.preprocess import Preprocessing
 
@@ -100,9 +100,6 @@ def from_torchvision(state: Tensors, config: ResNetConfig) -> Tensors:
 
 MARKS = ("conv1.weight", "layer1.0.conv1.weight", "layer4.1.conv2.weight")
 
-TABLES = "the paper's tables 1 to 4, from memory: we could not read them (unverified)"
-STRIDE = "a bottleneck has its stride in the 3x3 convolution, as torchvision's v1.5"
-REMARK = "the paper gives no parameters; its errors are by ten crops"
 
 register_backbone(
     ResNet,
@@ -113,19 +110,4 @@ register_backbone(
         "timm": Layout(from_torchvision, marks=MARKS, source="timm/resnet*"),
     },
     preprocessing=Preprocessing(interpolation="bilinear"),
-    published={
-        "resnet18": Published(macs=1.8, top1=72.1, source=TABLES, remark=REMARK),
-        "resnet34": Published(
-            macs=3.6,
-            top1=75.5,
-            source=TABLES,
-            macs_note="torchvision counts as many; how the paper counts is not known",
-            remark=REMARK,
-        ),
-        "resnet50": Published(macs=3.8, top1=77.2, source=TABLES, macs_note=STRIDE, remark=REMARK),
-        "resnet101": Published(macs=7.6, top1=78.3, source=TABLES, macs_note=STRIDE, remark=REMARK),
-        "resnet152": Published(
-            macs=11.3, top1=78.6, source=TABLES, macs_note=STRIDE, remark=REMARK
-        ),
-    },
 )

@@ -41,7 +41,7 @@ from vitrail.layers.keys import join_rows
 from vitrail.layers.mlp import Mlp
 from vitrail.layers.residual import DropPath, drop_path_schedule
 from vitrail.layers.tables import cached_table
-from vitrail.registry import Layout, Published, Tensors, register_backbone, rename_keys
+from vitrail.registry import Layout, Tensors, register_backbone, rename_keys
 from vitrail_runtime.errors import InputError
 from vitrail_runtime.preprocess import Preprocessing
 
@@ -488,10 +488,6 @@ def maps_from_mmsegmentation(state: Tensors, config: SwinConfig) -> Tensors:
 
 _INDEX = tuple(f"*.{name}" for name in _COMPUTED)
 
-TABLE = "the paper's table 1, as later papers quote it"
-README = "the official README"
-IN22K = "top-1 after ImageNet-22k"
-BASE = "top-1 after ImageNet-22k, as timm's weights; {} % from ImageNet-1k alone"
 
 register_backbone(
     Swin,
@@ -552,27 +548,5 @@ register_backbone(
         if config.window_size == 12
         else Preprocessing(crop_pct=0.9)
         for name, config in VARIANTS.items()
-    },
-    published={
-        "swin_tiny_patch4_window7": Published(
-            params=29,
-            macs=4.5,
-            top1=81.3,
-            source=TABLE,
-            params_note="the official README has 28 M",
-        ),
-        "swin_small_patch4_window7": Published(params=50, macs=8.7, top1=83.0, source=TABLE),
-        "swin_base_patch4_window7": Published(
-            params=88, macs=15.4, top1=85.2, source=README, remark=BASE.format(83.5)
-        ),
-        "swin_base_patch4_window12": Published(
-            params=88, macs=47.1, top1=86.4, image_size=384, source=README, remark=BASE.format(84.5)
-        ),
-        "swin_large_patch4_window7": Published(
-            params=197, macs=34.5, top1=86.3, source=README, remark=IN22K
-        ),
-        "swin_large_patch4_window12": Published(
-            params=197, macs=103.9, top1=87.3, image_size=384, source=README, remark=IN22K
-        ),
     },
 )

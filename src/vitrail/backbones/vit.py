@@ -37,7 +37,7 @@ from vitrail.layers.mlp import Mlp
 from vitrail.layers.position import resample_positions
 from vitrail.layers.residual import DropPath, LayerScale, drop_path_schedule
 from vitrail.packing import PackedFeatures, PackedImages, patch_grid
-from vitrail.registry import Layout, Published, register_backbone
+from vitrail.registry import Layout, register_backbone
 from vitrail_runtime.errors import InputError
 from vitrail_runtime.preprocess import Preprocessing
 
@@ -582,90 +582,6 @@ LAYOUTS = {
 HALF = (0.5, 0.5, 0.5)
 AUGREG = Preprocessing(crop_pct=0.9, mean=HALF, std=HALF)
 
-HEADLESS = "the paper leaves out the classifier: 86.09 M without it"
-STEINER = 'Steiner et al., "How to train your ViT?", TMLR 2022, table 2'
-README = "the official README (AugReg weights, ImageNet-21k first)"
-SWIN = "multiply-adds: the Swin paper's table 1"
-NO_MACS = "no multiply-adds are given"
-ZHAI = "Zhai et al., table 2, as later papers quote it; its {} GFLOPs take a multiply-add as two"
-ZHAI_REMARK = "weights are not published; trained on JFT-3B"
-PUBLISHED = {
-    "vit_tiny_patch16": Published(
-        params=5.8,
-        top1=78.22,
-        image_size=384,
-        source=f"parameters: {STEINER}; top-1: {README}",
-        remark=NO_MACS,
-    ),
-    "vit_small_patch8": Published(
-        source="none",
-        remark="in no table of these papers; its weights are DINO's, without a classifier",
-    ),
-    "vit_small_patch16": Published(
-        params=22.2,
-        top1=83.73,
-        image_size=384,
-        source=f"parameters: {STEINER}; top-1: {README}",
-        remark=NO_MACS,
-    ),
-    "vit_small_patch32": Published(
-        top1=79.58,
-        image_size=384,
-        source=f"top-1: {README}",
-        remark="neither parameters nor multiply-adds are given",
-    ),
-    "vit_base_patch8": Published(
-        source="none", remark="neither the papers' tables nor the README's have it"
-    ),
-    "vit_base_patch16": Published(
-        params=86,
-        macs=55.4,
-        top1=85.49,
-        image_size=384,
-        source=f"parameters: the paper's table 1; {SWIN}; top-1: {README}",
-        params_note=HEADLESS,
-    ),
-    "vit_base_patch32": Published(
-        top1=83.59,
-        image_size=384,
-        source=f"top-1: {README}",
-        remark="neither parameters nor multiply-adds are given",
-    ),
-    "vit_large_patch14": Published(
-        source="none", remark="not in the paper: the shape of DINOv2's and others' image towers"
-    ),
-    "vit_large_patch16": Published(
-        params=307,
-        macs=190.7,
-        top1=85.59,
-        image_size=384,
-        source=f"parameters: the paper's table 1; {SWIN}; top-1: {README}",
-        params_note="the layers of table 1 count 303.7 M, and 304.7 M with a classifier",
-    ),
-    "vit_large_patch32": Published(
-        top1=82.01,
-        image_size=384,
-        source="top-1: the official README, fine-tuned by its code",
-        remark="neither parameters nor multiply-adds are given; the better of two runs, the other: 81.78 %",
-    ),
-    "vit_huge_patch14": Published(
-        params=632,
-        source="the paper's table 1",
-        remark="no multiply-adds are given; its 88.55 % is of weights from JFT-300M, which are not released",
-    ),
-    "vit_giant_patch14": Published(
-        params=1011,
-        macs=266.5,
-        source=ZHAI.format(533),
-        remark=ZHAI_REMARK,
-    ),
-    "vit_gigantic_patch14": Published(
-        params=1843,
-        macs=482.5,
-        source=ZHAI.format(965),
-        remark=ZHAI_REMARK,
-    ),
-}
 
 register_backbone(
     ViT,
@@ -687,5 +603,4 @@ register_backbone(
     resample=resample_to,
     preprocessing=dict.fromkeys(VARIANTS, AUGREG)
     | {"vit_small_patch8": Preprocessing(crop_pct=0.9)},
-    published=PUBLISHED,
 )

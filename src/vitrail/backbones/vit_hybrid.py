@@ -37,7 +37,7 @@ from vitrail.backbones.vit_keys import TIMM_MARKS, resample_to
 from vitrail.backbones.vit_keys import from_timm as vit_from_timm
 from vitrail.features import pad_to_multiple
 from vitrail.layers.conv import fast_layout
-from vitrail.registry import Layout, Published, Tensors, register_backbone
+from vitrail.registry import Layout, Tensors, register_backbone
 from vitrail_runtime.errors import InputError
 from vitrail_runtime.preprocess import Preprocessing
 
@@ -200,8 +200,6 @@ def from_timm(state: Tensors, config: ViTHybridConfig) -> Tensors:
 
 
 HALF = (0.5, 0.5, 0.5)
-AUGREG = "parameters: Steiner et al., table 2; top-1: the official README (ImageNet-21k first)"
-NO_MACS = "no multiply-adds are given"
 
 register_backbone(
     ViTHybrid,
@@ -227,21 +225,4 @@ register_backbone(
     tail=ViTHead,
     resample=resample_to,
     preprocessing=Preprocessing(crop_pct=0.9, mean=HALF, std=HALF),
-    published={
-        "vit_tiny_r_s16_p8": Published(
-            params=6.4, top1=75.40, image_size=384, source=AUGREG, remark=NO_MACS
-        ),
-        "vit_small_r26_s32": Published(
-            params=36.6, top1=83.85, image_size=384, source=AUGREG, remark=NO_MACS
-        ),
-        "vit_large_r50_s32": Published(
-            params=330, top1=85.99, image_size=384, source=AUGREG, remark=NO_MACS
-        ),
-        "vit_base_r50_s16": Published(
-            top1=85.08,
-            image_size=384,
-            source="the official README (ImageNet-21k first)",
-            remark="the README gives neither parameters nor multiply-adds; the paper's hybrids saw JFT-300M",
-        ),
-    },
 )

@@ -73,11 +73,13 @@ def count(name: str) -> list[int]:
 
 def paper_size(name: str) -> int:
     from vitrail.models import parse_name
+    from vitrail.weights.published import PUBLISHED
 
     head, entry = parse_name(name)
     if head is not None:
         return head.size[0]
-    return entry.published.image_size if entry.published else entry.preprocessing.size[0]
+    known = PUBLISHED.get(entry.name)
+    return known.image_size if known else entry.preprocessing.size[0]
 
 
 def differences(name: str, counts: list[int]) -> list[tuple[str, str]]:
@@ -87,10 +89,11 @@ def differences(name: str, counts: list[int]) -> list[tuple[str, str]]:
     A printed figure stands for all that it could be rounded from: 50 for 49.5 to 50.5, 2.3 for 2.25 to 2.35.
     """
     from vitrail.models import parse_name
+    from vitrail.weights.published import PUBLISHED
 
     head, entry = parse_name(name)
-    published = entry.published
-    if published is None or head is not None:  # the figures are of classifiers
+    published = PUBLISHED.get(entry.name)
+    if published is None or head is not None:
         return []
     params, macs = counts[0] / 1e6, counts[1] / 1e9
     found = []
@@ -121,11 +124,12 @@ def row(name: str, counts: list[int]) -> dict[str, Any]:
 
     from vitrail.models import create_backbone, parse_name
     from vitrail.weights.catalogue import downloads, weight_sources
+    from vitrail.weights.published import PUBLISHED
 
     head, entry = parse_name(name)
     with torch.device("meta"):
         specs = create_backbone(entry.name).feature_specs
-    published = entry.published if head is None else None
+    published = PUBLISHED.get(name)  # the figures are of classifiers
     return {
         "name": name,
         "family": entry.family,
