@@ -249,6 +249,54 @@ def test_every_head_stands_on_every_backbone_and_every_weight_learns(family, hea
         torch.testing.assert_close(both[1:], model(images[1:]), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("class_weights", [None, (1.0, 0.0, 2.5)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("head", HEADS)
+def test_a_batch_without_labelled_pixels_teaches_nothing_and_breaks_nothing(
+    head, dtype, class_weights
+):
+    torch.manual_seed(0)
+    main, auxiliary = HEADS[head](SPECS)
+    model = Segmenter(Still(), main, auxiliary=auxiliary, class_weights=class_weights)
+    images = torch.randn(2, 3, 40, 56)
+    nothing = torch.full((2, 40, 56), IGNORE, dtype=torch.uint8)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        losses = model.losses(images, nothing)
+    total = sum(losses.values())
+    assert total == 0
+    assert model.weight(nothing) == 0
+    total.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert (parameter.grad == 0).all(), name
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_in_half_precision_the_loss_is_reckoned_in_full(head):
+    torch.manual_seed(0)
+    main, auxiliary = HEADS[head](SPECS)
+    model = Segmenter(Still(), main, auxiliary=auxiliary).eval()
+    images = torch.randn(2, 3, 40, 56)
+    targets = torch.randint(0, K, (2, 40, 56), dtype=torch.uint8)
+    full = model.losses(images, targets)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(images).dtype == torch.bfloat16
+        half = model.losses(images, targets)
+    assert half.keys() == full.keys()
+    for name, value in half.items():
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(value, full[name], rtol=0.02, atol=0)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(images)
+    want = F.cross_entropy(logits.float(), targets.long(), reduction="sum")
+    torch.testing.assert_close(half["segment"], want)
+    pure = model.bfloat16()
+    assert pure.forward_tensors(images.bfloat16())["logits"].dtype == torch.bfloat16
+    for value in pure.losses(images.bfloat16(), targets).values():
+        assert value.dtype == torch.float32
+        assert value.isfinite()
+
+
 def test_more_classes_than_a_mask_can_hold_are_refused():
     check_classes(255)
     for count in (0, 256):
