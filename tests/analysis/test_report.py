@@ -15,7 +15,7 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 
 import vitrail
 from tests.train.conftest import CLASSES, VIT, make_pictures, tiny_config
-from vitrail.analysis import page
+from vitrail.analysis import page, report
 from vitrail.analysis.report import curves, explain, training_advice
 from vitrail.analysis.saliency import attention_rollout, smooth_gradient
 from vitrail.cli import main
@@ -515,3 +515,21 @@ def test_class_names_that_are_no_text_or_look_like_formulas_are_shown(tmp_path):
     text = report_run(config, tmp_path / "run").read_text(encoding="utf-8")
     assert r"caf\udce9" in text
     assert r"a$\frac$" in text
+
+
+def test_the_curve_of_a_score_by_any_name_has_a_ring_at_its_best(monkeypatch):
+    drawn = []
+    real = report.page.figure
+
+    def figure(*args, **given):
+        fig, ax = real(*args, **given)
+        drawn.append(ax)
+        return fig, ax
+
+    monkeypatch.setattr(report.page, "figure", figure)
+    rows = [(10, 0.2), (20, 0.6), (30, 0.6), (40, 0.5)]
+    history = [{"epoch": s // 10, "step": s, "loss": 1 / s, "score": v} for s, v in rows]
+    assert "score on the validation split" in curves(history, "score")
+    line, ring = drawn[1].lines
+    assert line.get_xydata().tolist() == [list(row) for row in rows]
+    assert ring.get_xydata().tolist() == [[20, 0.6]], "the first of equals"

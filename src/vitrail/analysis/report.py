@@ -147,7 +147,7 @@ def curves(history: Sequence[dict[str, Any]], headline: str) -> str:
             markersize=4,
         )
         best = max(evals, key=lambda r: r[headline])  # the first of equals, as in training
-        ax.plot(best["step"], best["top1"], "o", ms=10, mfc="none", mec=page.INK)
+        ax.plot(best["step"], best[headline], "o", ms=10, mfc="none", mec=page.INK)
         ax.set_xlabel("step")
         ax.set_title(f"{headline} on the validation split", fontsize=11, loc="left")
         drawn.append(page.svg(fig))
