@@ -153,17 +153,17 @@ def draw_sheet(
 ) -> tuple[Image.Image, Image.Image]:
     """Digits side by side on one sheet, and the mask of their strokes: label + 1, else 0, with a palette.
 
-    `inks` is (n, 8, 8); height is 96 to 192 pixels, width 96 to 224. A digit that finds no free place is left
+    `inks` is (n, 8, 8); height is 72 to 144 pixels, width 72 to 168. A digit that finds no free place is left
     out; the first always has one.
     """
-    height = int(rng.integers(96, 193))
-    width = int(np.clip(round(height * np.exp(rng.uniform(-0.35, 0.35))), 96, 224))
+    height = int(rng.integers(72, 145))
+    width = int(np.clip(round(height * np.exp(rng.uniform(-0.35, 0.35))), 72, 168))
     canvas = rng.uniform(170, 245) + rng.uniform(-25, 25, 3) + _shading(height, width, rng)
     mask = np.zeros((height, width), np.uint8)
     taken = np.zeros((height, width), bool)
     for ink, label in zip(inks, labels.tolist(), strict=True):
         pen = rng.uniform(10, 85) + rng.uniform(-35, 35, 3)
-        alpha = _strokes(ink, round(min(height, width) * rng.uniform(0.32, 0.6)), rng)
+        alpha = _strokes(ink, round(min(height, width) * rng.uniform(0.4, 0.65)), rng)
         rows, columns = np.flatnonzero(alpha.any(1)), np.flatnonzero(alpha.any(0))
         alpha = alpha[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
         high, wide = alpha.shape
@@ -174,7 +174,7 @@ def draw_sheet(
             if not taken[here].any():
                 taken[here] = True
                 _lay(canvas[here], pen, alpha)
-                mask[here][alpha > 0.5] = label + 1
+                mask[here][alpha > 0.3] = label + 1
                 break
     shown = Image.fromarray(mask)
     shown.putpalette([c for colour in CLASSES.values() for c in colour])
