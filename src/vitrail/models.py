@@ -69,12 +69,14 @@ class ModelInfo:
     """What a saved model says of itself: enough to build it again and to feed it.
 
     parts: "backbone", and "head" where the name has one -> the config that it is built from.
+    pretrained: {"source", "sha256"} of the released weights that it started from, where it did.
     """
 
     name: str
     parts: Mapping[str, Any]
     classes: tuple[str, ...]
     preprocessing: Preprocessing
+    pretrained: Mapping[str, str] | None = None
 
     @property
     def config(self) -> Any:
@@ -109,17 +111,20 @@ def parse_name(name: str) -> tuple[Head | None, BackboneEntry]:
 def create_backbone(name: str, *, weights: Weights = None, **config_fields: Any) -> Any:
     """A backbone by name: images (B, 3, H, W) -> Features.
 
-    weights: a file, a folder, "hf:owner/name@revision", a state dict, or {"backbone": one of these}; a
-        classifier's head in it is left. What became of every key stands in `weights_report` of the result.
+    weights: "pretrained", a file, a folder, "hf:owner/name@revision", a state dict, or {"backbone": one of
+        these}; a classifier's head in it is left. What became of every key stands in `weights_report` of the
+        result.
     config_fields: fields of the paper's config, such as image_size or drop_path_rate.
     Raises InputError for an unknown name or field (with the closest), or weights that do not fit.
     """
     entry = backbone_entry(name)
     backbone = build_backbone(entry, config_fields)
-    if weights is not None:
-        part = _backbone_part(name, weights)
-        source = weights if part is None else part
+    part = _backbone_part(name, weights)
+    source, released = _with_released(weights if part is None else part, entry)
+    if source is not None:
         weights_room.load_weights(backbone, source, entry, config=backbone.config)
+    elif released is not None:
+        backbone.weights_report = released
     return backbone
 
 
@@ -137,7 +142,9 @@ def create_model(
     classes: the class names, in the order of the labels; or num_classes, for names "0", "1", ...
     weights: as for `create_backbone`, of the whole model; or by part, {"backbone": ..., "head": ...}, where
         the parts that are not named stay as they were initialised. A head in a file is dropped only where
-        its number of classes differs, and that is said.
+        its number of classes differs, and that is said. "pretrained" are the released weights of the
+        backbone (and, where the classes are as many, of a classifier's head), which are downloaded once;
+        "auto" are these where they can be had, else none, and `weights_report` says why.
     head: fields of the head's config, such as {"dim": 256}. config_fields: of the backbone's.
     """
     known, entry = parse_name(name)
@@ -158,7 +165,13 @@ def create_model(
         size = config_fields["image_size"]
         size = (size, size) if isinstance(size, int) else tuple(size)
         preprocessing = replace(preprocessing, size=size)
-    describe(model, ModelInfo(name, parts, names, preprocessing))
+    if known is not None and isinstance(weights, str) and weights in weights_room.RELEASED_WEIGHTS:
+        weights = {"backbone": weights}
+    weights, released = _with_released(weights, entry)
+    origin = None
+    if isinstance(released, weights_room.Checkpoint):
+        origin = {"source": released.source, "sha256": released.sha256}
+    describe(model, ModelInfo(name, parts, names, preprocessing, origin))
     by_part = _by_part(model, name, weights)
     if by_part is not None:
         model.weights_report = _load_parts(model, by_part, entry, parts["backbone"])
@@ -166,6 +179,8 @@ def create_model(
         weights_room.load_weights(model, weights, entry, config=parts["backbone"])
     elif weights is not None:
         model.weights_report = _load_dense(model, weights, name, parts["backbone"])
+    elif released is not None:
+        model.weights_report = released
     return model
 
 
@@ -239,6 +254,8 @@ def save(model: Any, folder: str | Path, *, metrics: Mapping[str, Any] | None = 
         "preprocessing": to_dict(info.preprocessing),
         "weights_sha256": weights_hash(state),
     }
+    if info.pretrained is not None:
+        config["pretrained"] = dict(info.pretrained)
     config["config_sha256"] = config_hash(config)
     text = json.dumps(config, indent=2) + "\n"
     # The file of weights carries the text too: a save over an older one, stopped between the two
@@ -289,7 +306,8 @@ def load(folder: str | Path) -> Any:
     # Counters of batches are integers in the model and were written as floats.
     model.load_state_dict({k: v.to(own[k].dtype) for k, v in state.items()}, assign=True)
     pre = from_dict(Preprocessing, config["preprocessing"], where=str(path))
-    describe(model, ModelInfo(config["name"], parts, tuple(config["classes"]), pre))
+    origin = config.get("pretrained")
+    describe(model, ModelInfo(config["name"], parts, tuple(config["classes"]), pre, origin))
     return model.eval()
 
 
@@ -469,6 +487,23 @@ def _backbone_part(name: str, weights: Weights) -> Any:
             )
         return weights["backbone"]
     return None
+
+
+def _with_released(weights: Any, entry: BackboneEntry) -> tuple[Any, Any]:
+    """`weights` with the backbone's released ones where they are asked for, and these: a Checkpoint, or a
+    Report that says why "auto" got none."""
+    by_part = isinstance(weights, Mapping)
+    wanted = weights.get("backbone") if by_part else weights
+    if not isinstance(wanted, str) or wanted not in weights_room.RELEASED_WEIGHTS:
+        return weights, None
+    rest = {k: v for k, v in weights.items() if k != "backbone"} if by_part else {}
+    try:
+        released = weights_room.read_pretrained(entry.name)
+    except weights_room.Unavailable as error:
+        if rest or wanted != weights_room.OR_RANDOM:
+            raise
+        return None, weights_room.Report(f"starting from random weights: {error}", "", ())
+    return ({**rest, "backbone": released} if by_part else released), released
 
 
 def _by_part(model: torch.nn.Module, name: str, weights: Weights) -> Mapping[str, Any] | None:

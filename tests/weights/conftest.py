@@ -1,10 +1,15 @@
-"""A family of two small variants with a foreign layout that fuses, renames and drops keys."""
+"""A family of two small variants with a foreign layout that fuses, renames and drops keys; a hub without a
+network."""
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 
+import huggingface_hub
 import pytest
 import torch
 import torch.nn.functional as F
+from huggingface_hub import constants
+from safetensors.torch import save_file
 from torch import nn
 
 from vitrail import registry
@@ -90,3 +95,45 @@ def toy(monkeypatch):
     }
     monkeypatch.setattr(registry, "_ENTRIES", entries)
     return entries["toy_small"]
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+STATE = {"a": torch.arange(3.0)}
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """A hub cache with one commit of one repository, as huggingface_hub lays it out."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    root = tmp_path / "models--owner--name"
+    (root / "refs").mkdir(parents=True)
+    (root / "refs" / "main").write_text(COMMIT)
+    snapshot = root / "snapshots" / COMMIT
+    snapshot.mkdir(parents=True)
+    save_file(STATE, snapshot / "model.safetensors")
+    return snapshot
+
+
+@pytest.fixture
+def online(cache, monkeypatch):
+    """A hub that answers: its repository, what was asked of it, and the failure to raise, if any."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    names = ["README.md", "config.json", "model.safetensors", "modeling.py", "pytorch_model.bin"]
+    fake = SimpleNamespace(files=names, fetched=[], asked=[], failure=None)
+    (cache / "config.json").write_text("{}")
+
+    def model_info(repo, *, revision=None):
+        if fake.failure:
+            raise fake.failure
+        fake.asked.append((repo, revision))
+        siblings = [SimpleNamespace(rfilename=n) for n in fake.files]
+        return SimpleNamespace(sha=COMMIT, siblings=siblings)
+
+    def hf_hub_download(repo, filename, *, revision):
+        fake.fetched.append((repo, filename, revision))
+        return str(cache / filename)
+
+    monkeypatch.setattr(huggingface_hub, "model_info", model_info)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hf_hub_download)
+    return fake

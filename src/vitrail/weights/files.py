@@ -67,12 +67,14 @@ class Checkpoint:
     """A state dict and where it came from.
 
     notes: what was unwrapped, chosen or passed over on the way, for the report.
+    sha256: of the file, where it holds released weights.
     config, preprocessor: config.json and preprocessor_config.json beside the weights, {} where absent.
     """
 
     state: dict[str, Tensor]
     source: str
     notes: list[str] = field(default_factory=list)
+    sha256: str = ""
     config: dict[str, Any] = field(default_factory=dict)
     preprocessor: dict[str, Any] = field(default_factory=dict)
 

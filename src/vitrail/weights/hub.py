@@ -15,6 +15,10 @@ DESCRIPTIONS = ("config.json", "preprocessor_config.json")  # read beside the we
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
+class Unavailable(InputError):
+    """Weights that cannot be had from here: they are not in the cache, and no network gives them."""
+
+
 @dataclass(frozen=True)
 class Found:
     """Weights on this machine. name: as the report calls them, with the commit."""
@@ -24,23 +28,24 @@ class Found:
     notes: list[str] = field(default_factory=list)
 
 
-def fetch(spec: str) -> Found:
+def fetch(spec: str, *, cached_first: bool = False) -> Found:
     """Download (or find in the cache) the weights of "hf:owner/name[/FILE]@revision".
 
     A revision is a branch, a tag or a commit; what it stands for today is resolved to a commit, which
     the report names so that it can be pinned. A full commit in the cache needs no network; neither does
-    anything in the cache with HF_HUB_OFFLINE=1. Raises InputError when it cannot be had.
+    anything in the cache with HF_HUB_OFFLINE=1, or with `cached_first`. Raises InputError when it cannot be
+    had; Unavailable where that is for want of a network.
     """
     repo, file, revision = parse(spec)
     cached = _in_cache(repo, file, revision)
-    if cached is not None and _COMMIT.fullmatch(revision or ""):
+    if cached is not None and (cached_first or _COMMIT.fullmatch(revision or "")):
         return cached
     from huggingface_hub import constants
 
     if not constants.HF_HUB_OFFLINE:
         return _download(repo, file, revision, cached)
     if cached is None:
-        raise InputError(
+        raise Unavailable(
             f"{spec} is not in the cache {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE is set; unset it to "
             "download, or copy the cache from a machine that has it"
         )
@@ -69,7 +74,7 @@ def _in_cache(repo: str, file: str | None, revision: str | None) -> Found | None
         if path is None:
             continue
         if name.endswith(".index.json"):
-            shards = [_cached_file(repo, shard, revision) for shard in _shards(path)]
+            shards = [_cached_file(repo, shard, revision) for shard in shard_names(path)]
             if not all(shards):
                 continue
         root = path.parents[name.count("/")]  # snapshots/COMMIT
@@ -98,7 +103,7 @@ def _download(repo: str, file: str | None, revision: str | None, cached: Found |
         if name is None or name not in there:
             raise InputError(_no_such_file(address, file, there))
         path = Path(huggingface_hub.hf_hub_download(repo, name, revision=commit))
-        shards = _shards(path) if name.endswith(".index.json") else []
+        shards = shard_names(path) if name.endswith(".index.json") else []
         extra = [n for n in DESCRIPTIONS if n in there and file is None]
         for other in [*shards, *extra]:
             huggingface_hub.hf_hub_download(repo, other, revision=commit)
@@ -122,7 +127,7 @@ def _download(repo: str, file: str | None, revision: str | None, cached: Found |
             else ""
         )
         reason = " ".join(str(error).split())[:200]
-        raise InputError(
+        raise Unavailable(
             f"{address} cannot be fetched ({type(error).__name__}: {reason}){hint}"
         ) from error
     return _found(repo, file, revision, path.parents[name.count("/")], commit, "")
@@ -138,7 +143,7 @@ def _found(
     return Found(root / file if file else root, pinned, notes)
 
 
-def _shards(index: Path) -> list[str]:
+def shard_names(index: Path) -> list[str]:
     """The shard files that an index names: of those, only plain names of weight files are fetched."""
     data = read_json(index)
     names = data.get("weight_map", {}) if isinstance(data, dict) else {}

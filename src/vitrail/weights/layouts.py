@@ -30,7 +30,7 @@ class Report:
     used: our keys that were filled. left: the file's keys that were not needed. new: our keys that kept
     their initial values. dropped_head: keys of the class layer that was not taken since the file's
     number of classes (classes[0]) is not the model's (classes[1]). resampled: our tables that were
-    brought to the model's image size, with both shapes.
+    brought to the model's image size, with both shapes. Without a layout nothing was loaded.
     """
 
     source: str
@@ -44,7 +44,8 @@ class Report:
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        lines = [f"{self.source}: layout {self.layout!r}, {len(self.used)} keys used"]
+        used = f": layout {self.layout!r}, {len(self.used)} keys used" if self.layout else ""
+        lines = [self.source + used]
         lines += [f"  {note}" for note in self.notes]
         if self.dropped_head and self.classes:
             lines.append(
