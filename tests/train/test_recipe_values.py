@@ -280,6 +280,7 @@ FINETUNE: Table = (
     | PLAIN
     | {
         "model": ("", "the weights' model"),
+        "weights": ("auto", "from weights that have seen many, where they can be had"),
         "model_fields": ({}, OURS),
         "image_size": (None, "the weights' own"),
         "sizes": ((), OURS),
@@ -304,6 +305,7 @@ FINETUNE: Table = (
     }
 )
 DIGITS: Table = FINETUNE | {
+    "weights": (None, OURS),
     "model": ("efficientvit_m0", OURS),
     "image_size": (64, OURS),
     "resize": ("squash", OURS),

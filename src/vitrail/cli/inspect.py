@@ -57,7 +57,7 @@ def collapse(argv: list[str]) -> None:
         count: int = 8
         """How many pictures are taken, evenly from all."""
         weights: str | None = None
-        """Weights for a model given by name: a file, a folder or hf:owner/name@revision."""
+        """Weights for a model given by name: pretrained, a file, a folder or hf:owner/name@revision."""
         device: str = "auto"
         """Where the model runs, such as cpu or cuda; auto: a GPU where there is one."""
         json: bool = False
@@ -95,7 +95,7 @@ def heads(argv: list[str]) -> None:
         count: int = 8
         """How many pictures are taken, evenly from all."""
         weights: str | None = None
-        """Weights for a model given by name: a file, a folder or hf:owner/name@revision."""
+        """Weights for a model given by name: pretrained, a file, a folder or hf:owner/name@revision."""
         device: str = "auto"
         """Where the model runs, such as cpu or cuda; auto: a GPU where there is one."""
         json: bool = False

@@ -5,12 +5,13 @@ from vitrail.train.config import TrainConfig
 
 
 def finetune_small() -> TrainConfig:
-    """Any model on some hundred to some thousand pictures, from weights trained on many. Needs no other
+    """Any model on some hundred to some thousand images, from weights trained on many. Needs no other
     setting.
 
-    Command: vitrail train --recipe finetune_small --data YOUR/FOLDER --weights SOURCE, where SOURCE is a
-        model folder (its model is taken over), or with --model NAME a file or hf:owner/name@revision that
-        `vitrail models` lists.
+    Command: vitrail train --recipe finetune_small --data YOUR/FOLDER --model NAME. It starts from the
+        released weights of that name, downloaded once; where they cannot be had, it says so and starts from
+        random ones, unless --weights pretrained makes that an error. --weights SOURCE takes others: a model
+        folder (whose model is taken over), a file, or hf:owner/name@revision.
     Cost: 30 passes over the data: 15,000 pictures for 500 of your own, minutes on a CPU at 64 x 64 for
         EfficientViT-M0.
     Expected: depends on data and weights; compare with `vitrail eval --probe linear` of the same weights.
@@ -19,6 +20,7 @@ def finetune_small() -> TrainConfig:
     pictures must not lose their subject; the averaged weights are the ones that are saved.
     """
     return TrainConfig(
+        weights="auto",
         epochs=30,
         batch_size=32,
         lr=5e-4,
