@@ -9,7 +9,7 @@ COMPILE = $(UV) pip compile --quiet --universal --python-version 3.11 --upgrade 
   --no-emit-index-url --no-emit-find-links --no-emit-package vitrail-runtime
 STAMP := $(VENV)/.vitrail-setup
 
-.PHONY: setup demo test test-slow test-lowest mutants lint format types fast-tests pins hooks clean
+.PHONY: setup demo test test-slow test-lowest mutants lint docs format types fast-tests pins hooks clean
 
 setup: $(STAMP)
 
@@ -51,6 +51,9 @@ test-lowest: | $(UV)  ## the fast tests with the lowest versions that pyproject.
 mutants: setup  ## one small bug at a time: does a fast test fail? ROOM=train, SAMPLE=200, AGAIN=1; ROOM=table
 	$(UV) pip install --quiet --python $(BIN)/python -r requirements/mutants.txt
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/mutants.py $(or $(ROOM),table) $(if $(SAMPLE),--sample $(SAMPLE)) $(if $(AGAIN),--again)
+
+docs: setup  ## docs/models.md, with everything counted anew
+	$(BIN)/python scripts/models_table.py
 
 format: setup
 	$(BIN)/ruff format .

@@ -111,23 +111,9 @@ def test_every_model_has_stored_counts():
     assert set(stored_counts()) == set(list_models())
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["models", "nonsense_9"], "unknown model 'nonsense_9'"),
-        (["models", "cmt_ti", "--check"], "--markdown FILE"),
-        (["models", "efficientvit_m0", "--markdown", "STALE", "--check"], "is stale; run"),
-        (["models", "--markdown", "NOWHERE", "--check"], "there is no file"),
-    ],
-)
-def test_models_refuses_with_one_message(arguments, words, capsys, tmp_path):
-    stale = tmp_path / "stale.md"
-    stale.write_text("an old table")
-    places = {"STALE": str(stale), "NOWHERE": str(tmp_path / "nowhere.md")}
-    assert main([places.get(a, a) for a in arguments]) == 2
-    assert words in capsys.readouterr().err
-    assert stale.read_text() == "an old table"
-    assert list(tmp_path.iterdir()) == [stale]
+def test_models_refuses_an_unknown_name_with_one_message(capsys):
+    assert main(["models", "nonsense_9"]) == 2
+    assert "unknown model 'nonsense_9'" in capsys.readouterr().err
 
 
 def test_a_demo_into_a_file_is_refused_and_leaves_it(tmp_path, capsys):

@@ -3,7 +3,6 @@
 import io
 import json
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Literal
 
 import numpy as np
@@ -11,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from scripts import models_table
 
 from vitrail.cli import main
-from vitrail.cli import models as table
 from vitrail.cli.demo import side_by_side
 from vitrail.cli.flags import flags_of, parse_flags
 from vitrail.models import create_model, load, save
@@ -159,7 +158,7 @@ def test_the_page_of_models_has_each_figure_in_its_column():
         weights=["hf:one"],
         downloads=["https://two"],
     )
-    lines = table.markdown([one, fake_row("vit_small_patch16")]).splitlines()
+    lines = models_table.markdown([one, fake_row("vit_small_patch16")]).splitlines()
     assert (
         "| `vit_tiny_patch16` | 2.30 | 2.25 | 0.0791 | 0.5 | 224 | 16, 32 | 63 | hf:one; https://two |"
         in lines
@@ -168,35 +167,36 @@ def test_the_page_of_models_has_each_figure_in_its_column():
     assert "- `vit_tiny_patch16`: parameters: rounded there" in lines
     assert "- `vit_tiny_patch16`: The table." in lines
     assert "- `vit_small_patch16`: No figures." in lines
-    plain = table.markdown([fake_row("vit_small_patch16")])
+    plain = models_table.markdown([fake_row("vit_small_patch16")])
     assert "Where a count differs" not in plain
 
 
 def test_the_page_is_written_with_its_counts_and_stale_where_either_differs(
     tmp_path, monkeypatch, capsys
 ):
-    stored = tmp_path / "counts.json"
-    stored.write_text('{"another": [1, 2]}')
-    monkeypatch.setattr(
-        table, "importlib", SimpleNamespace(resources=SimpleNamespace(files=lambda _: tmp_path))
-    )
-    monkeypatch.setattr(table, "count", lambda name: [2_160_000, 79_000_000])
-    page = tmp_path / "new" / "m.md"
-    command = ["models", "efficientvit_m0", "--markdown", str(page)]
-    assert main(command) == 0
-    assert json.loads(stored.read_text()) == {
-        "another": [1, 2],
-        "efficientvit_m0": [2_160_000, 79_000_000],
-    }
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "src" / "vitrail" / "cli").mkdir(parents=True)
+    page, stored = tmp_path / "docs" / "models.md", tmp_path / "src/vitrail/cli/counts.json"
+    ours = [2_160_000, 79_000_000]
+    monkeypatch.setattr(models_table, "ROOT", tmp_path)
+    monkeypatch.setattr(models_table, "list_models", lambda: ["efficientvit_m0"])
+    monkeypatch.setattr(models_table, "count", lambda name: ours)
+    assert models_table.main(["--check"]) == 1
+    assert not page.exists()
+    assert models_table.main([]) == 0
+    assert json.loads(stored.read_text()) == {"efficientvit_m0": ours}
     text = page.read_text()
     assert "| `efficientvit_m0` | 2.16 | 2.3 | 0.079 | 0.079 | 224 | 16, 32, 64 | 63.2 |" in text
-    assert main([*command, "--check"]) == 0
-    monkeypatch.setattr(table, "count", lambda name: [2_160_000, 79_000_001])  # not in the text
-    assert main([*command, "--check"]) == 2
-    monkeypatch.setattr(table, "count", lambda name: [2_160_000, 79_000_000])
+    assert "### EfficientViT (Liu et al." in text
+    assert "Unlike the official classification code" in text
+    assert models_table.main(["--check"]) == 0
+    monkeypatch.setattr(models_table, "count", lambda name: [2_160_000, 79_000_001])
+    assert models_table.main(["--check"]) == 1, "the text is the same, the counts are not"
+    monkeypatch.setattr(models_table, "count", lambda name: ours)
     page.write_text(text + "\n")
-    assert main([*command, "--check"]) == 2
-    assert "is stale" in capsys.readouterr().err
+    capsys.readouterr()
+    assert models_table.main(["--check"]) == 1
+    assert capsys.readouterr().out == f"{page} is stale; run: python scripts/models_table.py\n"
     assert page.read_text() == text + "\n"
 
 

@@ -180,7 +180,7 @@ def test_every_figure_has_a_source_and_every_gap_a_reason(name):
 @pytest.mark.parametrize("name", list_models())
 def test_counts_equal_the_authors_or_the_difference_is_explained(name):
     counts = stored_counts()
-    assert name in counts, "not counted yet: vitrail models --markdown docs/models.md"
+    assert name in counts, "not counted yet: make docs"
     assert not [what for what, why in differences(name, counts[name]) if not why]
 
 

@@ -2,9 +2,8 @@
 
 import fnmatch
 import hashlib
-import inspect
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -560,22 +559,3 @@ def _load_dense(model: Any, weights: Any, name: str, config: Any) -> weights_roo
     own = replace(checkpoint, state=below)
     first = weights_room.load_weights(model.backbone, own, entry, config=config)
     return weights_room.joined([first, ready.fill()])
-
-
-def departures(names: Collection[str]) -> list[tuple[str, str]]:
-    """(paper, what its file says of official code and paper) for the files behind `names`.
-
-    A backbone file's docstring opens with the paper and ends with the paragraphs that begin
-    "Unlike", "Where" or "Paper and code": those are what a reader of the table must know.
-    """
-    found = {}
-    for name in names:
-        module = inspect.getmodule(backbone_entry(name).cls)
-        doc = inspect.cleandoc(module.__doc__ or "") if module else ""
-        paragraphs = doc.split("\n\n")
-        marks = ("Unlike", "Where", "Paper and code")
-        said = [p for p in paragraphs[1:] if p.startswith(marks)]
-        if module and said:
-            title = " ".join(paragraphs[0].split()).removesuffix(".")
-            found[module.__name__] = (title, "\n\n".join(said))
-    return [found[key] for key in sorted(found)]

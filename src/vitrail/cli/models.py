@@ -4,11 +4,9 @@ import importlib.resources
 import json
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from vitrail.cli.flags import parse_flags
-from vitrail_runtime.errors import InputError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,10 +17,6 @@ class ModelsFlags:
     """Only models for this task (classify)."""
     json: bool = False
     """One JSON object per line, on stdout."""
-    markdown: Path | None = None
-    """Count everything anew and write the table as Markdown to this file (docs/models.md is made so)."""
-    check: bool = False
-    """With --markdown: write nothing, fail when the file is not what would be written."""
 
 
 DENSE_CLASSES = 150  # those of ADE20K, for the counts of models with a dense head
@@ -38,10 +32,6 @@ def run(argv: list[str]) -> int:
     names = list_models(pattern, task=flags.task)
     if not names:
         raise unknown("model", pattern, list_models())
-    if flags.check and flags.markdown is None:
-        raise InputError("--check compares a file with the table; name it with --markdown FILE")
-    if flags.markdown is not None:
-        return write_markdown(names, flags.markdown, check=flags.check)
     counts = stored_counts()
     rows = [row(name, counts.get(name) or count(name)) for name in names]
     if flags.json:
@@ -166,7 +156,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
     for r in rows:
         top1 = "" if r["paper_top1"] is None else f"{r['paper_top1']:.1f}"
         numbers = (f"{r['params_m']:.2f}", f"{r['macs_g']:.3g}", str(r["image_size"]))
-        table.add_row(r["name"], *numbers, _strides(r), top1)
+        table.add_row(r["name"], *numbers, strides_of(r), top1)
     console = Console() if sys.stdout.isatty() else Console(width=160)
     console.print(table)
     if any(r["task"] != "classify" for r in rows):
@@ -187,90 +177,5 @@ def print_table(rows: list[dict[str, Any]]) -> None:
             print(f"{r['name']}: no released weights that we know of")
 
 
-def write_markdown(names: list[str], path: Path, *, check: bool) -> int:
-    if check and not path.is_file():
-        raise InputError(f"there is no file {path}; make it: vitrail models --markdown {path}")
-    counts = {name: count(name) for name in names}
-    text = markdown([row(name, counts[name]) for name in names])
-    stored = stored_counts()
-    if not check:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-        home = Path(str(importlib.resources.files("vitrail.cli") / "counts.json"))
-        lines = [f'"{name}": {json.dumps(c)}' for name, c in sorted((stored | counts).items())]
-        home.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
-        print(f"wrote {path}: {len(names)} models")
-        return 0
-    if path.read_text(encoding="utf-8") != text or any(
-        stored.get(name) != counts[name] for name in names
-    ):
-        raise InputError(f"{path} is stale; run: vitrail models --markdown {path}")
-    print(f"{path} is up to date: {len(names)} models")
-    return 0
-
-
-def markdown(rows: list[dict[str, Any]]) -> str:
-    """docs/models.md: the table, the exceptions, and where code and paper differ."""
-    from vitrail.models import departures
-
-    lines = [
-        "# Models",
-        "",
-        "Made by `vitrail models --markdown docs/models.md`; CI fails when it is stale.",
-        "Parameters and multiply-adds are counted from the model itself, with a head of 1000 classes, built",
-        "for the size named; the authors' figures stand beside them. An empty cell: they give none, and the",
-        "second list below says why. `hf:` names go to `--weights` and `weights=` as they are, other",
-        "addresses are to be downloaded first.",
-        "",
-        "| model | params M | paper | MACs G | paper | at px | strides | paper top-1 % | weights |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for r in rows:
-        cells = [
-            f"`{r['name']}`",
-            f"{r['params_m']:.2f}",
-            _cell(r["paper_params_m"]),
-            f"{r['macs_g']:.3g}",
-            _cell(r["paper_macs_g"]),
-            str(r["image_size"]),
-            _strides(r),
-            _cell(r["paper_top1"]),
-            "; ".join([*r["weights"], *r["downloads"]]),
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    differ = [f"- `{r['name']}`: {line}" for r in rows for line in r["differences"]]
-    if differ:
-        lines += [
-            "",
-            "## Where a count differs from the authors'",
-            "",
-            "By more than 0.5 % of the parameters or 1 % of the multiply-adds.",
-            "",
-            *differ,
-        ]
-    lines += ["", "## Where the authors' figures stand", ""]
-    for (_, source, remark), group in _grouped(rows).items():
-        named = ", ".join(f"`{name}`" for name in group)
-        said = [text for text in ("" if source == "none" else source, remark) if text]
-        lines.append(f"- {named}: {'. '.join(text[0].upper() + text[1:] for text in said)}.")
-    lines += ["", "## Where official code, paper and vitrail differ", ""]
-    for title, text in departures({r["name"] for r in rows}):
-        lines += [f"### {title}", "", text, ""]
-    return "\n".join(lines).rstrip() + "\n"
-
-
-def _grouped(rows: list[dict[str, Any]]) -> dict[tuple[str, str, str], list[str]]:
-    """(family, source, remark) -> the models of which both are said, in the order of the table."""
-    groups: dict[tuple[str, str, str], list[str]] = {}
-    for r in rows:
-        if r["source"]:
-            groups.setdefault((r["family"], r["source"], r["remark"]), []).append(r["name"])
-    return groups
-
-
-def _cell(value: float | None) -> str:
-    return "" if value is None else f"{value:g}"
-
-
-def _strides(r: dict[str, Any]) -> str:
+def strides_of(r: dict[str, Any]) -> str:
     return ", ".join(f"{s:g}" for s in r["strides"])
