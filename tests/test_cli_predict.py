@@ -8,9 +8,13 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.parity import randomise
 from vitrail.cli import main
 from vitrail.cli.predict import print_table
-from vitrail.models import create_model, save
+from vitrail.models import create_model, load, save
+from vitrail.predictor import Predictor
+from vitrail.segmenters.inference import Inference, InferredSegmenter
+from vitrail_runtime.drawing import colour_of
 from vitrail_runtime.prediction import Prediction
 
 CLASSES = ["ant", "[bold]bee", "cat ä"]
@@ -147,3 +151,83 @@ def test_an_image_on_which_nothing_was_found_has_its_row_in_the_table(capsys):
         ["empty.png", "nothing", "found"],
         ["cat.png", "cat", "ä", "75.0%", "ant", "20.0%"],
     ]
+
+
+@pytest.fixture(scope="module")
+def segmenter(tmp_path_factory):
+    torch.manual_seed(0)
+    small = {"dims": (16, 24, 32), "depths": (1, 1, 1), "key_dim": 8}
+    model = create_model("linear/efficientvit_m0", classes=CLASSES, **small)
+    randomise(model)
+    return str(save(model, tmp_path_factory.mktemp("segmenter") / "model"))
+
+
+def masks_of(folder, pictures, inference=None):
+    model = load(folder)
+    if inference is not None:
+        model = InferredSegmenter(model, inference)
+    return [p.segmentation for p in Predictor(model)(pictures)]
+
+
+def test_a_segmenter_writes_masks_with_a_palette_overlays_and_shares(segmenter, pictures, tmp_path):
+    out = tmp_path / "out"
+    assert main(["predict", segmenter, str(pictures), "--out", str(out)]) == 0
+    written = sorted(p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file())
+    masks = ["masks/a.png", "masks/a.png.png", "masks/sub/Bild ä.png"]
+    drawn = ["a.jpg", "a.png.jpg", "sub/Bild ä.jpg"]
+    assert written == sorted([*drawn, *masks, "predictions.jsonl"])
+    lines = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
+    assert [line["mask"] for line in lines] == masks
+    for line, seen in zip(lines, masks_of(segmenter, pictures), strict=True):
+        with Image.open(out / line["mask"]) as mask:
+            assert (mask.mode, mask.size) == ("P", (40, 30))
+            assert np.array_equal(np.array(mask), seen)
+            colours = np.array(mask.convert("RGB"))
+        for label in np.unique(seen):
+            assert (colours[seen == label] == colour_of(label)).all()
+        counts = np.bincount(seen.ravel(), minlength=3)
+        shares = {CLASSES[k]: pytest.approx(n / 1200, abs=1e-6) for k, n in enumerate(counts) if n}
+        assert {entry["label"]: entry["score"] for entry in line["top"]} == shares
+        assert line["label"] == CLASSES[counts.argmax()]
+    with Image.open(out / "a.jpg") as image:
+        assert image.width == 320
+
+
+@pytest.mark.parametrize(
+    ("flags", "inference"),
+    [
+        (["--window", "256", "--stride", "200"], Inference(window=256, stride=200)),
+        (["--scales", "0.5", "1", "--flip"], Inference(scales=(0.5, 1.0), flip=True)),
+    ],
+)
+def test_flags_say_how_a_segmenter_is_asked(segmenter, pictures, tmp_path, flags, inference):
+    out, image = tmp_path / "out", pictures / "a.png"
+    assert main(["predict", segmenter, str(image), "--out", str(out), *flags]) == 0
+    (seen,), (plain,) = masks_of(segmenter, image, inference), masks_of(segmenter, image)
+    with Image.open(out / "masks" / "a.png") as mask:
+        assert np.array_equal(np.array(mask), seen)
+    assert (seen != plain).any()
+
+
+def test_ways_to_ask_that_do_not_fit_are_refused_before_anything_is_written(
+    segmenter, trained, pictures, tmp_path, capsys
+):
+    out = tmp_path / "out"
+    for model, flags, said in (
+        (trained, ["--flip"], "but efficientvit_m0 does the task 'classify'; leave them out"),
+        (segmenter, ["--stride", "4"], "a stride (4) needs a window"),
+        (segmenter, ["--scales", "0"], "scales must be numbers above 0"),
+    ):
+        assert main(["predict", model, str(pictures), "--out", str(out), *flags]) == 2
+        assert said in capsys.readouterr().err
+        assert not out.exists()
+
+
+def test_no_mask_ever_overwrites_an_image(trained, pictures, tmp_path, capsys):
+    image = tmp_path / "out" / "masks" / "a.png"
+    image.parent.mkdir(parents=True)
+    Image.new("RGB", (4, 4)).save(image)
+    before = image.read_bytes()
+    assert main(["predict", trained, str(image), "--out", str(tmp_path / "out")]) == 2
+    assert "masks/a.png with a mask (of " in capsys.readouterr().err
+    assert image.read_bytes() == before

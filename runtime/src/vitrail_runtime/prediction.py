@@ -8,6 +8,9 @@ import numpy as np
 from PIL import Image
 
 from vitrail_runtime.decoding import Source
+from vitrail_runtime.errors import InputError
+
+NO_CLASS = 255  # in a stored class map: a pixel without a class
 
 
 @dataclass(eq=False)
@@ -53,6 +56,26 @@ class Prediction:
         from vitrail_runtime.drawing import draw_prediction
 
         return draw_prediction(self, image, long_side)
+
+    def class_map(self) -> Image.Image:
+        """`segmentation` as an image to store: 8-bit indices of classes with a palette, 255 for none.
+
+        Raises: InputError when there is no segmentation, or more classes than such an image can hold.
+        """
+        from vitrail_runtime.drawing import colour_of
+
+        if self.segmentation is None:
+            raise InputError("this prediction has no segmentation, so there is no class map of it")
+        if len(self.classes) > NO_CLASS:
+            raise InputError(
+                f"an 8-bit image holds at most {NO_CLASS} classes, but there are {len(self.classes)}; "
+                "store `segmentation` in another form"
+            )
+        indices = np.where(self.segmentation < 0, NO_CLASS, self.segmentation).astype(np.uint8)
+        image = Image.fromarray(indices)
+        colours = [colour_of(label) for label in range(NO_CLASS)]
+        image.putpalette([value for colour in (*colours, (0, 0, 0)) for value in colour])
+        return image
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready: `path`, `size`, the best `label` (its name), its `score`, and all N under `top`,

@@ -1,4 +1,4 @@
-"""`vitrail predict`: labels for pictures, as a table, JSON lines or annotated pictures."""
+"""`vitrail predict`: what is on images, as a table, JSON lines, annotated images or class maps."""
 
 import json
 import os
@@ -25,6 +25,7 @@ def run(argv: list[str]) -> int:
         """Say what is on pictures: vitrail predict RUN photo.jpg folder "holidays/*.jpg".
 
         Prints a table, or JSON lines with --json; --out writes annotated pictures and predictions.jsonl.
+        A segmenter's scores are shares of the image, and --out also gets its masks.
         """
 
         model: Annotated[Positional[Path], arg(metavar="RUN")]
@@ -34,7 +35,8 @@ def run(argv: list[str]) -> int:
         json: bool = False
         """One JSON object per picture on stdout, and nothing else there."""
         out: Path | None = None
-        """A folder for annotated pictures and predictions.jsonl."""
+        """A folder for annotated pictures and predictions.jsonl; of a segmenter also for masks/*.png, the
+        index of the class of every pixel, with a palette, 255 for none."""
         top_k: int = 5
         """How many classes to tell per picture."""
         skip_broken: bool = False
@@ -43,22 +45,35 @@ def run(argv: list[str]) -> int:
         """Where the model runs, such as cpu or cuda; auto: a GPU where there is one."""
         batch_size: int = 16
         """Pictures per forward."""
+        window: int | None = None
+        """Of a segmenter: the side of square windows that slide over the image, in pixels of its input."""
+        stride: int | None = None
+        """With --window: pixels from one to the next; none: two thirds of it."""
+        scales: tuple[float, ...] = (1.0,)
+        """Of a segmenter: sizes, relative to its input, at which it sees an image; answers are averaged."""
+        flip: bool = False
+        """Of a segmenter: also ask of the mirrored image, and average."""
 
     flags = parse_flags(FlagCreatePairsOff[PredictFlags], argv, prog="vitrail predict")
 
     from vitrail_runtime.pictures import find_pictures
 
-    # Whatever is wrong with the inputs is said before a model is loaded.
+    # Whatever is wrong with the flags and inputs is said before a model is loaded.
     if not flags.inputs:
         raise InputError("say which pictures: vitrail predict RUN photo.jpg folder '*.png'")
     pictures = list(dict.fromkeys(path for given in flags.inputs for path in find_pictures(given)))
     targets = None if flags.out is None else annotated_paths(pictures, flags.out)
 
+    from vitrail.segmenters.inference import Inference, inferred
+
+    how = {"window": flags.window, "stride": flags.stride, "scales": flags.scales}
+    inference = Inference(**how, flip=flags.flip)
+
     from vitrail.models import load, model_folder
     from vitrail.predictor import Predictor
 
     predict = Predictor(
-        load(model_folder(flags.model)),
+        inferred(load(model_folder(flags.model)), inference),
         device=flags.device,
         batch_size=flags.batch_size,
         top_k=flags.top_k,
@@ -73,11 +88,17 @@ def run(argv: list[str]) -> int:
         # Bar and lines would overwrite each other on one terminal.
         quiet = flags.json and sys.stdout.isatty()
         for prediction in watched(predict(pictures), len(pictures), bar=not quiet):
-            line = json.dumps(prediction.to_dict())
+            found = prediction.to_dict()
+            line = json.dumps(found)
             if flags.out is not None and log is not None and targets is not None:
+                target = targets[str(prediction.source)]
                 with writing_to(flags.out):
-                    print(line, file=log, flush=True)
-                    save_annotated(prediction, targets[str(prediction.source)])
+                    save_annotated(prediction, target)
+                    if prediction.segmentation is not None:
+                        mask = mask_path(target, flags.out)
+                        save_mask(prediction, mask)
+                        found["mask"] = mask.relative_to(flags.out).as_posix()
+                    print(json.dumps(found), file=log, flush=True)
             if flags.json:
                 print(line)
             else:
@@ -118,12 +139,18 @@ def annotated_paths(pictures: list[Path], out: Path) -> dict[str, Path]:
         targets[str(path)] = target
     originals = {os.path.realpath(path) for path in pictures}
     for path, target in targets.items():
-        if os.path.realpath(target) in originals:
-            raise InputError(
-                f"--out {out} would overwrite the picture {target} with its annotated copy (of {path}); "
-                "name another folder"
-            )
+        for written, what in ((target, "its annotated copy"), (mask_path(target, out), "a mask")):
+            if os.path.realpath(written) in originals:
+                raise InputError(
+                    f"--out {out} would overwrite the picture {written} with {what} (of {path}); "
+                    "name another folder"
+                )
     return targets
+
+
+def mask_path(target: Path, out: Path) -> Path:
+    """Where the mask goes whose annotated copy is `target`: the same name below `masks`, as a PNG."""
+    return out / "masks" / target.relative_to(out).with_suffix(".png")
 
 
 @contextmanager
@@ -139,6 +166,12 @@ def save_annotated(prediction: "Prediction", target: Path) -> None:
     """The picture with its labels, as a JPEG."""
     target.parent.mkdir(parents=True, exist_ok=True)
     prediction.draw().save(target, quality=92, subsampling=0)
+
+
+def save_mask(prediction: "Prediction", target: Path) -> None:
+    """The class of every pixel, as a PNG with a palette."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    prediction.class_map().save(target, optimize=True)
 
 
 def watched(

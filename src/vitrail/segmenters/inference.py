@@ -109,6 +109,11 @@ class InferredSegmenter(nn.Module):
         return total / times
 
 
+def inferred(model: Any, inference: Inference) -> Any:
+    """The model, asked in this way. Raises InputError where a way but the plain one meets no segmenter."""
+    return model if inference == Inference() else InferredSegmenter(model, inference)
+
+
 def starts(length: int, window: int, step: int) -> list[int]:
     """Where windows begin on an axis: every `step` pixels, the last at its end; one where all fits in."""
     last = max(0, length - window)
