@@ -450,13 +450,24 @@ def explained() -> dict[tuple[str, str, str], str]:
     return found
 
 
+def of_diff(diff: str | None) -> tuple[str, str, str]:
+    """(module, line before, line after), as `explained` has them."""
+    module, before, after = (diff or "\n\n").split("\n", 2)
+    return module, before.removeprefix("- "), after.removeprefix("+ ")
+
+
 def pending(database, sample: int | None, seed: int, again: bool) -> Iterator:
     from cosmic_ray.work_item import TestOutcome
 
     items = sorted(database.work_items, key=lambda item: item.job_id)
     random.Random(seed).shuffle(items)
     found = dict(database.results)
-    done = {job for job, r in found.items() if not again or r.test_outcome != TestOutcome.SURVIVED}
+    known = explained()  # which nothing tells apart: not asked again
+    done = {
+        job
+        for job, r in found.items()
+        if not again or r.test_outcome != TestOutcome.SURVIVED or of_diff(r.diff) in known
+    }
     if again:
         items = [item for item in items if item.job_id in found]
     yield from (item for item in items[:sample] if item.job_id not in done)
@@ -553,9 +564,7 @@ def table() -> str:
             if result.test_outcome != TestOutcome.SURVIVED:
                 counts[2] += 1
             else:
-                module, before, after = result.diff.split("\n", 2)
-                key = (module, before.removeprefix("- "), after.removeprefix("+ "))
-                counts[3 if key in known else 4] += 1
+                counts[3 if of_diff(result.diff) in known else 4] += 1
         modules[f"**{room}**"] = [sum(column) for column in zip(*modules.values(), strict=True)]
         for module, (made, tried, killed, same, left) in sorted(modules.items(), reverse=True):
             if tried:

@@ -4,6 +4,7 @@ from itertools import pairwise
 import pytest
 import torch
 
+import vitrail
 from tests.backbones.peers import assert_equals_peer
 from vitrail.backbones.efficientnet import VARIANTS, EfficientNet, compound_scale
 from vitrail.bench.macs import count_macs
@@ -106,3 +107,13 @@ def test_drop_path_grows_over_the_blocks_as_in_the_official_code():
         m.rate for m in EfficientNet(VARIANTS["efficientnet_b0"]).modules() if hasattr(m, "rate")
     ]
     assert rates == pytest.approx([0.2 * i / 16 for i in range(16)])
+
+
+@pytest.mark.parametrize(("padding", "share"), [("tf", 0.01), ("native", 0.1)])
+def test_running_statistics_follow_a_batch_by_the_share_of_their_framework(padding, share):
+    """The official TensorFlow code keeps 0.99 of what it has, PyTorch 0.9."""
+    with torch.device("meta"):
+        model = vitrail.create_model("efficientnet_b0", padding=padding)
+    norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert len(norms) > 40
+    assert {m.momentum for m in norms} == {share}

@@ -271,3 +271,14 @@ def test_full_size_equals_torchvision_at_a_size_that_fits_nothing():
     images = image(1, 236, 180).double()
     with torch.no_grad():
         assert_close_to_peer(ours.double().eval()(images), peer.double().eval()(images))
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_windows_of_the_blocks_that_attend_take_turns_from_unshifted_on(every):
+    """Section 3.2: W-MSA, then SW-MSA by half a window, in each stage anew."""
+    with torch.device("meta"):
+        model = create_model("swin_tiny_patch4_window7", depths=(4, 4, 6, 4), attn_every=every)
+    for layer in model.backbone.layers:
+        shifts = [block.attn.shift for block in layer.blocks if block.attn is not None]
+        assert shifts == [0, 3, 0, 3, 0, 3][: len(shifts)]
+        assert len(shifts) >= 2

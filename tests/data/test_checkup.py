@@ -307,3 +307,14 @@ def test_imbalance_is_how_many_times_the_largest_class_holds_the_smallest(
 ):
     found = check(class_folders({"train": {"a": few, "b": most}, "val": {"a": 1, "b": 1}}))
     assert ("unbalanced classes" in found.warnings) == told
+
+
+def test_a_class_is_too_small_for_validation_only_where_a_training_would_say_so(tmp_path):
+    """Four copies and another image: which are held out hangs on their contents."""
+    for i in range(8):
+        for copy in range(4):
+            write(tmp_path, f"c{i}/{copy}.png", (40, 50), 2 * i)
+        write(tmp_path, f"c{i}/other.png", (40, 50), 2 * i + 1)
+    assert set(open_data(tmp_path, "val").labels.tolist()) == set(range(8))
+    assert set(open_data(tmp_path, "train").labels.tolist()) == set(range(8))
+    assert not any("hold out" in what for what in check(tmp_path).errors)

@@ -251,3 +251,11 @@ def test_what_does_not_fit_is_told_to_the_letter(table, text, message):
 def test_tabs_are_missing_in_a_tsv_of_commas(table):
     with pytest.raises(InputError, match=r"but its first line is 'file,label'$"):
         open_source(table("file,label\n" + rows(), "list.TSV"))
+
+
+def test_a_byte_order_mark_does_not_hide_the_first_of_several_columns(table):
+    lines = [f"{'ab'[i]},pictures/{i}.jpg,{i},2021" for i in range(2)]
+    path = table("\ufeff" + "\n".join(["label,file,width,date", *lines, ""]))
+    data = open_data(path, "all")
+    assert data.classes == ("a", "b")
+    assert data.keys == ["pictures/0.jpg", "pictures/1.jpg"]
