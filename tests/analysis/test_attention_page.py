@@ -347,7 +347,7 @@ def test_maps_are_drawn_over_the_picture_as_it_was_before_it_was_normalised(fami
     assert [caption for _, caption in shown[1:]] == [f"{name}, head 0" for name in names]
     for name, (picture, values) in zip(names, veils, strict=True):
         np.testing.assert_array_equal(picture, pixels)
-        places = places_of(backbone, name, layers[name], features)
+        places = places_of(backbone, name, features)
         np.testing.assert_array_equal(values, received(layers[name], places)[0].numpy())
 
 
@@ -376,8 +376,8 @@ def test_a_few_heads_of_a_few_blocks_from_the_first_to_the_last_are_drawn(drawn)
 def test_layers_whose_geometry_is_not_known_are_named_and_not_drawn(drawn, monkeypatch):
     known = places_of
 
-    def some(backbone, name, weights, features):
-        return None if name == "blocks.0.attn" else known(backbone, name, weights, features)
+    def some(backbone, name, features):
+        return None if name == "blocks.0.attn" else known(backbone, name, features)
 
     monkeypatch.setattr("vitrail.analysis.attention_page.places_of", some)
     said = attention_pictures(tiny("vit"), torch.zeros(3, 32, 48), Preprocessing(), heads=1)

@@ -6,16 +6,16 @@ from head to head, and how far they reach.
 - Distance: ViT (Dosovitskiy et al., ICLR 2021, https://arxiv.org/abs/2010.11929), figure 7.
 """
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from vitrail.backbones import cmt, efficientvit, mobilevit, swin, vit
 from vitrail.features import Features, FeatureSpec
 from vitrail.modes import eval_mode
 from vitrail_runtime.errors import InputError
@@ -275,47 +275,33 @@ def received(weights: Tensor, places: Places) -> Tensor:
     return torch.stack([places.lay_out(head) for head in values.unbind(1)]).cpu()
 
 
-def places_of(backbone: nn.Module, name: str, weights: Tensor, features: Features) -> Places | None:
-    """Where the tokens of layer `name` stand, from the shapes of its weights and of the backbone's maps;
-    None where these do not fit together."""
-    groups, _, num_queries, num_keys = weights.shape
-    specs = cast(dict[str, FeatureSpec], backbone.feature_specs)
+def places_of(backbone: Any, name: str, features: Features) -> Places | None:
+    """Where the tokens of attention layer `name` stand: by its paper, on the map of its stage. None for an
+    attention that is not known here."""
+    attn = backbone.get_submodule(name)
+    specs: dict[str, FeatureSpec] = backbone.feature_specs
     level = list(specs)[-1]
-    if stage_of(name)[0]:
-        # Stages count to the last map; the first ones of a convolutional stem may have no attention.
-        parts = name.split(".")
-        stages = len(list(backbone.get_submodule(parts[0]).children()))
-        index = int(parts[1]) - stages + len(specs)
-        if not 0 <= index < len(specs):
-            return None
-        level = list(specs)[index]
-    stride = specs[level].stride
-    height, width = features.maps[level].shape[-2:]
+    if stage := stage_of(name)[0]:
+        # Stages count to the last map: the first ones of a convolutional stem give none.
+        stages, index, *_ = stage.split(".")
+        level = list(specs)[int(index) - len(backbone.get_submodule(stages))]
+    stride, (height, width) = specs[level].stride, features.maps[level].shape[-2:]
     size = (height, width)
-    prefix = 0 if features.prefix is None else features.prefix.shape[1]
-    if groups == 1 and num_queries == prefix + height * width:
-        if num_keys == num_queries:
+    match attn:
+        case vit.Attention():
+            prefix = 0 if features.prefix is None else features.prefix.shape[1]
             return Places(prefix, size, size, stride, stride, size)
-        # Shapes alone do not tell how far keys are thinned: 13 x 9 tokens by 7 and by 8 are both 2 x 2.
-        ratio = getattr(backbone.get_submodule(name), "sr_ratio", 1)
-        keys = (-(-height // ratio), -(-width // ratio))
-        if math.prod(keys) == num_keys:
-            return Places(prefix, size, keys, stride, stride * ratio, size)
-        return None
-    side = math.isqrt(num_queries)
-    config = getattr(backbone, "config", None)
-    if hasattr(config, "window_size"):
-        cut = (-(-height // side), -(-width // side))
-        if side * side == num_queries == num_keys and math.prod(cut) == groups:
-            moved = getattr(backbone.get_submodule(name), "shift", 0)
+        case cmt.Attention(sr_ratio=ratio):
+            return Places(0, size, _cut(size, ratio), stride, stride * ratio, size)
+        case mobilevit.Attention():
+            p = backbone.config.patch_size
+            grid, step = _cut(size, p), stride * p
+            return Places(0, grid, grid, step, step, size, (p, p), interleaved=True)
+        case swin.WindowAttention(window=side) | efficientvit.CascadedGroupAttention(window=side):
+            cut, window = _cut(size, side), (side, side)
+            moved = attn.shift if isinstance(attn, swin.WindowAttention) else 0
             shift = (moved if cut[0] > 1 else 0, moved if cut[1] > 1 else 0)
-            window = (side, side)
             return Places(0, window, window, stride, stride, size, cut, shift=shift)
-        return None
-    p = math.isqrt(groups)  # places in a patch
-    grid = (-(-height // p), -(-width // p))
-    if p * p == groups and math.prod(grid) == num_queries == num_keys:
-        return Places(0, grid, grid, stride * p, stride * p, size, (p, p), interleaved=True)
     return None
 
 
@@ -333,7 +319,7 @@ def _one_picture(backbone: nn.Module, image: Tensor, name: str) -> dict[str, tup
     out: dict[str, tuple[Any, ...]] = {}
     stages: dict[str, list[str]] = {}
     for layer, weights in layers.items():
-        places = places_of(backbone, layer, weights, features)
+        places = places_of(backbone, layer, features)
         distance = None if places is None else attention_distance(weights, places)
         stage, block = stage_of(layer)
         _, heads, queries, keys = weights.shape
@@ -353,6 +339,10 @@ def _plus(a: Any, b: Any) -> Any:
     if a is None or b is None:
         return None
     return max(a, b)  # of equal facts the larger grid of tokens
+
+
+def _cut(size: Grid, side: int) -> Grid:
+    return -(-size[0] // side), -(-size[1] // side)
 
 
 def _centres(grid: Grid, stride: float) -> Tensor:

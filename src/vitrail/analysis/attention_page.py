@@ -185,7 +185,7 @@ def attention_pictures(
     drawn, lost = [(page.Image.fromarray(picture), "the picture, as the model gets it")], []
     for layer in (names[i] for i in chosen):
         weights = layers[layer]
-        places = places_of(backbone, layer, weights, features)
+        places = places_of(backbone, layer, features)
         if places is None:
             lost.append(layer)
             continue
