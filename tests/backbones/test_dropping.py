@@ -80,7 +80,8 @@ def calls_of(family: str, **fields: Any) -> tuple[nn.Module, list[tuple[DropPath
 # How often a block drops: a transformer's both branches; a convolutional block where it has a shortcut.
 BRANCHES = {
     "vit": 2 * 2,
-    "deit": 2 * 2 - 1,  # every other block attends
+    "deit": 2 * 2,
+    "studiedvit": 2 * 2 - 1,  # every other block attends
     "dinov2": 2 * 2,
     "vithybrid": 2 * 2,
     "deepvit": 2 * 2,

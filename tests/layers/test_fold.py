@@ -13,7 +13,7 @@ TINY = tiny_entries()
 # zeros, or two readers.
 STAYS = {
     "cmt": ["stem.2", "stem.5", "stem.8", "mlp.conv1.2"],
-    "vit": ["stem.2", "stem.5", "stem.8"],
+    "convstemvit": ["stem.2", "stem.5", "stem.8"],
 }
 
 
