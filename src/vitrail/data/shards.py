@@ -296,10 +296,8 @@ def _inflate(shard: Path, target: Path, keep: set[Path]) -> None:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         handle, partial = tempfile.mkstemp(prefix=f".{target.name}-", dir=target.parent)
-        written = 0
         with os.fdopen(handle, "wb") as out, gzip.open(shard, "rb") as file:
             while chunk := file.read(CHUNK):
-                written += len(chunk)
                 # Room is made as it is needed: how large a gzip file inflates is known only at its end.
                 if not make_room(len(chunk), keep={*keep, Path(partial)}):
                     raise InputError(
