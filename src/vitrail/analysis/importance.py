@@ -6,8 +6,8 @@ Networks for Resource Efficient Inference", ICLR 2017, https://arxiv.org/abs/161
 (Liu et al., CVPR 2023, https://arxiv.org/abs/2305.07027, section 2.3) so found which parts of a transformer
 are wider than they need to be: queries, keys and the hidden layers of FFNs shrank, values stayed.
 
-Where a channel lives is known for every family whose blocks attend; `slices` is the one place to add another.
-The convolutional networks have no Q, K and V, and are refused.
+What can be made slimmer (`prune`) is weighed: the ViT family and EfficientViT, whose configs have fields for
+the widths of queries and FFNs. `slices` is the one place to add another; the others are refused.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -18,9 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitrail.backbones import cmt, mobilevit, mobilevitv2
 from vitrail.backbones.efficientvit import FFN, CascadedGroupAttention, EfficientViT
-from vitrail.backbones.swin import Swin, WindowAttention
 from vitrail.backbones.vit import Attention, SwiGLU, ViT
 from vitrail.layers.mlp import Mlp
 from vitrail.modes import eval_mode
@@ -144,10 +142,10 @@ def slices(backbone: nn.Module) -> Iterator[Slice]:
 
     Raises InputError for a family whose channels are not known.
     """
-    if not isinstance(backbone, ATTENDING):
+    if not isinstance(backbone, (ViT, EfficientViT)):
         raise InputError(
-            f"{type(backbone).__name__} has no queries, keys and values to weigh; importance takes the ViT "
-            "family (vit, deit, dinov2, deepvit, hybrids), efficientvit, swin, cmt, mobilevit and mobilevitv2"
+            f"{type(backbone).__name__} cannot be made slimmer: its config has no fields for the widths of "
+            "queries and FFNs; take the ViT family (vit, deit, dinov2, deepvit, hybrids) or efficientvit"
         )
     for name, module in backbone.named_modules():
         for kind, make in SLICED.items():
@@ -156,67 +154,26 @@ def slices(backbone: nn.Module) -> Iterator[Slice]:
                 break
 
 
-def _stage(name: str) -> int:
-    """Of a module's name: "layers.2.blocks.0" and "stages.2.0" are of stage 2, a plain ViT has one stage."""
-    first, *rest = name.split(".")
-    return int(rest[0]) if first in ("stages", "layers") else 0
-
-
-def _attention(
-    name: str, attn: Attention | WindowAttention | mobilevit.Attention
-) -> Iterator[Slice]:
+def _attention(name: str, attn: Attention) -> Iterator[Slice]:
     # Rows of the one projection: queries of all heads, then keys, then values.
     own = [f"{name}.qkv.weight"] + ([] if attn.qkv.bias is None else [f"{name}.qkv.bias"])
-    same = attn.proj.in_features
-    start, stage = 0, _stage(name)
-    for part, width in zip(QKV, getattr(attn, "widths", (same, same, same)), strict=True):
+    start = 0
+    for part, width in zip(QKV, attn.widths, strict=True):
         count = width // attn.num_heads
         for head in range(attn.num_heads):
             made = tuple(Rows(key, start + head * count, count) for key in own)
             read = (Rows(f"{name}.proj.weight", head * count, count, 1),) if part == "V" else ()
-            yield Slice(f"{name}.heads.{head}.{part}", stage, part, count, made, read, made)
+            yield Slice(f"{name}.heads.{head}.{part}", 0, part, count, made, read, made)
         start += width
 
 
-def _three_projections(name: str, attn: cmt.Attention) -> Iterator[Slice]:
-    """CMT's: the depthwise convolution that thins keys and values is shared by both, so of neither."""
-    count, stage = attn.proj.in_features // attn.num_heads, _stage(name)
-    for part, layer in zip(QKV, ("q", "k", "v"), strict=True):
-        own = [f"{name}.{layer}.weight"] + ([] if attn.q.bias is None else [f"{name}.{layer}.bias"])
-        for head in range(attn.num_heads):
-            made = tuple(Rows(key, head * count, count) for key in own)
-            read = (Rows(f"{name}.proj.weight", head * count, count, 1),) if part == "V" else ()
-            yield Slice(f"{name}.heads.{head}.{part}", stage, part, count, made, read, made)
-
-
-def _separable(name: str, attn: mobilevitv2.SeparableAttention) -> Iterator[Slice]:
-    """MobileViTv2's: one head, whose query is a single number for a token."""
-    start, stage = 0, _stage(name)
-    for part, count in zip(QKV, attn.split, strict=True):
-        made = tuple(Rows(f"{name}.qkv_proj.{leaf}", start, count) for leaf in ("weight", "bias"))
-        read = (Rows(f"{name}.out_proj.weight", 0, count, 1),) if part == "V" else ()
-        yield Slice(f"{name}.heads.0.{part}", stage, part, count, made, read, made)
-        start += count
-
-
-def _mlp(name: str, mlp: Mlp | SwiGLU | mobilevitv2.FeedForward) -> Iterator[Slice]:
+def _mlp(name: str, mlp: Mlp | SwiGLU) -> Iterator[Slice]:
     count = mlp.fc2.weight.shape[1]
     halves = (0, count) if isinstance(mlp, SwiGLU) else (0,)  # gates, then values
     own = [f"{name}.fc1.weight", f"{name}.fc1.bias"]
     made = tuple(Rows(key, start, count) for start in halves for key in own)
     read = (Rows(f"{name}.fc2.weight", 0, count, 1),)
-    yield Slice(f"{name}.FFN", _stage(name), "FFN", count, made, read)
-
-
-def _irffn(name: str, ffn: cmt.IRFFN) -> Iterator[Slice]:
-    """A hidden channel passes a projection, a filter of its own and a norm after each."""
-    count = ffn.proj.out_channels
-    leaves = ("weight", "bias", "running_mean", "running_var")
-    keys = [f"{part}.{leaf}" for part in ("conv1.0", "proj") for leaf in leaves[:2]]
-    keys += [f"{part}.{leaf}" for part in ("conv1.2", "proj_bn") for leaf in leaves]
-    made = tuple(Rows(f"{name}.{key}", 0, count) for key in keys)
-    read = (Rows(f"{name}.conv2.0.weight", 0, count, 1),)
-    yield Slice(f"{name}.FFN", _stage(name), "FFN", count, made, read)
+    yield Slice(f"{name}.FFN", 0, "FFN", count, made, read)  # a plain ViT has one stage
 
 
 def _cascaded(name: str, attn: CascadedGroupAttention) -> Iterator[Slice]:
@@ -248,18 +205,11 @@ def _ffn(name: str, ffn: FFN) -> Iterator[Slice]:
     yield Slice(f"{name}.FFN", stage, "FFN", count, _normed(f"{name}.pw1", 0, count), read)
 
 
-ATTENDING = (ViT, EfficientViT, Swin, cmt.CMT, mobilevit.MobileViT, mobilevitv2.MobileViTV2)
 SLICED: dict[type[nn.Module], Callable[[str, Any], Iterator[Slice]]] = {
     Attention: _attention,
-    WindowAttention: _attention,
-    mobilevit.Attention: _attention,
-    cmt.Attention: _three_projections,
-    mobilevitv2.SeparableAttention: _separable,
     CascadedGroupAttention: _cascaded,
     Mlp: _mlp,
     SwiGLU: _mlp,
-    mobilevitv2.FeedForward: _mlp,
-    cmt.IRFFN: _irffn,
     FFN: _ffn,
 }
 

@@ -11,14 +11,12 @@ import torch
 from torch import Tensor
 
 from vitrail.analysis.importance import Importance, Rows, slices
-from vitrail.backbones.efficientvit import EfficientViTConfig
 from vitrail.backbones.vit import ViTConfig
 from vitrail.classifiers import Classifier
 from vitrail.models import ModelInfo, build_classifier, describe
 from vitrail.registry import backbone_entry, with_fields
 from vitrail_runtime.errors import InputError
 
-SLIMMABLE = (ViTConfig, EfficientViTConfig)
 STEPS = {"QK": 4, "FFN": 8}  # widths are multiples of these, which kernels like
 
 
@@ -45,11 +43,6 @@ def propose(model: Classifier, found: Importance, keep: float) -> Slimming:
     """
     if not 0 < keep <= 1:
         raise InputError(f"the share of channels to keep must lie in (0, 1], but is {keep}")
-    if not isinstance(model.info.config, SLIMMABLE):
-        raise InputError(
-            f"{model.info.name} can be weighed, but not made slimmer: its config has no field for the width "
-            "of queries; take the ViT family (vit, deit, dinov2, deepvit, hybrids) or efficientvit"
-        )
     groups = _groups(found)
     shares = _shares(groups, keep)
     kept: dict[str, Tensor] = {}
