@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from vitrail.cli import flags as cli_flags
 from vitrail.cli import main
 from vitrail.models import create_model, load, save
 from vitrail.train.config import TrainConfig
@@ -221,3 +222,21 @@ def test_data_check_tells_the_same_in_json_and_in_words(labelled, capsys):
         for what, places in found[kind].items():
             assert f"{mark}: {what}: {len(places)}" in lines
             assert all(f"    {place}" in lines for place in places[:10])
+
+
+def event(kind: str, **given) -> object:
+    argument = SimpleNamespace(display_name=lambda: "--flag", **given)
+    return type(kind, (SimpleNamespace,), {})(prog="vitrail", argument=argument, **given)
+
+
+def test_choices_are_told_in_an_order_that_does_not_change():
+    choices = {"None", *"gfedcba"}
+    said = cli_flags._told(event("InvalidChoice", choices=choices, value="x"), TrainConfig)
+    assert said == "--flag must be one of None, a, b, c, d, e, f, g, but is 'x'"
+
+
+def test_of_a_value_that_may_be_none_the_other_kinds_reason_is_told(monkeypatch):
+    monkeypatch.setattr(cli_flags, "_name", lambda argument: argument.display_name())
+    message = "- <class 'NoneType'>: not None\n- <class 'int'>: 'x' is no number"
+    said = cli_flags._told(event("InstantiationFailure", message=message), TrainConfig)
+    assert said == "--flag: 'x' is no number"
