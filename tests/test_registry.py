@@ -95,9 +95,7 @@ def test_a_variant_has_its_own_preprocessing_or_the_familys():
 
 
 def test_a_backbone_without_tables_says_that_it_has_no_image_size():
-    with pytest.raises(
-        InputError, match="resnet18 has no image_size: it takes pictures of any size"
-    ):
+    with pytest.raises(InputError, match="resnet18 has no image_size: it takes images of any size"):
         vitrail.create_backbone("resnet18", image_size=64)
 
 

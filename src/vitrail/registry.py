@@ -171,7 +171,7 @@ def with_fields(name: str, config: Any, given: Mapping[str, Any]) -> Any:
     for key in given:
         if key == "image_size" and key not in known:
             raise InputError(
-                f"{name} has no image_size: it takes pictures of any size as it is. What it is shown is a "
+                f"{name} has no image_size: it takes images of any size as it is. What it is shown is a "
                 "matter of the preprocessing"
             )
         if key not in known:

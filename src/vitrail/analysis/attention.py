@@ -26,7 +26,7 @@ SUFFIX = ".weights"
 
 @dataclass(frozen=True)
 class Places:
-    """Where the tokens of one attention layer stand on the picture.
+    """Where the tokens of one attention layer stand on the image.
 
     prefix: tokens before the patches (class, registers), which stand nowhere.
     queries, keys: (rows, columns) of tokens in a group, row by row.
@@ -53,7 +53,7 @@ class Places:
         return torch.cdist(q, _centres(self.keys, self.key_stride))
 
     def lay_out(self, values: Tensor) -> Tensor:
-        """One value per key (groups, keys) -> a map over the picture, of `size` unless keys are thinned."""
+        """One value per key (groups, keys) -> a map over the image, of `size` unless keys are thinned."""
         (rows, cols), (h, w) = self.groups, self.keys
         x = values.reshape(rows, cols, h, w)
         order = (2, 0, 3, 1) if self.interleaved else (0, 2, 1, 3)
@@ -63,7 +63,7 @@ class Places:
 
 @dataclass
 class LayerStudy:
-    """One attention layer, averaged over pictures.
+    """One attention layer, averaged over images.
 
     head_similarity: (heads, heads) cosines of their maps. distance: (heads,) mean attention distance in
         pixels, None where the layer's geometry is not known.
@@ -73,7 +73,7 @@ class LayerStudy:
     stage: str  # what blocks of one stage share: "" or "layers.2"
     block: int  # its number in the stage
     heads: int
-    tokens: Grid  # queries, keys; on the largest picture
+    tokens: Grid  # queries, keys; on the largest image
     head_similarity: np.ndarray
     distance: np.ndarray | None
 
@@ -123,7 +123,7 @@ class StageStudy:
 
 @dataclass
 class AttentionStudy:
-    """What `study_attention` found, over `images` pictures."""
+    """What `study_attention` found, the mean over `images` images."""
 
     model: str
     images: int
@@ -163,26 +163,26 @@ class AttentionStudy:
 def study_attention(
     backbone: nn.Module, images: Iterable[Tensor], *, name: str = ""
 ) -> AttentionStudy:
-    """Similarities and distances of all attention layers, the mean over pictures. Layers where there is one
+    """Similarities and distances of all attention layers, the mean over images. Layers where there is one
     token to attend to have trivial maps and are not compared with other blocks.
 
-    images: preprocessed pictures (3, H, W), of any sizes; each is run alone, in eval mode.
-    Raises InputError for a backbone that records no attention between tokens, or without pictures.
+    images: preprocessed images (3, H, W), of any sizes; each is run alone, in eval mode.
+    Raises InputError for a backbone that records no attention between tokens, or without images.
     """
     name = name or type(backbone).__name__
     sums: dict[str, list[Any]] = {}
-    counts: Counter[str] = Counter()  # a stage may be comparable on larger pictures only
+    counts: Counter[str] = Counter()  # a stage may be comparable on larger images only
     taken = 0
     for image in images:
         taken += 1
-        for part, values in _one_picture(backbone, image, name).items():
+        for part, values in _one_image(backbone, image, name).items():
             counts[part] += 1
             if part not in sums:
                 sums[part] = list(values)
             else:
                 sums[part] = [_plus(a, b) for a, b in zip(sums[part], values, strict=True)]
     if not taken:
-        raise InputError(f"{name}: attention is studied on pictures, but there are none")
+        raise InputError(f"{name}: attention is studied on images, but there are none")
     study = AttentionStudy(name, taken)
     for part, values in sums.items():
         count = counts[part]
@@ -204,7 +204,7 @@ def record_attention(
     backbone: nn.Module, image: Tensor, name: str = ""
 ) -> tuple[dict[str, Tensor], Features]:
     """(attention weights by layer name, each (groups, heads, queries, keys); the features) of one
-    preprocessed picture (3, H, W), in eval mode, without gradients.
+    preprocessed image (3, H, W), in eval mode, without gradients.
 
     Raises InputError for a backbone that records none.
     """
@@ -312,7 +312,7 @@ def stage_of(name: str) -> tuple[str, int]:
     return ".".join(parts[: last - 1]), int(parts[last])
 
 
-def _one_picture(backbone: nn.Module, image: Tensor, name: str) -> dict[str, tuple[Any, ...]]:
+def _one_image(backbone: nn.Module, image: Tensor, name: str) -> dict[str, tuple[Any, ...]]:
     """What `study_attention` sums: "layer NAME" -> (facts, heads, distance), "stage NAME" -> (names,
     similarity)."""
     layers, features = record_attention(backbone, image, name)

@@ -97,7 +97,7 @@ def importance(
 
     batches: (images (B, 3, H, W), labels (B,)) of data the model was trained for. The model stays as it is:
         it runs in eval mode, and no gradient is left behind.
-    Raises InputError for a family whose channels are not known, without pictures, and where no gradient
+    Raises InputError for a family whose channels are not known, without images, and where no gradient
         reaches the channels, as in a classifier that was never trained.
     """
     backbone: Any = model.backbone
@@ -112,8 +112,8 @@ def importance(
         for v in frozen:
             v.requires_grad_(True)
         with eval_mode(model), torch.enable_grad():
-            for pictures, labels in batches:
-                value = loss(model(pictures), labels)
+            for x, labels in batches:
+                value = loss(model(x), labels)
                 found = torch.autograd.grad(value, list(asked.values()), allow_unused=True)
                 terms = {
                     k: (torch.zeros_like(v) if g is None else g * v.detach()).abs()
@@ -123,12 +123,12 @@ def importance(
                     for rows in a.made_by:
                         if rows.key in terms:  # running statistics have no gradient
                             score += _per_channel(terms[rows.key], rows).double().cpu()
-                images, steps = images + len(pictures), steps + 1
+                images, steps = images + len(x), steps + 1
     finally:
         for v in frozen:
             v.requires_grad_(False)
     if not steps:
-        raise InputError("importance is measured on labelled pictures, but there are none")
+        raise InputError("importance is measured on labelled images, but there are none")
     if not any(bool(s.any()) for s in scores):
         raise InputError(
             "no gradient reaches the channels of this model: its classifier or its blocks still stand at "

@@ -7,7 +7,7 @@ each other. A 3x3 convolution before has told each pixel of its patch, so that t
 every other, without position tables and hence at any size.
 
 Unlike the official code (github.com/apple/ml-cvnets):
-- Its released weights were trained on pictures read by OpenCV, in the order blue, green, red. Our key maps
+- Its released weights were trained on images read by OpenCV, in the order blue, green, red. Our key maps
   reverse the stem's input channels, so that this model takes RGB like all others. timm's files are RGB.
 - Its LayerNorm takes a token sequence whose length equals its width for a channels-first map and normalises
   over the tokens (XXS at 128x128, S at 192x192). We normalise over the width at every size, as timm does.

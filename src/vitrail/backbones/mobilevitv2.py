@@ -7,7 +7,7 @@ single context vector, which gates the value of every token. Two products over t
 (eq. 3, fig. 3c). The block of MobileViT loses its shortcut and its fusion convolution.
 
 Unlike the paper, as the official code (github.com/apple/ml-cvnets):
-- The norms of the transformer are GroupNorms of one group over all channels, places and patches of a picture,
+- The norms of the transformer are GroupNorms of one group over all channels, places and patches of an image,
   where the paper says layer norm.
 Unlike the official code:
 - Where a map has odd sides, the official block resizes it to even ones (bilinear, corners aligned) and

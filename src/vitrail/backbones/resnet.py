@@ -3,7 +3,7 @@ https://arxiv.org/abs/1512.03385), torchvision's, as the backbone of detectors.
 
 The blocks, and so the keys, are torchvision's; here they return the four stage maps. Two options for
 detectors: `frozen_norm` keeps every BatchNorm at its pre-trained statistics and affine values, because
-batches of two large pictures are too small to estimate them; `dilated_c5` trades the stride of the last stage
+batches of two large images are too small to estimate them; `dilated_c5` trades the stride of the last stage
 for dilation (DETR's DC5), so that "c5" has stride 16 like "c4".
 
 Unlike the paper, as torchvision and timm ("v1.5"): a bottleneck downsamples in its 3x3 convolution and not in

@@ -109,7 +109,7 @@ def pad_same(x: Tensor, kernel_size: int) -> Tensor:
 
 
 class GroupNorm(nn.GroupNorm):
-    """torch's, without its refusal of a group of one value, which a picture of one pixel can come to."""
+    """torch's, without its refusal of a group of one value, which an image of one pixel can come to."""
 
     def forward(self, input: Tensor) -> Tensor:
         return torch.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
