@@ -178,10 +178,11 @@ def labelled(place, tmp_path):
     return tmp_path / "set"
 
 
-def test_data_make_gives_its_folder_and_seed(monkeypatch):
+def test_data_make_gives_its_folder_task_and_seed(monkeypatch):
     monkeypatch.setattr("vitrail.data.digits.make_digits", reach)
-    assert reached(["data", "make", "digits", "D", "--seed", "7"]) == (("D",), {"seed": 7})
-    assert reached(["data", "make", "digits", "D"]) == (("D",), {"seed": 0})
+    make = ["data", "make", "digits", "D"]
+    assert reached([*make, "--seed", "7"]) == (("D",), {"task": "classify", "seed": 7})
+    assert reached([*make, "--task", "semantic"]) == (("D",), {"task": "semantic", "seed": 0})
 
 
 def test_data_show_draws_the_split_that_is_asked_for_first(labelled, monkeypatch):
