@@ -1,6 +1,7 @@
 """`vitrail convert`, from foreign files to what `vitrail.load` and `weights=` read."""
 
 import argparse
+import dataclasses
 import json
 import os
 
@@ -8,9 +9,12 @@ import pytest
 import torch
 
 import vitrail
+from tests.parity import randomise
+from vitrail import models
 from vitrail.cli import main
 from vitrail.cli.convert import recognise
 from vitrail.models import Preprocessing
+from vitrail.segmenters.upernet import UPerNetConfig
 from vitrail.weights import layouts
 from vitrail.weights.described import described
 from vitrail.weights.files import Checkpoint
@@ -120,6 +124,13 @@ def test_what_does_not_fit_is_said_and_nothing_is_written(
     assert sorted(os.listdir()) == before
 
 
+def test_a_named_layout_is_the_one_that_is_loaded_by(source, tmp_path, capsys):
+    target = tmp_path / "m.safetensors"
+    assert main(["convert", str(source), str(target), "--layout", "vitrail"]) == 2
+    assert "fit efficientvit_m0" in capsys.readouterr().err
+    assert not target.exists()
+
+
 def test_weights_of_no_known_model_say_so(tmp_path, capsys):
     torch.save({"a.weight": torch.ones(2)}, tmp_path / "w.pth")
     assert main(["convert", str(tmp_path / "w.pth"), str(tmp_path / "m")]) == 2
@@ -217,3 +228,95 @@ def test_class_names_of_hub_folders_are_made_distinct():
     unnamed = {"id2label": {"0": "LABEL_0", "1": "LABEL_1"}}
     assert described(unnamed, {}, Preprocessing()).classes is None
     assert described({"id2label": {"1": "x"}}, {}, Preprocessing()).classes is None
+
+
+def test_a_model_folder_of_schema_1_is_written_anew_in_its_place_or_elsewhere(tmp_path, capsys):
+    small = {"dims": (16, 24, 32), "depths": (1, 1, 1), "key_dim": 8}
+    model = vitrail.create_model("efficientvit_m0", classes=["ant", "bee"], image_size=64, **small)
+    folder = vitrail.save(model, tmp_path / "old", metrics={"top1": 0.75})
+    path = folder / "config.json"
+    now = json.loads(path.read_text())
+    old = {k: v for k, v in now.items() if k not in ("config_sha256", "parts")}
+    old |= {"schema_version": 1, "config": now["parts"]["backbone"]}
+    path.write_text(json.dumps(old))
+    with pytest.warns(UserWarning, match="schema 1"):
+        assert main(["convert", str(folder), str(tmp_path / "new")]) == 0
+    assert json.loads(path.read_text()) == old, "the source is as it was"
+    with pytest.warns(UserWarning, match="schema 1"):
+        assert main(["convert", str(folder)]) == 0
+    assert f"wrote {folder}: efficientvit_m0" in capsys.readouterr().out
+    for written in (folder, tmp_path / "new"):
+        assert json.loads((written / "config.json").read_text()) == now
+        assert json.loads((written / "metrics.json").read_text()) == {"top1": 0.75}
+        assert "| top1 | 0.75 |" in (written / "README.md").read_text()
+        assert vitrail.load(written).info == model.info
+
+
+@pytest.mark.parametrize("flags", [[], ["--model", "efficientvit_m0"]])
+def test_only_a_model_folder_without_flags_needs_no_target(source, tmp_path, capsys, flags):
+    folder = tmp_path / "m"
+    small = {"dims": (16, 24, 32), "depths": (1, 1, 1), "key_dim": 8}
+    vitrail.save(vitrail.create_model("efficientvit_m0", num_classes=2, **small), folder)
+    before = (folder / "config.json").stat().st_mtime_ns
+    given = [str(folder), *flags] if flags else [str(source)]
+    assert main(["convert", *given]) == 2
+    assert "vitrail convert needs a TARGET too" in capsys.readouterr().err
+    assert (folder / "config.json").stat().st_mtime_ns == before
+    assert main(["convert", str(folder), str(folder)]) == 2
+    assert "is there already" in capsys.readouterr().err
+
+
+@pytest.fixture
+def small_upernet(monkeypatch):
+    head = dataclasses.replace(
+        models.HEADS["upernet"], config=UPerNetConfig(dim=12, auxiliary_dim=10)
+    )
+    monkeypatch.setitem(models.HEADS, "upernet", head)
+    model = vitrail.create_model("upernet/efficientvit_m0", num_classes=5)
+    randomise(model)
+    return model
+
+
+def test_a_dense_model_in_foreign_names_becomes_a_model_folder(
+    small_upernet, peer, tmp_path, capsys
+):
+    """The head in mmsegmentation's names, the backbone in timm's."""
+    names = {
+        "head.fc.": "decode_head.conv_seg.",
+        "head.lateral.": "decode_head.lateral_convs.",
+        "head.smooth.": "decode_head.fpn_convs.",
+        "head.fuse.": "decode_head.fpn_bottleneck.",
+        "head.bottleneck.": "decode_head.bottleneck.",
+        "auxiliary.conv.": "auxiliary_head.convs.0.",
+        "auxiliary.fc.": "auxiliary_head.conv_seg.",
+    }
+    state = {f"backbone.{k}": v for k, v in peer.state_dict().items() if not k.startswith("head.")}
+    for key, value in small_upernet.state_dict().items():
+        if not key.startswith("backbone."):
+            new = next((key.replace(a, b) for a, b in names.items() if key.startswith(a)), key)
+            if key.startswith("head.pools."):
+                place, rest = key.removeprefix("head.pools.").split(".", 1)
+                new = f"decode_head.psp_modules.{place}.1.{rest}"
+            state[new] = value
+    torch.save({"state_dict": state}, tmp_path / "seg.pth")
+    (tmp_path / "names.txt").write_text("a\nb\nc\nd\ne\n")
+    convert = ["convert", str(tmp_path / "seg.pth")]
+    how = ["--model", "upernet/efficientvit_m0", "--classes", str(tmp_path / "names.txt")]
+    assert main([*convert, str(tmp_path / "m"), *how]) == 0
+    said = capsys.readouterr().out
+    assert "layout 'timm, vitrail'" in said
+    assert "upernet/efficientvit_m0" in said
+    assert "5 classes" in said
+    model = vitrail.load(tmp_path / "m")
+    assert model.classes == tuple("abcde")
+    assert (model.preprocessing.mode, model.preprocessing.size) == ("fit", (512, 512))
+    want = vitrail.create_backbone("efficientvit_m0", weights=peer.state_dict()).state_dict()
+    want = {f"backbone.{k}": v for k, v in want.items()}
+    want |= {k: v for k, v in small_upernet.state_dict().items() if k not in want}
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, want[key]) or key.endswith("num_batches_tracked"), key
+    assert main([*convert, str(tmp_path / "no"), *how, "--layout", "vitrail"]) == 2
+    assert not (tmp_path / "no").exists()
+    torch.save(peer.state_dict(), tmp_path / "peer.pth")
+    assert main(["convert", str(tmp_path / "peer.pth"), str(tmp_path / "no"), *how[:2]]) == 2
+    assert "does not fit the head and auxiliary" in capsys.readouterr().err

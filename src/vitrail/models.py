@@ -3,6 +3,7 @@
 import fnmatch
 import hashlib
 import json
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -177,7 +178,7 @@ def create_model(
     elif weights is not None and known is None:
         weights_room.load_weights(model, weights, entry, config=parts["backbone"])
     elif weights is not None:
-        model.weights_report = _load_dense(model, weights, name, parts["backbone"])
+        model.weights_report = load_dense(model, weights, name)
     elif released is not None:
         model.weights_report = released
     return model
@@ -271,9 +272,9 @@ def save(model: Any, folder: str | Path, *, metrics: Mapping[str, Any] | None = 
 def load(folder: str | Path) -> Any:
     """The model that `save` wrote, in eval mode, on the CPU.
 
-    Folders of schema 1 are read as well. Raises InputError when the folder is not a model, was written by
-    a newer version, its weights are not those that config.json was written for, or one of the two files is
-    not as it was written.
+    Folders of schema 1 are converted, with a warning. Raises InputError when the folder is not a model, was
+    written by a newer version, its weights are not those that config.json was written for, or one of the two
+    files is not as it was written.
     """
     folder = Path(folder)
     path = folder / "config.json"
@@ -391,6 +392,11 @@ def _checked(text: str, path: Path) -> dict[str, Any]:
     version = config["schema_version"]
     if version == 1:  # checked as it was written, then brought to today's form
         config = dict(_checked_hash(config, path))
+        warnings.warn(
+            f"{path} is of schema 1 and is converted as it is read; vitrail convert {path.parent} writes it "
+            f"in schema {SCHEMA_VERSION}",
+            stacklevel=4,
+        )
         config["parts"] = {"backbone": config.pop("config", None)}
         config["schema_version"] = version = SCHEMA_VERSION
         config.pop("config_sha256", None)
@@ -539,8 +545,10 @@ def _load_parts(
     return reports[0] if len(reports) == 1 else weights_room.joined(reports)
 
 
-def _load_dense(model: Any, weights: Any, name: str, config: Any) -> weights_room.Report:
-    """Fill a whole dense model from a file of ours or of another library."""
+def load_dense(
+    model: Any, weights: Any, name: str, *, layout: str | None = None
+) -> weights_room.Report:
+    """Fill a whole dense model from a file of ours or of another library. layout: of the backbone's keys."""
     head, entry = parse_name(name)
     assert head is not None
     checkpoint = weights_room.read_checkpoint(weights)
@@ -557,5 +565,6 @@ def _load_dense(model: Any, weights: Any, name: str, config: Any) -> weights_roo
     heads = replace(checkpoint, state=head.from_foreign(above))
     ready = weights_room.check_part(model, parts, heads)  # before anything is filled
     own = replace(checkpoint, state=below)
-    first = weights_room.load_weights(model.backbone, own, entry, config=config)
+    config = model.info.parts["backbone"]
+    first = weights_room.load_weights(model.backbone, own, entry, config=config, layout=layout)
     return weights_room.joined([first, ready.fill()])

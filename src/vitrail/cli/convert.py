@@ -16,8 +16,9 @@ class ConvertFlags:
 
     source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]
     """A file (.safetensors, .pth, .pt, .bin, .ckpt), a folder, or hf:owner/name@revision."""
-    target: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="TARGET")]
-    """A new model folder, or a file ending in .safetensors for the weights alone."""
+    target: Annotated[tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="[TARGET]")] = None
+    """A new model folder, or a file ending in .safetensors for the weights alone; none: a model folder of
+    vitrail's of an older schema is written anew in its place."""
     model: str | None = None
     """The model's name; recognised from the keys and shapes where only one fits."""
     layout: str | None = None
@@ -32,24 +33,79 @@ class ConvertFlags:
 
 def run(argv: list[str]) -> None:
     flags = parse_flags(ConvertFlags, argv, prog="vitrail convert")
-    bare = flags.target.suffix == ".safetensors"
-    if flags.target.exists() and not flags.overwrite:
-        raise InputError(f"{flags.target} is there already; name another, or pass --overwrite")
-    if flags.target.exists() and bare == flags.target.is_dir():
-        raise InputError(f"{flags.target} is a {'folder' if bare else 'file'}; name another target")
+    unguided = (flags.model, flags.layout, flags.image_size, flags.classes) == (None,) * 4
+    ours = unguided and is_model_folder(Path(flags.source))
+    if flags.target is None and not ours:
+        raise InputError(
+            "vitrail convert needs a TARGET too: a new folder, or a file ending in .safetensors (only a "
+            "model folder of vitrail's, without other flags, is written anew in its place)"
+        )
+    target = flags.target or Path(flags.source)
+    bare = target.suffix == ".safetensors"
+    if flags.target is not None and target.exists() and not flags.overwrite:
+        raise InputError(f"{target} is there already; name another, or pass --overwrite")
+    if target.exists() and bare == target.is_dir():
+        raise InputError(f"{target} is a {'folder' if bare else 'file'}; name another target")
 
     from vitrail import models
-    from vitrail.registry import backbone_entry
+    from vitrail.weights import files
+
+    metrics = Path(flags.source) / "metrics.json"
+    if ours:
+        name, model, count = rewritten(Path(flags.source))
+    else:
+        name, model, count = converted(flags, bare)
+    if bare:
+        state = model.state_dict()
+        if count is None:
+            state = {f"backbone.{key}": value for key, value in state.items()}
+        files.write_state(state, target)
+    else:
+        scores = files.read_json(metrics) if ours and metrics.is_file() else None
+        models.save(model, target, metrics=scores)
+    what = "no classifier" if count is None else f"{count} classes"
+    params = sum(p.numel() for p in model.parameters()) / 1e6
+    print(f"wrote {target}: {name}, {params:.2f} M parameters, {what}")
+    if bare:
+        print(f"use it: vitrail train --model {name} --weights {target} --data FOLDER")
+    else:
+        print(f"use it: vitrail predict {target} PICTURE")
+
+
+def is_model_folder(folder: Path) -> bool:
+    """Whether `vitrail.save` wrote it, in any schema."""
+    from vitrail.weights import files
+
+    path = folder / "config.json"
+    return path.is_file() and "schema_version" in dict(files.read_json(path))
+
+
+def rewritten(folder: Path) -> tuple[str, Any, int]:
+    """(name, model, number of classes) of a model folder of ours, as today's schema has it."""
+    from vitrail import models
+
+    model = models.load(folder)
+    return model.info.name, model, len(model.classes)
+
+
+def converted(flags: ConvertFlags, bare: bool) -> tuple[str, Any, int | None]:
+    """(name, model, number of classes; None: it is a backbone alone) of a foreign checkpoint."""
+    from vitrail import models
     from vitrail.weights import files, layouts
     from vitrail.weights.described import described
 
     checkpoint = files.read_checkpoint(flags.source)
     said = described(checkpoint.config, checkpoint.preprocessor, models.Preprocessing())
     name = flags.model or recognise(checkpoint, said.architecture)
-    entry = backbone_entry(name)
+    head, entry = models.parse_name(name)
     said = described(checkpoint.config, checkpoint.preprocessor, entry.preprocessing)
-    options = size_options(entry, said.preprocessing, flags.image_size)
-    count = classes_in(checkpoint.state, name, options, flags.layout)
+    options: dict[str, Any]
+    if head is None:
+        options = size_options(entry, said.preprocessing, flags.image_size)
+        count = classes_in(checkpoint.state, name, options, flags.layout)
+    else:
+        options = {} if flags.image_size is None else {"image_size": flags.image_size}
+        count = dense_classes(checkpoint, name, options)
     if count is None and not bare:
         raise InputError(
             f"{checkpoint.source} has no classifier, so it makes no model folder; name a target that ends "
@@ -62,28 +118,21 @@ def run(argv: list[str]) -> None:
         model: Any = models.create_backbone(name, **options)
     else:
         model = models.create_model(name, classes=names, num_classes=count, **options)
-    config = model.config if count is None else model.backbone.config
-    report = layouts.load_weights(model, source, entry, config=config, layout=flags.layout)
-    print(report)
-    if bare:
-        state = model.state_dict()
-        if count is None:
-            state = {f"backbone.{key}": value for key, value in state.items()}
-        files.write_state(state, flags.target)
-    else:
-        size = options.get("image_size")
-        preprocessing = (
-            replace(said.preprocessing, size=(size, size)) if size else said.preprocessing
+    if head is not None:
+        report = models.load_dense(model, source, name, layout=flags.layout)
+        preprocessing = replace(
+            model.preprocessing, mean=said.preprocessing.mean, std=said.preprocessing.std
         )
-        models.describe(model, replace(model.info, preprocessing=preprocessing))
-        models.save(model, flags.target)
-    what = "no classifier" if count is None else f"{count} classes"
-    params = sum(p.numel() for p in model.parameters()) / 1e6
-    print(f"wrote {flags.target}: {name}, {params:.2f} M parameters, {what}")
-    if bare:
-        print(f"use it: vitrail train --model {name} --weights {flags.target} --data FOLDER")
     else:
-        print(f"use it: vitrail predict {flags.target} PICTURE")
+        config = model.config if count is None else model.backbone.config
+        report = layouts.load_weights(model, source, entry, config=config, layout=flags.layout)
+        side = options.get("image_size")
+        size = {} if side is None else {"size": side if isinstance(side, tuple) else (side, side)}
+        preprocessing = replace(said.preprocessing, **size)
+    print(report)
+    if count is not None:
+        models.describe(model, replace(model.info, preprocessing=preprocessing))
+    return name, model, count
 
 
 def recognise(checkpoint: Any, architecture: str) -> str:
@@ -142,6 +191,23 @@ def classes_in(
     if fit is not None and any(key.startswith("head.") for key in fit.new):
         return None
     return fit.classes[0] if fit is not None and fit.classes else 1
+
+
+def dense_classes(checkpoint: Any, name: str, options: dict[str, Any]) -> int:
+    """How many classes the head of a dense model has in a file, by shapes alone."""
+    import torch
+
+    from vitrail import models, weights
+
+    head, _ = models.parse_name(name)
+    assert head is not None
+    with torch.device("meta"):
+        model = models.create_model(name, num_classes=1, **options)
+    parts = [part for part in models.part_names(model) if part != "backbone"]
+    heads = {k: v for k, v in checkpoint.state.items() if not k.startswith("backbone.")}
+    found = replace(checkpoint, state=head.from_foreign(heads), config={})
+    report = weights.check_part(model, parts, found).report
+    return report.classes[0] if report.classes else 1
 
 
 def class_names(
