@@ -249,6 +249,42 @@ def test_every_head_stands_on_every_backbone_and_every_weight_learns(family, hea
         torch.testing.assert_close(both[1:], model(images[1:]), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("head", HEADS)
+def test_a_head_is_built_on_meta_without_the_draw_that_imports_torchs_compiler(head, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("normal_ on meta imports torch._dynamo, for seconds")
+
+    monkeypatch.setattr(torch.Tensor, "normal_", refuse)
+    with torch.device("meta"):
+        HEADS[head](SPECS)
+
+
+@pytest.mark.parametrize("head", ["linear", "upernet"])
+def test_classifiers_of_pixels_start_from_small_normal_weights(head):
+    torch.manual_seed(0)
+    specs = {"c2": FeatureSpec(512, 4), "c3": FeatureSpec(512, 8), "c4": FeatureSpec(512, 16)}
+    specs["c5"] = FeatureSpec(512, 32)
+    build = {
+        "linear": lambda: [LinearHead(LinearConfig(), specs, 60)],
+        "upernet": lambda: [
+            UPerNetHead(c := UPerNetConfig(dim=64), specs, 60),
+            FCNHead(c, specs, 60),
+        ],
+    }
+    for made in build[head]():
+        assert made.fc.weight.std().item() == pytest.approx(0.01, rel=0.05)
+        assert abs(made.fc.weight.mean().item()) < 0.001
+        assert (made.fc.bias == 0).all()
+
+
+def test_steps_of_semantic_fpn_start_as_he_et_al_draw_for_the_outputs():
+    torch.manual_seed(0)
+    head = SemanticFPNHead(SemanticFPNConfig(fpn_dim=96, dim=64), SPECS, K)
+    for branch in head.branches:
+        weight = branch[0].conv.weight
+        assert weight.std().item() == pytest.approx(math.sqrt(2 / (64 * 9)), rel=0.03)
+
+
 @pytest.mark.parametrize("class_weights", [None, (1.0, 0.0, 2.5)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("head", HEADS)
