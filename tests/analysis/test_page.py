@@ -63,6 +63,14 @@ def test_every_block_is_rendered_by_its_kind_and_a_section_without_title_has_no_
     assert page.plt.get_fignums() == before
 
 
+def test_a_gallery_has_as_many_columns_as_are_asked_for():
+    image = Image.new("RGB", (2, 2))
+    assert page.gallery([(image, "a")]).startswith('<div class="gallery"><figure>')
+    three = page.render(Images([(image, "a")], columns=3))
+    style = 'style="grid-template-columns: repeat(3, 1fr)"'
+    assert three.startswith(f'<div class="gallery" {style}><figure>')
+
+
 def test_numbers_in_a_table_stand_right_with_separators_or_three_decimals():
     drawn = page.table(("a<b", "n"), [("x/y", 1234567), ("z & w", 0.12345)])
     assert drawn == (

@@ -43,7 +43,7 @@ def draw_prediction(
     canvas = Image.fromarray(decode(source, at_least=shown))
     canvas = canvas.resize((shown[1], shown[0]), resampling)
     if prediction.segmentation is not None:
-        canvas = _with_segmentation(canvas, prediction.segmentation)
+        canvas = overlay(canvas, prediction.segmentation)
     if prediction.boxes is None:
         return _with_panel(canvas, _rows_of(prediction))
     canvas = _with_masks(canvas, prediction)
@@ -167,7 +167,8 @@ def _with_masks(canvas: Image.Image, prediction: "Prediction") -> Image.Image:
     return Image.fromarray(pixels.round().astype(np.uint8))
 
 
-def _with_segmentation(canvas: Image.Image, segmentation: np.ndarray) -> Image.Image:
+def overlay(canvas: Image.Image, segmentation: np.ndarray) -> Image.Image:
+    """The image under the colours of its classes, (H, W) integers; open where they are negative."""
     values, places = np.unique(segmentation, return_inverse=True)
     colours = np.array([colour_of(int(v)) for v in values], dtype=np.uint8)
     layer = Image.fromarray(colours[places.reshape(segmentation.shape)])

@@ -127,8 +127,8 @@ def render(block: Block) -> str:
             return tiles(items)
         case Rows(header, rows):
             return table(header, rows)
-        case Images(pairs):
-            return gallery(pairs)
+        case Images(pairs, columns):
+            return gallery(pairs, columns)
         case Plot(draw, width, height):
             fig, ax = figure(width, height)
             draw(ax)
@@ -167,14 +167,15 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     return f'<div class="wide"><table><tr>{head}</tr>{"".join(body)}</table></div>'
 
 
-def gallery(pictures: Iterable[tuple[Image.Image, str]]) -> str:
-    """Images with captions, in a grid; a caption may have several lines."""
+def gallery(pictures: Iterable[tuple[Image.Image, str]], columns: int | None = None) -> str:
+    """Images with captions, in a grid; a caption may have several lines. columns: None: as there is room."""
     figures = (
         f'<figure><img src="{data_uri(image)}" alt="{esc(caption)}">'
         f"<figcaption>{'<br>'.join(map(flowing, caption.splitlines()))}</figcaption></figure>"
         for image, caption in pictures
     )
-    return f'<div class="gallery">{"".join(figures)}</div>'
+    style = f' style="grid-template-columns: repeat({columns}, 1fr)"' if columns else ""
+    return f'<div class="gallery"{style}>{"".join(figures)}</div>'
 
 
 def plots(*figures: str) -> str:

@@ -31,6 +31,7 @@ def write_report(
     data: ImageData,
     predictions: Mapping[str, np.ndarray],
     *,
+    scores: Mapping[str, Any] | None = None,
     run: str | Path | None = None,
     split: str = "val",
 ) -> Path:
@@ -38,6 +39,7 @@ def write_report(
 
     predictions: what was said of every image, in the data's order, as
         `vitrail.train.evaluate.evaluate(model, data, predictions=True)["predictions"]` gives it.
+    scores: of all images together, as plain data by name, for tasks that cannot tell them from the images'.
     run: a run folder, for curves and configuration.
     """
     task = importlib.import_module(f"vitrail.tasks.{model.task}_report")
@@ -48,6 +50,7 @@ def write_report(
         predictions,
         split,
         explain=lambda pixels, label: explain(model, pixels, label),
+        scores=scores,
         history=history,
         advice=training_advice(history, task.HEADLINE),
     )

@@ -43,9 +43,10 @@ class Rows:
 
 @dataclass(frozen=True)
 class Images:
-    """A grid of (image, caption); a caption may have several lines."""
+    """A grid of (image, caption); a caption may have several lines. columns: None: as there is room."""
 
     pairs: Sequence[tuple[Image.Image, str]]
+    columns: int | None = None
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,8 @@ class Section:
 class Found:
     """What a report is about: a model's answers on a data set.
 
-    said: what was said of every image, as arrays in the data's order. scores: of all of them together.
+    said: what was said of every image, as arrays in the data's order. scores: of all of them together, as
+        plain data by name.
     history: the rows of the run's log. advice: what its curves say. explain: (image (H, W, 3) uint8,
         label) -> (name of the method, the image as the model sees it under a map of what mattered for it).
     """
@@ -86,7 +88,7 @@ class Found:
     said: Mapping[str, np.ndarray]
     split: str
     explain: Callable[[np.ndarray, int], tuple[str, Image.Image]]
-    scores: Any = None
+    scores: Mapping[str, Any] | None = None
     history: Sequence[Mapping[str, Any]] = ()
     advice: Sequence[str] = ()
 
@@ -119,8 +121,8 @@ def confusions(confusion: np.ndarray, most: int) -> list[tuple[int, int, int]]:
     return [(t, p, int(off[t, p])) for t, p in cells if off[t, p] > 0]
 
 
-def confusion_plot(confusion: np.ndarray, classes: Sequence[str]) -> Plot:
-    """(K, K) counts, row = truth, as numbers on shades of the row's share."""
+def confusion_plot(confusion: np.ndarray, classes: Sequence[str], *, percent: bool = False) -> Plot:
+    """(K, K) counts, row = truth, as numbers on shades of the row's share; or that share in per cent."""
     k = len(classes)
     longest = min(max(map(len, classes)), 24)
     side = min(1.2 + 0.06 * longest + 0.42 * k, 9.0)
@@ -137,10 +139,11 @@ def confusion_plot(confusion: np.ndarray, classes: Sequence[str]) -> Plot:
         ax.set_ylabel("true")
         for t in range(k):
             for p in range(k):
-                if confusion[t, p]:
+                said = round(100 * share[t, p]) if percent else confusion[t, p]
+                if said:
                     colour = "white" if share[t, p] > 0.5 else INK
                     what = {"ha": "center", "va": "center", "fontsize": 8, "color": colour}
-                    ax.text(p, t, confusion[t, p], **what)
+                    ax.text(p, t, said, **what)
 
     return Plot(draw, side + 0.6, side)
 
