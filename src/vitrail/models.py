@@ -27,7 +27,7 @@ from vitrail.registry import (
 )
 from vitrail.segmenters import linear, semantic_fpn, upernet
 from vitrail.segmenters.segmenter import check_classes
-from vitrail_runtime.errors import InputError, NewerVersion
+from vitrail_runtime.errors import InputError, NewerVersion, listed
 from vitrail_runtime.preprocess import Preprocessing
 
 SCHEMA_VERSION = 2  # 1 had one "config", the backbone's, where 2 has "parts"
@@ -445,13 +445,12 @@ def model_card(model: Any, metrics: Mapping[str, Any] | None) -> str:
     info: ModelInfo = model.info
     params = sum(p.numel() for p in model.parameters()) / 1e6
     pre = info.preprocessing
-    shown = ", ".join(info.classes[:20]) + (", ..." if len(info.classes) > 20 else "")
     lines = [
         f"# {info.name}",
         "",
         f"- task: {model.task}",
         f"- parameters: {params:.2f} M",
-        f"- classes ({len(info.classes)}): {shown}",
+        f"- classes ({len(info.classes)}): {listed(info.classes, limit=20)}",
         f"- input: {pre.size[0]} x {pre.size[1]} pixels, {pre.mode}, {pre.interpolation}, "
         f"mean {pre.mean}, std {pre.std}",
     ]

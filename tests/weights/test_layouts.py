@@ -10,8 +10,8 @@ from tests.parity import randomise
 from tests.weights.conftest import Toy, ToyConfig, ToyTail
 from vitrail.classifiers import Classifier
 from vitrail.weights import load_weights, write_state
-from vitrail.weights.layouts import best_fit, candidates, listed, look_alikes
-from vitrail_runtime.errors import InputError
+from vitrail.weights.layouts import best_fit, candidates, look_alikes
+from vitrail_runtime.errors import InputError, listed
 
 
 def backbone(**fields) -> Toy:
@@ -155,7 +155,7 @@ def test_anything_else_is_an_error_and_the_model_stays_untouched(toy, change, me
 
 def test_long_lists_are_cut_after_ten_with_the_count(toy):
     state = foreign() | {f"extra.{i}": torch.ones(1) for i in range(25)}
-    with pytest.raises(InputError, match=r"not in the model \(25\): extra.0, .*\(15 more\)"):
+    with pytest.raises(InputError, match=r"not in the model \(25\): extra.0, .*\(25 in all\)"):
         load(classifier(), state, toy)
 
 
@@ -236,8 +236,8 @@ def test_the_layout_with_the_fewest_problems_is_taken(toy):
 
 def test_lists_are_shown_to_the_limit_with_the_rest_counted():
     assert listed("abc") == "a, b, c"
-    assert listed("abcd", limit=3) == "a, b, c, ... (1 more)"
-    assert listed([1, 2, 3], separator="; ", limit=1) == "1; ... (2 more)"
+    assert listed("abcd", limit=3) == "a, b, c, ... (4 in all)"
+    assert listed([1, 2, 3], separator="; ", limit=1) == "1; ... (3 in all)"
 
 
 def test_a_layout_can_be_named_and_an_unknown_one_lists_the_closest(toy):

@@ -1,5 +1,7 @@
 """The exception for what a person can put right: a wrong file, name, option or combination."""
 
+from collections.abc import Iterable
+
 
 class InputError(ValueError):
     """Says what was given, what was expected and what to do next.
@@ -26,3 +28,10 @@ class NewerVersion(InputError):
 
 class NotFinite(InputError):
     """A model's scores are NaN or infinite: its weights are damaged, or its training diverged."""
+
+
+def listed(items: Iterable[str], separator: str = ", ", limit: int = 10) -> str:
+    """The items of a message: the first few of many, and how many there are in all."""
+    items = list(items)
+    more = f"{separator}... ({len(items)} in all)" if len(items) > limit else ""
+    return separator.join(map(str, items[:limit])) + more

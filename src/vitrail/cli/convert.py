@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import tyro
 
 from vitrail.cli.flags import parse_flags
-from vitrail_runtime.errors import InputError
+from vitrail_runtime.errors import InputError, listed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +137,7 @@ def converted(flags: ConvertFlags, bare: bool) -> tuple[str, Any, int | None]:
 
 def recognise(checkpoint: Any, architecture: str) -> str:
     """The one registered model whose backbone these weights cover. Raises InputError for none or several."""
-    from vitrail.weights.layouts import listed, look_alikes
+    from vitrail.weights.layouts import look_alikes
 
     names = [name for name, _ in look_alikes(checkpoint.state)]
     if len(names) > 1:

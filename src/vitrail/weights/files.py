@@ -28,7 +28,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vitrail_runtime.errors import InputError
+from vitrail_runtime.errors import InputError, listed
 
 PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".th", ".tar")
 SUFFIXES = (".safetensors", *PICKLES)
@@ -122,7 +122,7 @@ def read_folder(folder: Path) -> Checkpoint:
         if any((best / name).is_file() for name in FOLDER_FILES):
             raise InputError(f"{folder} holds no weights itself; did you mean {best}?")
         others = sorted(p.name for p in folder.iterdir() if p.suffix in SUFFIXES)
-        hint = f"; it holds {', '.join(others[:10])}: name one of them" if others else ""
+        hint = f"; it holds {listed(others)}: name one of them" if others else ""
         raise InputError(f"{folder} has none of {', '.join(FOLDER_FILES)}{hint}")
     name = found[0]
     if name.endswith(".index.json"):
@@ -158,7 +158,7 @@ def read_shards(index: Path) -> Checkpoint:
     if missing:
         raise InputError(
             f"{index} names {len(files)} shards, but {len(missing)} are not there: "
-            f"{', '.join(missing[:10])}; download the whole folder"
+            f"{listed(missing)}; download the whole folder"
         )
     state: dict[str, Tensor] = {}
     for name in files:
@@ -169,9 +169,7 @@ def read_shards(index: Path) -> Checkpoint:
         state.update(part)
     absent = sorted(places.keys() - state.keys())
     if absent:
-        raise InputError(
-            f"the shards of {index} lack {len(absent)} of its keys: {', '.join(absent[:10])}"
-        )
+        raise InputError(f"the shards of {index} lack {len(absent)} of its keys: {listed(absent)}")
     checkpoint = unwrap(state, str(index))
     checkpoint.notes.insert(0, f"{len(files)} shards")
     return checkpoint
@@ -382,7 +380,7 @@ def unwrap(data: Any, source: str) -> Checkpoint:
         )
     passed = [str(k) for k in data if not isinstance(data[k], Tensor)]
     if passed:
-        notes.append(f"passed over entries that are no tensors: {', '.join(passed[:8])}")
+        notes.append(f"passed over entries that are no tensors: {listed(passed, limit=8)}")
     if state.pop("n_averaged", None) is not None:
         notes.append("passed over the counter 'n_averaged' of weight averaging")
     for infix in INFIXES:

@@ -14,7 +14,7 @@ from vitrail.registry import BackboneEntry, Layout, backbone_entry, list_backbon
 from vitrail.weights.described import class_list
 from vitrail.weights.files import Checkpoint, read_checkpoint
 from vitrail.weights.traced import Traced, trace, traced
-from vitrail_runtime.errors import InputError
+from vitrail_runtime.errors import InputError, listed
 
 # BatchNorm counts its batches, but with a momentum nothing reads the count.
 COUNTERS = "*.num_batches_tracked"
@@ -416,10 +416,3 @@ def _laid_beside(shapes: Mapping[str, Tensor], name: str) -> Fit | None:
         own = entry.cls(entry.config).state_dict()
     wanted = {f"backbone.{key}": value for key, value in own.items()}
     return best_fit(shapes, wanted, entry, entry.config)
-
-
-def listed(items: Iterable[str], separator: str = ", ", limit: int = 10) -> str:
-    """The first few of a list, and how many more there are."""
-    items = list(items)
-    more = f"{separator}... ({len(items) - limit} more)" if len(items) > limit else ""
-    return separator.join(map(str, items[:limit])) + more

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from vitrail.weights.files import Checkpoint, read_checkpoint
-from vitrail.weights.layouts import COUNTERS, Report, compare_classes, listed, matches
-from vitrail_runtime.errors import InputError
+from vitrail.weights.layouts import COUNTERS, Report, compare_classes, matches
+from vitrail_runtime.errors import InputError, listed
 
 
 @dataclass(frozen=True)
