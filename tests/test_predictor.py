@@ -336,5 +336,10 @@ def test_of_many_broken_images_twenty_are_listed_and_the_rest_counted(tmp_path):
 def test_the_model_is_moved_to_the_device_and_nowhere_without_one(monkeypatch):
     model = classifier(size=(8, 8)).double()
     monkeypatch.setattr("vitrail.predictor.choose_device", lambda name: torch.device(name))
-    assert next(Predictor(model).model.parameters()).device.type == "cpu"
+    assert next(Predictor(model, device=None).model.parameters()).device.type == "cpu"
+    monkeypatch.setattr(
+        "vitrail.predictor.choose_device", lambda name: {"auto": torch.device("meta")}[name]
+    )
+    assert next(Predictor(classifier(size=(8, 8))).model.parameters()).device.type == "meta"
+    monkeypatch.setattr("vitrail.predictor.choose_device", lambda name: torch.device(name))
     assert next(Predictor(model, device="meta").model.parameters()).device.type == "meta"

@@ -49,7 +49,7 @@ class Predictor:
         self,
         model: nn.Module,
         *,
-        device: str | torch.device | None = None,
+        device: str | torch.device | None = "auto",
         batch_size: int = 16,
         top_k: int = 5,
         skip_broken: bool = False,
