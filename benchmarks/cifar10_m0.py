@@ -154,7 +154,7 @@ def learn(
     config: TrainConfig,
 ) -> None:
     """One update."""
-    loss = F.cross_entropy(model(images), labels, label_smoothing=config.label_smoothing)
+    loss = F.cross_entropy(model(images), labels, label_smoothing=config.task["label_smoothing"])
     optimizer.zero_grad()
     loss.backward()
     if config.clip_grad is not None:
@@ -165,13 +165,13 @@ def learn(
 def decoded(data: Path, split: str) -> tuple[Tensor, Tensor]:
     """Images (N, 3, 64, 64), bytes, and labels (N,)."""
     source = open_data(data, split, val_fraction=0.02)  # what the recipe trains on
-    small = torch.stack([torch.from_numpy(source.read(i)) for i in range(len(source))])
+    small = torch.stack([torch.from_numpy(source.images.read(i)) for i in range(len(source))])
     parts = [
         F.interpolate(part.permute(0, 3, 1, 2).float(), size=SIDE, mode="bilinear")
         for part in small.split(1000)
     ]
     images = torch.cat([part.round().to(torch.uint8) for part in parts])
-    return images, torch.from_numpy(source.labels)
+    return images, torch.from_numpy(source.truth.labels)
 
 
 def changed(images: Tensor, draws: torch.Generator) -> Tensor:

@@ -111,7 +111,7 @@ def our_epochs(data, repeats: int, workers: int, normalise: bool = False) -> Cal
             for batch in loader.epoch(epoch):
                 if normalise:
                     batch.images.float().sub_(mean).div_(std)
-                seen += len(batch.labels)
+                seen += batch.num_images
         return seen / (time.perf_counter() - begin)
 
     return once
@@ -217,10 +217,10 @@ def add(tar: tarfile.TarFile, name: str, payload: bytes) -> None:
 def unpack(source: Path, root: Path) -> Path:
     """The pictures of shards as class folders."""
     data = open_data(source, "all")
-    for i, label in enumerate(data.labels.tolist()):
+    for i, label in enumerate(data.truth.labels.tolist()):
         folder = root / data.classes[label]
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{i:06d}.jpg").write_bytes(data.read_bytes(i))
+        (folder / f"{i:06d}.jpg").write_bytes(data.images.read_bytes(i))
     return root
 
 

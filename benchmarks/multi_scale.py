@@ -110,7 +110,7 @@ def train_both(name: str, flags: argparse.Namespace) -> dict[str, dict[str, floa
     """Plan -> side -> top-1 on the test pictures, after as many epochs of either."""
     from vitrail.train.config import TrainConfig
     from vitrail.train.evaluate import evaluate
-    from vitrail.train.loop import train
+    from vitrail.train.trainer import train
 
     scores: dict[str, dict[str, float]] = {}
     for what, sizes in (("one size", ()), ("multi-scale", tuple(flags.sizes))):

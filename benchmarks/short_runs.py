@@ -27,7 +27,7 @@ from vitrail.data.augmentation import Augmentation
 from vitrail.models import load
 from vitrail.train.config import TrainConfig
 from vitrail.train.evaluate import evaluate
-from vitrail.train.loop import train
+from vitrail.train.trainer import train
 from vitrail.weights.files import write_text
 from vitrail_runtime.preprocess import prepare
 
@@ -133,7 +133,8 @@ def score(run: Short, folder: Path, flags: argparse.Namespace) -> dict[str, Any]
     }
     if flags.study == "deepvit":
         pictures = (
-            torch.from_numpy(prepare(test.read(i), model.preprocessing)[0]) for i in range(STUDIED)
+            torch.from_numpy(prepare(test.images.read(i), model.preprocessing)[0])
+            for i in range(STUDIED)
         )
         study = study_attention(model.backbone, pictures)
         found["similar_blocks"] = len(study.similar(COLLAPSED))

@@ -22,10 +22,10 @@ def write(out: Path, part: str, val_fraction: float) -> str:
         raise InputError(f"{part!r} must be SPLIT=SOURCE, such as train=pictures/train.tar")
     source, _, which = source.partition("@")
     data = open_data(source, which or "all", val_fraction=val_fraction)
-    for i, (key, label) in enumerate(zip(data.keys, data.labels.tolist(), strict=True)):
+    for i, (key, label) in enumerate(zip(data.keys, data.truth.labels.tolist(), strict=True)):
         # The key may hold folders of its own, and in a shard it has no suffix.
         name = Path(key).name
-        payload = data.read_bytes(i)
+        payload = data.images.read_bytes(i)
         folder = out / split / data.classes[label]
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / (name if Path(name).suffix else f"{name}{suffix(payload)}")

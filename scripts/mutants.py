@@ -44,6 +44,7 @@ ROOMS = {
     "data": (["src/vitrail/data"], ["tests/data"]),
     "metrics": (["src/vitrail/metrics"], ["tests/metrics", "tests/train/test_eval.py"]),
     "analysis": (["src/vitrail/analysis"], ["tests/analysis"]),
+    "tasks": (["src/vitrail/tasks"], ["tests/tasks", "tests/analysis", "tests/train/test_eval.py"]),
     "layers": (
         ["src/vitrail/layers"],
         # Compiling and exporting every family takes longer than all the rest.

@@ -89,7 +89,7 @@ def test_the_demo_trains_the_recipe_on_its_own_folder(tmp_path, monkeypatch):
     from vitrail.recipes import recipe_config
 
     monkeypatch.setattr("vitrail.data.digits.make_digits", lambda folder: folder)
-    monkeypatch.setattr("vitrail.train.loop.train", reach)
+    monkeypatch.setattr("vitrail.train.trainer.train", reach)
     (config,), _ = reached(["demo", "--out", str(tmp_path), "--epochs", "5"])
     assert (config.data, config.out) == (str(tmp_path / "digits"), str(tmp_path / "run"))
     recipe = recipe_config("digits")
@@ -105,7 +105,7 @@ def test_a_demo_that_is_stopped_says_how_to_go_on_and_ends_as_its_signal(
     tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr("vitrail.data.digits.make_digits", lambda folder: folder)
-    monkeypatch.setattr("vitrail.train.loop.train", lambda config: SimpleNamespace(signal=2))
+    monkeypatch.setattr("vitrail.train.trainer.train", lambda config: SimpleNamespace(signal=2))
     assert main(["demo", "--out", str(tmp_path)]) == 130
     assert capsys.readouterr().out.endswith(f"vitrail demo --out {tmp_path} goes on from here\n")
 
@@ -113,18 +113,24 @@ def test_a_demo_that_is_stopped_says_how_to_go_on_and_ends_as_its_signal(
 @pytest.mark.parametrize(("rank", "told"), [("0", True), ("1", False)])
 @pytest.mark.parametrize(("signal", "code"), [(0, 0), (15, 143)])
 def test_train_ends_as_its_run_did(tmp_path, monkeypatch, capsys, rank, told, signal, code):
-    from vitrail.train.loop import RunResult
+    from vitrail.configuration import to_dict
+    from vitrail.tasks.classify import Settings
+    from vitrail.train.trainer import RunResult
 
-    result = RunResult(tmp_path, "SIGTERM" if signal else "all steps", signal, 7, 0.123, 90.0)
+    result = RunResult(
+        tmp_path, "SIGTERM" if signal else "all steps", signal, 7, 0.123, "top-1", 90.0
+    )
     given = []
-    monkeypatch.setattr("vitrail.train.loop.train", lambda config: given.append(config) or result)
+    monkeypatch.setattr(
+        "vitrail.train.trainer.train", lambda config: given.append(config) or result
+    )
     monkeypatch.setattr("vitrail.cli.train.model_to_show", lambda folder: "best")
     monkeypatch.setattr(
         "vitrail.cli.train.report_run", lambda config, folder, name: folder / "r.html"
     )
     monkeypatch.setenv("RANK", rank)
     assert main(["train", "--data", "D", "--lr", "0.5"]) == code
-    assert given == [TrainConfig(data="D", lr=0.5)]
+    assert given == [TrainConfig(data="D", lr=0.5, task=to_dict(Settings()))]
     out, err = capsys.readouterr()
     if not told:
         assert (out, err) == ("", "")
@@ -135,22 +141,25 @@ def test_train_ends_as_its_run_did(tmp_path, monkeypatch, capsys, rank, told, si
             f"vitrail train --config {tmp_path / 'config.yaml'}\n"
         )
     else:
-        assert out == f"best top-1 0.1230 on the validation pictures: {tmp_path / 'best'}\n"
+        assert out == f"best top-1 0.1230 on the validation images: {tmp_path / 'best'}\n"
         assert err == f"all steps: 7 updates in 1.5 minutes\nreport: {tmp_path / 'r.html'}\n"
 
 
 def test_flags_stand_over_a_file_over_a_recipe_over_the_defaults(tmp_path):
     from vitrail.cli.train import effective_config
+    from vitrail.configuration import to_dict
     from vitrail.recipes import recipe_config
+    from vitrail.tasks.classify import Settings
 
     file = tmp_path / "c.yaml"
     file.write_text("lr: 0.25\nbatch_size: 48\nmodel_fields: {key_dim: 8, depths: [1, 1, 1]}\n")
     flags = ["--data", "D", "--batch-size", "32", "--model-fields", "key_dim=4", "mlp=[a]"]
-    config = effective_config("digits", str(file), flags)
+    config = effective_config(["--recipe", "digits", "--config", str(file), *flags])
     recipe = recipe_config("digits")
     assert (config.batch_size, config.lr, config.ema) == (32, 0.25, recipe.ema)
     assert config.model_fields == {"key_dim": 4, "depths": [1, 1, 1], "mlp": ["a"]}
-    assert effective_config(None, None, ["--data", "D"]) == TrainConfig(data="D")
+    plain = effective_config(["--data", "D"])
+    assert plain == TrainConfig(data="D", task=to_dict(Settings()))
 
 
 def test_models_tells_counted_figures_in_the_units_it_names(capsys):

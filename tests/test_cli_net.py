@@ -84,15 +84,15 @@ FOUND = {
     "gradient_norm": 3.5,
     "loss_fp32": 0.25,
     "weights": [],
-    "pictures": [f"{i}.png" for i in range(21)],
-    "num_pictures": 32,
+    "images": [f"{i}.png" for i in range(21)],
+    "num_images": 32,
 }
 
 
 def test_replay_looks_at_the_run_that_is_named_and_trains_nothing(monkeypatch, capsys):
     given = []
     monkeypatch.setattr("vitrail.train.replay.replay", lambda run: given.append(run) or FOUND)
-    monkeypatch.setattr("vitrail.train.loop.train", None)
+    monkeypatch.setattr("vitrail.train.trainer.train", None)
     assert main(["train", "--replay", "runs/broken"]) == 0
     assert given == ["runs/broken"]
     lines = capsys.readouterr().out.splitlines()

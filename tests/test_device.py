@@ -73,7 +73,7 @@ def test_every_verb_asks_for_auto_unless_told_otherwise(trained, monkeypatch, ve
     def ask(name):
         raise Asked(name)
 
-    for place in ("device", "predictor", "train.parallel"):
+    for place in ("device", "predictor", "train.ranks"):
         monkeypatch.setattr(f"vitrail.{place}.choose_device", ask)
     places = {"RUN": trained / "run", "DATA": trained / "data", "OUT": trained / "out"}
     argv = [str(places.get(word, word)) for word in verb.split()]

@@ -1,10 +1,11 @@
 """Frozen dataclasses to plain data and back. One reader for YAML files, config.json and recipes."""
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from vitrail.registry import unknown
 from vitrail_runtime.errors import InputError
@@ -53,6 +54,39 @@ def check_choices(config: Any, *, where: str) -> None:
     for name, hint in typing.get_type_hints(type(config)).items():
         if typing.get_origin(hint) is typing.Literal:
             _value(hint, getattr(config, name), f"{where}.{name}")
+
+
+class Range(NamedTuple):
+    """The numbers that make sense: from `low` to `high`, both included unless `above` or `below` is set."""
+
+    low: float
+    high: float = math.inf
+    above: bool = False
+    below: bool = False
+    hint: str = ""  # what to give instead
+
+    def holds(self, value: float) -> bool:
+        if math.isinf(value):
+            return False
+        if value == self.low:
+            return not self.above
+        return self.low < value < self.high or (value == self.high and not self.below)
+
+    def __str__(self) -> str:
+        low = f"above {self.low}" if self.above else f"at least {self.low}"
+        if self.high == math.inf:
+            return low
+        return f"{low} and " + (f"below {self.high}" if self.below else f"at most {self.high}")
+
+
+def check_ranges(config: Any, ranges: Mapping[str, Range]) -> None:
+    """Raise InputError where a number of the dataclass lies outside its range. None is outside of none."""
+    for name, allowed in ranges.items():
+        value = getattr(config, name)
+        if value is not None and not allowed.holds(value):  # so is NaN refused
+            hint = allowed.hint or ("give a finite number" if math.isinf(value) else "")
+            hint = f" ({hint})" if hint else ""
+            raise InputError(f"{name} must be {allowed}, but is {value}{hint}")
 
 
 def _plain(value: Any) -> Any:

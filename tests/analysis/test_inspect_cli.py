@@ -147,9 +147,9 @@ def test_importance_writes_a_page_and_a_slim_model_that_training_takes(
     slim = load(out)
     assert (slim.info.config.qk_dim, slim.info.config.mlp_ratio) == (4, 2.0)
     # What `vitrail train --weights OUT` starts from is the slim model, width for width.
-    from vitrail.train.build import build_model, settled
+    from vitrail.train.build import build_model, resolve
 
-    config = settled(TrainConfig(data=str(labelled), weights=str(out)))
+    config = resolve(TrainConfig(data=str(labelled), weights=str(out)))
     again = build_model(config, slim.classes)
     assert all(torch.equal(v, again.state_dict()[k]) for k, v in slim.state_dict().items())
 

@@ -33,7 +33,7 @@ from vitrail.tasks.classify_report import (
     worst_mistakes,
 )
 from vitrail.tasks.section import Found, Section, confusions, isolated, shortened
-from vitrail.train.loop import train
+from vitrail.train.trainer import train
 from vitrail_runtime.errors import InputError
 
 
@@ -157,9 +157,8 @@ def test_the_fifteen_worst_cells_and_the_twelve_worst_mistakes_are_enough():
     s = many(60)
     rows = cells(rendered(confusion_section(s)))[1:]
     assert [row[2] for row in rows] == [str(32 - i) for i in range(15)]
-    data = SimpleNamespace(
-        keys=["a.png"] * len(s.labels), read=lambda i: np.zeros((2, 3, 3), np.uint8)
-    )
+    images = SimpleNamespace(read=lambda i: np.zeros((2, 3, 3), np.uint8))
+    data = SimpleNamespace(keys=["a.png"] * len(s.labels), images=images)
     assert len(worst_mistakes(s, data)) == 12
 
 
@@ -227,11 +226,12 @@ def test_the_table_of_classes_has_scikit_learns_figures_weakest_first_and_unmeas
         assert r_range == ("{:.2f} to {:.2f}".format(*interval(hits, n)) if n else "none")
 
 
-class Images:
+class Data:
     """Images of one grey level each, which tells them apart."""
 
     def __init__(self, count: int) -> None:
         self.keys = [f"val/IMG_{i:04d}.png" for i in range(count)]
+        self.images = self
 
     def read(self, i: int) -> np.ndarray:
         return np.full((8, 12, 3), 10 * i, np.uint8)
@@ -241,7 +241,7 @@ def test_the_worst_mistakes_are_the_surest_wrong_answers():
     first = np.array([0.9, 0.6, 0.99, 0.6, 0.7, 0.95])
     probabilities = np.stack([first, 1 - first, np.zeros(6)], 1)
     s = answers(probabilities, np.array([1, 1, 0, 2, 0, 1]))  # 2 and 4 are right
-    shown = worst_mistakes(s, Images(6))
+    shown = worst_mistakes(s, Data(6))
     assert [caption for _, caption in shown] == [
         "said left (0.95), is right\nval/IMG_0005.png",
         "said left (0.90), is right\nval/IMG_0000.png",
@@ -249,14 +249,14 @@ def test_the_worst_mistakes_are_the_surest_wrong_answers():
         "said left (0.60), is top\nval/IMG_0003.png",
     ]
     assert [image.getpixel((0, 0))[0] for image, _ in shown] == [50, 0, 10, 30]
-    assert len(worst_mistakes(s, Images(6), count=2)) == 2
+    assert len(worst_mistakes(s, Data(6), count=2)) == 2
 
 
 @pytest.mark.parametrize(("wrong", "hits", "misses"), [(20, 4, 4), (2, 6, 2), (0, 8, 0)])
 def test_half_of_what_is_looked_at_are_mistakes_where_there_are(run, wrong, hits, misses):
     folder, data = run
     model, images = vitrail.load(folder / "best"), open_data(data, "train")
-    labels = images.labels
+    labels = images.truth.labels
     predicted = labels.copy()
     predicted[:wrong] = (labels[:wrong] + 1) % 3
     probabilities = np.full((24, 3), 0.1)
@@ -476,7 +476,7 @@ def test_a_page_or_scores_that_cannot_be_written_are_one_message(
     monkeypatch.setattr("vitrail.weights.write_text", refuse)
     assert main(how) == 2
     told = capsys.readouterr()
-    assert "top-1" in told.out
+    assert "\ntop-1 0." in told.out
     assert "eval.json cannot be written" in told.err
 
 

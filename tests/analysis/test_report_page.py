@@ -2,6 +2,7 @@
 
 import platform
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from PIL import Image
 from tests.analysis.test_report import answers, cells, rendered
 from vitrail.analysis import page, report
 from vitrail.analysis.report import configuration, explain, machine, read_history, write_report
+from vitrail.data.examples import Labels
 from vitrail.models import ModelInfo, create_model, describe
 from vitrail.tasks.classify_report import Scored, calibration_section, interval, looks, sections
 from vitrail.tasks.section import Found, data_rows
@@ -20,7 +22,7 @@ CLASSES = ("left", "right", "top")
 MEAN, STD = (0.5, 0.25, 0.125), (0.25, 0.5, 0.125)
 
 
-class Images:
+class Data:
     """Fourteen images of one grey level each, which tells them apart; heights and widths differ."""
 
     classes = CLASSES
@@ -28,9 +30,10 @@ class Images:
     content_hash = "0123456789abcdefghij"
 
     def __init__(self) -> None:
-        self.labels = np.array([0] * 9 + [2] * 4 + [1])
-        self.sizes = np.array([(30 + i, 1200 + 10 * i * i) for i in range(14)])
+        self.truth = Labels(CLASSES, np.array([0] * 9 + [2] * 4 + [1]))
         self.keys = [f"val/{i}.png" for i in range(14)]
+        sizes = np.array([(30 + i, 1200 + 10 * i * i) for i in range(14)])
+        self.images = SimpleNamespace(sizes=sizes, read=self.read)
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -48,13 +51,13 @@ def classifier() -> torch.nn.Module:
     return model
 
 
-def predictions(data: Images, wrong: tuple[int, ...]) -> dict[str, np.ndarray]:
+def predictions(data: Data, wrong: tuple[int, ...]) -> dict[str, np.ndarray]:
     """All are 0.8 sure; those named are taken for the next class."""
-    predicted = data.labels.copy()
+    predicted = data.truth.labels.copy()
     predicted[list(wrong)] = (predicted[list(wrong)] + 1) % 3
     probabilities = np.full((14, 3), 0.1, np.float16)
     probabilities[np.arange(14), predicted] = 0.8
-    return {"probabilities": probabilities, "labels": data.labels, "predicted": predicted}
+    return {"probabilities": probabilities, "labels": data.truth.labels, "predicted": predicted}
 
 
 def cards(text: str) -> dict[str, str]:
@@ -63,7 +66,7 @@ def cards(text: str) -> dict[str, str]:
 
 @pytest.mark.parametrize("wrong", [(2, 5, 9), ()])
 def test_the_page_tells_what_the_predictions_are_worth(tmp_path, wrong):
-    data, model = Images(), classifier()
+    data, model = Data(), classifier()
     path = write_report(tmp_path / "a.html", model, data, predictions(data, wrong), split="test")
     assert path == tmp_path / "a.html"
     text = path.read_text(encoding="utf-8")
@@ -111,7 +114,7 @@ def test_a_runs_curves_and_configuration_stand_on_the_page(tmp_path):
         {"step": 1, "loss": 2.5, "lr": 0.1},
         {"step": 2, "epoch": 1, "top1": 0.5, "loss": 2.25},
     ]
-    data = Images()
+    data = Data()
     path = write_report(tmp_path / "a.html", classifier(), data, predictions(data, ()), run=run)
     found = cards(path.read_text(encoding="utf-8"))
     assert list(found)[:2] == ["What to look at first", "Training"]
@@ -135,7 +138,7 @@ def test_the_machine_is_named_by_what_speed_and_rounding_depend_on():
 
 
 def test_the_table_of_the_data_tells_counts_sizes_and_the_hash():
-    data = Images()
+    data = Data()
     assert cells(page.render(data_rows(data, [("classes", "so many")])))[1:] == [
         ["pictures", "14"],
         ["classes", "so many"],
@@ -144,7 +147,7 @@ def test_the_table_of_the_data_tells_counts_sizes_and_the_hash():
         ["left out as broken", "2"],
         ["content hash", "0123456789abcdef"],
     ]
-    data.sizes[:, 0] = 30
+    data.images.sizes[:, 0] = 30
     told = cells(page.render(data_rows(data, [("a", "b"), ("c", "d")])))
     assert told[2:4] == [["a", "b"], ["c", "d"]]
     assert told[5] == ["height", "30 px, median 30"]
@@ -160,7 +163,7 @@ def test_the_table_of_the_data_tells_counts_sizes_and_the_hash():
 )
 def test_the_pictures_of_each_class_are_counted(labels, classes, said):
     labels = np.array(labels)
-    data, model = Images(), torch.nn.Linear(1, 1)
+    data, model = Data(), torch.nn.Linear(1, 1)
     model.classes = classes
     answers = {"labels": labels, "predicted": labels, "probabilities": np.eye(len(classes))[labels]}
     shown = Image.new("RGB", (2, 2))
@@ -190,9 +193,9 @@ def test_calibration_is_drawn_by_confidence_accuracy_and_count(monkeypatch):
 
 
 def test_what_is_looked_at_is_the_image_as_the_model_gets_it_asked_for_what_was_said(monkeypatch):
-    data, model = Images(), classifier().train()
+    data, model = Data(), classifier().train()
     said = predictions(data, (2, 5, 9))
-    scored = Scored(said["probabilities"], data.labels, said["predicted"], CLASSES)
+    scored = Scored(said["probabilities"], data.truth.labels, said["predicted"], CLASSES)
     asked, veiled = [], []
 
     def where(given, image, label):
@@ -218,7 +221,7 @@ def test_what_is_looked_at_is_the_image_as_the_model_gets_it_asked_for_what_was_
         assert label == said["predicted"][i]
         normal = (15 * i / 255 - np.array(MEAN)) / STD
         np.testing.assert_allclose(given.mean((1, 2)), normal, atol=0.01)
-        verdict = f"is {CLASSES[data.labels[i]]}" if i in (2, 5, 9) else "right"
+        verdict = f"is {CLASSES[data.truth.labels[i]]}" if i in (2, 5, 9) else "right"
         assert shown[n] == (veiled[n], f"{CLASSES[label]} (0.80), {verdict}")
     assert [c for _, c in looks(found, scored)[1]] == [c for _, c in shown], "every time"
     assert len(looks(found, scored, count=4)[1]) == 4

@@ -15,11 +15,11 @@ from vitrail.data.augment import (
     Augmentation,
     Strength,
     augment,
-    crop_box,
+    draw,
     generator,
     mix,
-    needed_size,
 )
+from vitrail.data.view import crop_box
 from vitrail_runtime.errors import InputError
 
 WHOLE = Augmentation(crop="whole", flip=0.0)
@@ -108,7 +108,7 @@ def test_parts_are_spread_over_areas_as_torchvision_spreads_them():
 @given(st.integers(50, 2000), st.integers(50, 2000), keys)
 def test_a_reduced_decode_never_enlarges_the_part(height, width, key):
     a = Augmentation()
-    least_h, least_w = needed_size(height, width, (64, 48), a, key)
+    least_h, least_w = draw(height, width, (64, 48), a, key).view.needed()
     _, _, crop_h, crop_w = crop_box(height, width, a, generator(key))
     if crop_h >= 64 and crop_w >= 48:
         assert least_h <= height
@@ -209,7 +209,7 @@ def batch(count: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
 def test_targets_say_how_much_of_each_picture_there_is(given):
     images, labels = batch()
     for step in range(20):
-        mixed, targets = mix(images, labels, Augmentation(**given), (0, 0, step), num_classes=6)
+        mixed, targets = mix(images, labels, (0, 0, step), num_classes=6, **given)
         # Picture i is constant i, so its mean tells the mixture.
         torch.testing.assert_close(mixed.mean((1, 2, 3)), targets @ torch.arange(6.0))
         torch.testing.assert_close(targets.sum(1), torch.ones(6))
@@ -220,11 +220,10 @@ def test_targets_say_how_much_of_each_picture_there_is(given):
 @pytest.mark.parametrize("world", [2, 4])
 def test_mixing_is_the_same_when_a_batch_is_shared_among_processes(given, world):
     images, labels = batch(16)
-    a = Augmentation(**given)
     for step in range(5):
-        whole = mix(images, labels, a, (0, 3, step), num_classes=16)
+        whole = mix(images, labels, (0, 3, step), num_classes=16, **given)
         shares = [
-            mix(part, of, a, (0, 3, step), num_classes=16)
+            mix(part, of, (0, 3, step), num_classes=16, **given)
             for part, of in zip(images.chunk(world), labels.chunk(world), strict=True)
         ]
         assert torch.equal(whole[0], torch.cat([s[0] for s in shares]))
@@ -233,20 +232,19 @@ def test_mixing_is_the_same_when_a_batch_is_shared_among_processes(given, world)
 
 def test_the_last_of_an_odd_batch_stays_and_no_mixing_gives_one_hot():
     images, labels = batch(5)
-    mixed, targets = mix(images, labels, Augmentation(mixup=0.8), (0, 0, 1), num_classes=5)
+    mixed, targets = mix(images, labels, (0, 0, 1), num_classes=5, mixup=0.8)
     assert torch.equal(mixed[4], images[4])
     assert targets[4].tolist() == [0, 0, 0, 0, 1]
-    plain = mix(images, labels, Augmentation(), (0, 0, 1), num_classes=5)
+    plain = mix(images, labels, (0, 0, 1), num_classes=5)
     assert plain[0] is images
     assert torch.equal(plain[1], torch.eye(5))
 
 
 def test_a_part_of_the_steps_mixes():
     images, labels = batch()
-    a = Augmentation(mixup=0.8, mix_prob=0.4)
+    given = {"num_classes": 6, "mixup": 0.8, "mix_prob": 0.4}
     mixed = [
-        not torch.equal(mix(images, labels, a, (0, 0, s), num_classes=6)[0], images)
-        for s in range(500)
+        not torch.equal(mix(images, labels, (0, 0, s), **given)[0], images) for s in range(500)
     ]
     assert 150 < sum(mixed) < 250
 
@@ -261,17 +259,15 @@ def test_a_part_of_the_steps_mixes():
         ({"flip": 1.5}, r"flip is a probability in \[0, 1\], but is 1.5"),
         ({"randaugment_magnitude": 11}, "randaugment_magnitude must lie"),
         ({"color_jitter": 2.0}, "color_jitter must lie"),
-        ({"mixup": -0.1}, "mixup must not be negative"),
         ({"scale": (0.0, 0.5)}, r"scale must be .* but is \(0\.0, 0\.5\)"),
         ({"scale": (0.5, 1.1)}, "scale must be"),
         ({"ratio": (2.0, 1.0)}, "ratio must be 0 < low <= high"),
         ({"flip": -0.1}, "flip is a probability"),
         ({"random_erasing": 1.1}, "random_erasing is a probability"),
-        ({"mix_prob": -0.1}, "mix_prob is a probability"),
         ({"randaugment_magnitude": -1}, r"must lie in \[0, 10\], but is -1"),
         ({"color_jitter": -0.1}, "color_jitter must lie"),
-        ({"cutmix": float("nan")}, "cutmix must not be negative, but is nan"),
-        ({"mixup": float("inf")}, "mixup must not be negative, but is inf"),
+        ({"randaugment_std": float("nan")}, "randaugment_std must not be negative, but is nan"),
+        ({"randaugment_std": float("inf")}, "randaugment_std must not be negative, but is inf"),
         ({"randaugment_std": -1.0}, "randaugment_std must not be"),
         ({"randaugment_ops": -1}, "randaugment_ops must not be"),
         ({"padding": -1}, "padding must not be"),
@@ -292,8 +288,8 @@ def test_a_negative_seed_is_refused():
     [
         {"scale": (1.0, 1.0)},
         {"ratio": (2.0, 2.0)},
-        {"flip": 0.0, "random_erasing": 1.0, "mix_prob": 0.0},
-        {"flip": 1.0, "random_erasing": 0.0, "mix_prob": 1.0},
+        {"flip": 0.0, "random_erasing": 1.0},
+        {"flip": 1.0, "random_erasing": 0.0},
         {"randaugment_magnitude": 0, "color_jitter": 0.0, "padding": 0},
         {"randaugment_magnitude": 10, "color_jitter": 1.0},
     ],
@@ -319,5 +315,4 @@ def test_by_default_an_image_is_cropped_and_flipped_and_nothing_else():
         0,
     )
     assert (a.randaugment_magnitude, a.randaugment_std) == (9.0, 0.5)
-    assert (a.mixup, a.cutmix, a.mix_prob) == (0.0, 0.0, 1.0)
     assert (a.mean, a.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))

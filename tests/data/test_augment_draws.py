@@ -27,9 +27,10 @@ def drawn(count: int = MANY, image=(300, 400), size=(96, 64), seed: int = 0, **g
     return [draw(*image, size, a, (seed, i % 3, i)) for i in range(count)]
 
 
-def mixings(count: int = MANY, size=(96, 64), **given) -> list:
-    a = Augmentation(**given)
-    return [draw_mixing(*size, a, (0, i % 3, i)) for i in range(count)]
+def mixings(
+    count: int = MANY, size=(96, 64), mixup: float = 0.0, cutmix: float = 0.0, mix_prob: float = 1.0
+) -> list:
+    return [draw_mixing(*size, (0, i % 3, i), mixup, cutmix, mix_prob) for i in range(count)]
 
 
 def assert_uniform(values, low: float, high: float) -> None:
@@ -56,7 +57,7 @@ def assert_unrelated(a, b) -> None:
 def test_parts_have_areas_ratios_and_places_as_the_paper_says():
     """Szegedy et al. 2015: the area is uniform, the ratio in its logarithm, the place over all that fit."""
     crops = np.array(
-        [d.crop for d in drawn(image=(3000, 3000), scale=(0.1, 0.6), ratio=(0.7, 1.6))]
+        [d.view.crop for d in drawn(image=(3000, 3000), scale=(0.1, 0.6), ratio=(0.7, 1.6))]
     )
     top, left, height, width = crops.T
     assert_uniform(height * width / 3000**2, 0.0999, 0.6001)
@@ -72,7 +73,7 @@ def test_parts_have_areas_ratios_and_places_as_the_paper_says():
 @pytest.mark.parametrize("size", [(300, 400), (90, 400)])
 def test_parts_are_spread_as_torchvisions(size):
     """Also where some do not fit and are drawn again: that is most of the long image's."""
-    ours = np.array([d.crop for d in drawn(image=size)])
+    ours = np.array([d.view.crop for d in drawn(image=size)])
     torch.manual_seed(0)
     image = torch.empty(3, *size, dtype=torch.uint8)
     rule = [0.08, 1.0], [3 / 4, 4 / 3]
@@ -87,7 +88,7 @@ def test_the_places_of_the_simple_crop_are_as_likely_as_torchvisions():
     """Every place as likely, the outermost too; torchvision's RandomCrop is the recipe's."""
     room = 9, 25
     ours = [
-        tuple(int(u * n) for u, n in zip(d.cut, room, strict=True))
+        tuple(int(u * n) for u, n in zip(d.view.cut, room, strict=True))
         for d in drawn(crop="simple", image=(40, 60))
     ]
     torch.manual_seed(0)
@@ -103,7 +104,7 @@ def test_the_places_of_the_simple_crop_are_as_likely_as_torchvisions():
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 1.0])
 def test_flips_and_erasing_come_as_often_as_asked(name, share):
     a = drawn(size=(8, 8), **{"flip": 0.5, name: share})
-    happened = [d.flip if name == "flip" else d.erasing is not None for d in a]
+    happened = [d.view.flip if name == "flip" else d.erasing is not None for d in a]
     if share in (0.0, 1.0):
         assert set(happened) == {bool(share)}
     else:
@@ -261,8 +262,8 @@ def test_what_is_drawn_for_one_purpose_says_nothing_about_another():
     )
     mixed = mixings(mixup=1.0)
     columns = {
-        "area": [d.crop[2] * d.crop[3] for d in all_drawn],
-        "flip": [d.flip for d in all_drawn],
+        "area": [d.view.crop[2] * d.view.crop[3] for d in all_drawn],
+        "flip": [d.view.flip for d in all_drawn],
         "three": [d.three[0] == "grey" for d in all_drawn],
         "sigma": [d.three[1] for d in all_drawn],
         "applied": [len(d.randaugment) for d in all_drawn],
@@ -278,7 +279,7 @@ def test_the_next_sample_epoch_or_seed_says_nothing_about_this_one():
     a = Augmentation()
 
     def areas(seed: int, epoch: int, first: int = 0) -> list[int]:
-        crops = [draw(300, 400, (8, 8), a, (seed, epoch, first + i)).crop for i in range(1000)]
+        crops = [draw(300, 400, (8, 8), a, (seed, epoch, first + i)).view.crop for i in range(1000)]
         return [h * w for _, _, h, w in crops]
 
     here = areas(0, 0)
@@ -301,4 +302,4 @@ def test_the_same_key_draws_the_same_whatever_was_drawn_before():
     assert mixings(20, cutmix=1.0) == mixings(20, cutmix=1.0)
     # Part and flip do not depend on what comes after them, so views of other kinds may share them.
     for a, b in zip(drawn(50), drawn(50, randaugment_ops=2, random_erasing=1.0), strict=True):
-        assert (a.crop, a.flip) == (b.crop, b.flip)
+        assert a.view == b.view

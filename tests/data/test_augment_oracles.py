@@ -23,13 +23,12 @@ from vitrail.data.augment import (
     Augmentation,
     Strength,
     augment,
-    crop_box,
     draw,
     draw_mixing,
     generator,
     mix,
-    needed_size,
 )
+from vitrail.data.view import crop_box
 
 TIMM = {  # our name -> timm's, of its "inc1" space
     "autocontrast": "AutoContrast",
@@ -127,11 +126,11 @@ def test_a_part_is_cut_resized_and_flipped_as_torchvision_does(interpolation):
     for key in keys(20):
         drawn = draw(90, 70, (24, 32), a, key)
         expected = oracle.resized_crop(
-            tensor(image), *drawn.crop, [24, 32], MODES[interpolation], antialias=True
+            tensor(image), *drawn.view.crop, [24, 32], MODES[interpolation], antialias=True
         )
-        if drawn.flip:
+        if drawn.view.flip:
             expected = oracle.hflip(expected)
-        flips.add(drawn.flip)
+        flips.add(drawn.view.flip)
         assert torch.equal(augment(image, (24, 32), a, key), expected)
     assert flips == {False, True}
 
@@ -140,7 +139,7 @@ def test_the_part_of_a_reduced_image_is_the_same_share_of_it():
     image = pixels(1, (31, 45))
     a = Augmentation(flip=0.0)
     for key in keys(30):
-        top, left, height, width = draw(90, 70, (24, 32), a, key).crop
+        top, left, height, width = draw(90, 70, (24, 32), a, key).view.crop
         bottom, right = round((top + height) * 31 / 90), round((left + width) * 45 / 70)
         top, left = round(top * 31 / 90), round(left * 45 / 70)
         got = augment(image, (24, 32), a, key, original=(90, 70))
@@ -154,14 +153,15 @@ def test_the_part_of_a_reduced_image_is_the_same_share_of_it():
 def test_an_image_may_be_decoded_as_small_as_its_part_allows_and_no_smaller(size):
     a = Augmentation()
     for key in keys(20):
-        _, _, height, width = draw(500, 700, size, a, key).crop
+        _, _, height, width = draw(500, 700, size, a, key).view.crop
         scale = max(size[0] / height, size[1] / width)
         needed = math.ceil(500 * scale), math.ceil(700 * scale)
-        assert needed_size(500, 700, size, a, key) == needed
+        assert draw(500, 700, size, a, key).view.needed() == needed
     for crop in ("simple", "whole"):
         scale = max(size[0] / 500, size[1] / 700)
         needed = math.ceil(500 * scale), math.ceil(700 * scale)
-        assert needed_size(500, 700, size, Augmentation(crop=crop), (0, 0, 0)) == needed
+        drawn = draw(500, 700, size, Augmentation(crop=crop), (0, 0, 0))
+        assert drawn.view.needed() == needed
 
 
 @pytest.mark.parametrize("padding", [0, 3, 4])
@@ -178,7 +178,9 @@ def test_the_simple_crop_resizes_the_short_side_reflects_and_cuts(shape, size, p
     room = whole.shape[1] - size[0] + 1, whole.shape[2] - size[1] + 1
     places = set()
     for key in keys(25):
-        top, left = (int(u * n) for u, n in zip(draw(*shape, size, a, key).cut, room, strict=True))
+        top, left = (
+            int(u * n) for u, n in zip(draw(*shape, size, a, key).view.cut, room, strict=True)
+        )
         expected = oracle.crop(whole, top, left, *size)
         assert torch.equal(augment(image, size, a, key), expected)
         places.add((top, left))
@@ -190,7 +192,7 @@ def test_reflection_adds_no_more_pixels_than_there_are():
     a = Augmentation(crop="simple", flip=0.0, padding=4)
     whole = F.pad(tensor(image)[None].float(), (2, 2, 2, 2), mode="reflect")[0].byte()
     for key in keys(10):
-        top, left = (int(5 * u) for u in draw(3, 3, (3, 3), a, key).cut)
+        top, left = (int(5 * u) for u in draw(3, 3, (3, 3), a, key).view.cut)
         assert torch.equal(augment(image, (3, 3), a, key), whole[:, top : top + 3, left : left + 3])
 
 
@@ -199,7 +201,7 @@ def test_a_very_long_image_is_cut_before_it_is_resized():
     image = pixels(2, (20, 162))
     a = Augmentation(crop="simple", flip=0.0)
     for key in keys(10):
-        left = int(draw(20, 162, (10, 10), a, key).cut[1] * (162 - 20 + 1))
+        left = int(draw(20, 162, (10, 10), a, key).view.cut[1] * (162 - 20 + 1))
         part = tensor(image)[:, :, left : left + 20]
         expected = oracle.resize(part, [10, 10], MODES["bicubic"], antialias=True)
         assert torch.equal(augment(image, (10, 10), a, key), expected)
@@ -207,7 +209,7 @@ def test_a_very_long_image_is_cut_before_it_is_resized():
     whole = oracle.resize(tensor(image[:, :160]), [10, 80], MODES["bicubic"], antialias=True)
     whole = oracle.pad(whole, [4] * 4, padding_mode="reflect")
     top, left = (
-        int(u * n) for u, n in zip(draw(20, 160, (10, 10), a, key).cut, (9, 79), strict=True)
+        int(u * n) for u, n in zip(draw(20, 160, (10, 10), a, key).view.cut, (9, 79), strict=True)
     )
     expected = whole[:, top : top + 10, left : left + 10]
     assert torch.equal(augment(image[:, :160], (10, 10), a, key), expected)
@@ -313,7 +315,7 @@ def test_everything_drawn_is_done_in_the_order_of_the_recipes(given, monkeypatch
         drawn = draw(48, 36, (24, 20), a, key)
         expected = oracle.resize(tensor(image), [24, 20], MODES["bicubic"], antialias=True)
         plain = expected
-        if drawn.flip:
+        if drawn.view.flip:
             expected = oracle.hflip(expected)
         seen = Image.fromarray(expected.permute(1, 2, 0).numpy())
         if drawn.three is not None:
@@ -363,13 +365,13 @@ def batch(count: int) -> tuple[torch.Tensor, torch.Tensor]:
 def test_a_pair_is_mixed_as_timm_mixes_a_batch_of_two(given, monkeypatch):
     """timm mixes a batch with itself turned over: of two images, each with the other."""
     images, labels = batch(2)
-    a = Augmentation(**given)
+    alphas = given.get("mixup", 0.0), given.get("cutmix", 0.0)
     theirs = timm_mixup.Mixup(mixup_alpha=0.8, cutmix_alpha=1.0, label_smoothing=0.0, num_classes=7)
     monkeypatch.setattr(
         timm_mixup, "one_hot", lambda x, n, on_value, off_value: F.one_hot(x, n).float()
     )
     for step in range(20):
-        drawn = draw_mixing(14, 22, a, (0, 0, step))
+        drawn = draw_mixing(14, 22, (0, 0, step), *alphas, 1.0)
         assert (drawn.box is None) == ("mixup" in given)
         monkeypatch.setattr(
             theirs, "_params_per_batch", lambda d=drawn: (d.share, d.box is not None)
@@ -380,7 +382,7 @@ def test_a_pair_is_mixed_as_timm_mixes_a_batch_of_two(given, monkeypatch):
             monkeypatch.setattr(timm_mixup, "rand_bbox", lambda *_, b=box, **__: b)
             # timm corrects the share by what the box covers; ours is corrected already.
         expected, soft = theirs(images.clone(), labels)
-        mixed, targets = mix(images, labels, a, (0, 0, step), num_classes=7)
+        mixed, targets = mix(images, labels, (0, 0, step), num_classes=7, **given)
         torch.testing.assert_close(mixed, expected)
         torch.testing.assert_close(targets, soft)
 
@@ -391,19 +393,19 @@ def test_neighbours_are_partners_and_the_last_of_an_odd_batch_stays():
     one_hot = torch.eye(7)
     for step in range(10):
         key = (1, 2, step)
-        share = draw_mixing(14, 22, Augmentation(mixup=0.8), key).share
-        mixed, targets = mix(images, labels, Augmentation(mixup=0.8), key, num_classes=7)
+        share = draw_mixing(14, 22, key, 0.8, 0.0, 1.0).share
+        mixed, targets = mix(images, labels, key, num_classes=7, mixup=0.8)
         torch.testing.assert_close(mixed, share * images + (1 - share) * images[partner])
         soft = share * one_hot[labels] + (1 - share) * one_hot[labels[partner]]
         torch.testing.assert_close(targets, soft)
-        drawn = draw_mixing(14, 22, Augmentation(cutmix=1.0), key)
+        drawn = draw_mixing(14, 22, key, 0.0, 1.0, 1.0)
         top, left, height, width = drawn.box
         expected = images.clone()
         for i, j in enumerate(partner):
             expected[i, :, top : top + height, left : left + width] = images[
                 j, :, top : top + height, left : left + width
             ]
-        mixed, targets = mix(images, labels, Augmentation(cutmix=1.0), key, num_classes=7)
+        mixed, targets = mix(images, labels, key, num_classes=7, cutmix=1.0)
         assert torch.equal(mixed, expected)
         kept = 1 - height * width / (14 * 22)
         torch.testing.assert_close(
@@ -420,7 +422,7 @@ def test_the_box_of_cutmix_has_the_images_shape_and_is_clipped_at_its_edge():
         size = math.sqrt(1 - rng.beta(1.0, 1.0))
         top, bottom = max(0, round(y * 40 - size * 20)), min(40, round(y * 40 + size * 20))
         left, right = max(0, round(x * 60 - size * 30)), min(60, round(x * 60 + size * 30))
-        drawn = draw_mixing(40, 60, Augmentation(cutmix=1.0), (0, 0, step))
+        drawn = draw_mixing(40, 60, (0, 0, step), 0.0, 1.0, 1.0)
         assert drawn.box == (top, left, bottom - top, right - left)
         assert drawn.share == pytest.approx(1 - (bottom - top) * (right - left) / 2400, abs=1e-12)
         clipped += top == 0 or left == 0 or bottom == 40 or right == 60
@@ -433,12 +435,12 @@ def test_how_long_is_very_long_goes_by_the_pixels_of_a_result_that_is_not_square
     whole = oracle.resize(tensor(image), [80, 16], MODES["bicubic"], antialias=True)
     whole = oracle.pad(whole, [4] * 4, padding_mode="reflect")
     for key in keys(5):
-        cut = draw(60, 12, size, a, key).cut
+        cut = draw(60, 12, size, a, key).view.cut
         top, left = (int(u * n) for u, n in zip(cut, (79, 9), strict=True))
         assert torch.equal(augment(image, size, a, key), whole[:, top : top + 10, left : left + 16])
     image, size = pixels(2, (20, 112)), (16, 10)  # 16 x 90, more than eight times
     for key in keys(5):
-        left = int(draw(20, 112, size, a, key).cut[1] * (112 - 13 + 1))
+        left = int(draw(20, 112, size, a, key).view.cut[1] * (112 - 13 + 1))
         part = tensor(image)[:, :, left : left + 13]
         expected = oracle.resize(part, [*size], MODES["bicubic"], antialias=True)
         assert torch.equal(augment(image, size, a, key), expected)
@@ -450,7 +452,7 @@ def test_a_part_at_the_far_edge_of_a_much_reduced_image_is_its_last_pixel():
     a = Augmentation(scale=(1e-6, 1e-6), ratio=(1.0, 1.0), flip=0.0)
     seen = set()
     for key in keys(300):
-        top, left, height, width = draw(1000, 1000, (1, 1), a, key).crop
+        top, left, height, width = draw(1000, 1000, (1, 1), a, key).view.crop
         assert (height, width) == (1, 1)
         at = min(3, round(top * 4 / 1000)), min(3, round(left * 4 / 1000))
         found = augment(image, (1, 1), a, key, original=(1000, 1000))

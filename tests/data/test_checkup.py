@@ -95,7 +95,7 @@ def test_the_sheet_shows_images_of_the_class_chosen_by_seed_and_content(class_fo
     for label, count in ((0, 12), (1, 60)):
         chosen = sheet._chosen(data, label, 0)
         assert len(set(chosen)) == len(chosen) == count
-        assert (data.labels[chosen] == label).all()
+        assert (data.truth.labels[chosen] == label).all()
         assert sheet._chosen(data, label, 1)[:5] != chosen[:5]
     order = np.random.default_rng(0).permutation(len(data))
     other = data.subset(order)
@@ -315,6 +315,6 @@ def test_a_class_is_too_small_for_validation_only_where_a_training_would_say_so(
         for copy in range(4):
             write(tmp_path, f"c{i}/{copy}.png", (40, 50), 2 * i)
         write(tmp_path, f"c{i}/other.png", (40, 50), 2 * i + 1)
-    assert set(open_data(tmp_path, "val").labels.tolist()) == set(range(8))
-    assert set(open_data(tmp_path, "train").labels.tolist()) == set(range(8))
+    assert set(open_data(tmp_path, "val").truth.labels.tolist()) == set(range(8))
+    assert set(open_data(tmp_path, "train").truth.labels.tolist()) == set(range(8))
     assert not any("hold out" in what for what in check(tmp_path).errors)

@@ -54,16 +54,16 @@ def data(tmp_path):
 def test_training_and_evaluation_decode_to_the_same_pixels(data):
     for i in range(len(data)):
         for least in ((64, 64), (1000, 1000), (30, 40), (1, 1)):
-            expected = data.read(i, least)
-            got = read_pixels(data, i, least)
+            expected = data.images.read(i, least)
+            got = read_pixels(data.images, i, least)
             assert got.dtype == np.uint8
             np.testing.assert_array_equal(got, expected, err_msg=f"{data.where(i)} {least}")
 
 
 def test_a_large_jpeg_comes_reduced_but_never_too_small(data):
     i = next(i for i, key in enumerate(data.keys) if "large" in key)
-    assert read_pixels(data, i, (60, 70)).shape == (75, 100, 3)
-    assert read_pixels(data, i, (151, 70)).shape == (300, 400, 3)
+    assert read_pixels(data.images, i, (60, 70)).shape == (75, 100, 3)
+    assert read_pixels(data.images, i, (151, 70)).shape == (300, 400, 3)
 
 
 def test_the_fast_decoder_takes_jpegs_that_are_decoded_whole_and_no_others(data, monkeypatch):
@@ -74,7 +74,9 @@ def test_the_fast_decoder_takes_jpegs_that_are_decoded_whole_and_no_others(data,
 
     def fast(name: str, least: tuple[int, int]) -> bool:
         asked.clear()
-        read_pixels(data, next(i for i, key in enumerate(data.keys) if f"/{name}" in key), least)
+        read_pixels(
+            data.images, next(i for i, key in enumerate(data.keys) if f"/{name}" in key), least
+        )
         return bool(asked)
 
     for name in ("baseline.jpg", "progressive.jpg", "grey.jpg", "turned6.jpg"):
@@ -89,10 +91,10 @@ def test_the_fast_decoder_takes_jpegs_that_are_decoded_whole_and_no_others(data,
 
 
 def test_what_the_fast_decoder_has_read_is_not_decoded_again(data, monkeypatch):
-    monkeypatch.setattr(type(data), "decode", None)
+    monkeypatch.setattr(type(data.images), "decode", None)
     for name in ("baseline.jpg", "grey.jpg", "turned6.jpg"):
         i = next(i for i, key in enumerate(data.keys) if f"/{name}" in key)
-        assert read_pixels(data, i, (60, 60)).shape == (*data.sizes[i], 3)
+        assert read_pixels(data.images, i, (60, 60)).shape == (*data.images.sizes[i], 3)
 
 
 def test_a_jpeg_that_breaks_inside_is_named(tmp_path, class_folders):
@@ -106,7 +108,7 @@ def test_a_jpeg_that_breaks_inside_is_named(tmp_path, class_folders):
     path.write_bytes(payload)
     data = open_data(root, "all")
     with pytest.raises(InputError, match=r"cat/000\.jpg"):
-        read_pixels(data, 0, (64, 64))
+        read_pixels(data.images, 0, (64, 64))
 
 
 def test_without_torchcodec_a_warning_says_so_and_the_pixels_stay(data, monkeypatch):
@@ -117,7 +119,7 @@ def test_without_torchcodec_a_warning_says_so_and_the_pixels_stay(data, monkeypa
         assert decoding.decode_jpeg is None
         for i in range(len(data)):
             np.testing.assert_array_equal(
-                decoding.read_pixels(data, i, (64, 64)), data.read(i, (64, 64))
+                decoding.read_pixels(data.images, i, (64, 64)), data.images.read(i, (64, 64))
             )
     finally:
         monkeypatch.undo()

@@ -33,8 +33,8 @@ def test_every_source_digit_is_in_exactly_one_split(made):
 def test_the_set_opens_without_a_broken_picture_and_in_many_sizes(made):
     data = open_data(made, "train")
     assert data.classes == tuple("0123456789")
-    assert np.bincount(data.labels).min() >= 120
-    assert len(np.unique(data.sizes, axis=0)) > 500
+    assert np.bincount(data.truth.labels).min() >= 120
+    assert len(np.unique(data.images.sizes, axis=0)) > 500
 
 
 def test_the_same_seed_draws_the_same_bytes_and_another_does_not(made):
@@ -270,5 +270,7 @@ def test_a_seed_draws_the_same_digits_for_ever(index, size, means):
 
 
 def test_digits_are_56_to_128_high_and_56_to_144_wide(made):
-    sizes = np.concatenate([open_data(made, split).sizes for split in ("train", "val", "test")])
+    sizes = np.concatenate(
+        [open_data(made, split).images.sizes for split in ("train", "val", "test")]
+    )
     assert (sizes.min(0).tolist(), sizes.max(0).tolist()) == ([56, 56], [128, 144])

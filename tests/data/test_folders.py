@@ -14,8 +14,8 @@ from tests.damage import flipped, outcomes, zeroed
 from tests.data.conftest import picture
 from vitrail.data import index, open_data
 from vitrail.data.checkup import check
-from vitrail.data.images import hold_out, open_source
 from vitrail.data.index import read_index
+from vitrail.data.opening import hold_out, open_source
 from vitrail.models import create_model
 from vitrail.predictor import Predictor
 from vitrail_runtime.errors import InputError
@@ -27,7 +27,7 @@ def test_splits_beside_each_other_are_read_with_one_set_of_classes(class_folders
     root = class_folders(BOTH)
     train, val, test = (open_data(root, s) for s in ("train", "val", "test"))
     assert train.classes == val.classes == test.classes == ("cat", "dog")
-    assert train.labels.tolist() == [0, 0, 0, 0, 1, 1, 1]
+    assert train.truth.labels.tolist() == [0, 0, 0, 0, 1, 1, 1]
     assert (len(val), len(test)) == (4, 2)
     assert train.notes == ()
     assert len(open_data(root, "all")) == 13
@@ -36,7 +36,7 @@ def test_splits_beside_each_other_are_read_with_one_set_of_classes(class_folders
 def test_sizes_are_known_without_decoding_and_equal_what_is_read(class_folders):
     data = open_data(class_folders(BOTH), "train")
     for i in range(len(data)):
-        assert data.read(i).shape == (*data.sizes[i], 3)
+        assert data.images.read(i).shape == (*data.images.sizes[i], 3)
 
 
 def test_a_turned_photograph_is_indexed_upright(class_folders):
@@ -46,16 +46,16 @@ def test_a_turned_photograph_is_indexed_upright(class_folders):
     exif[0x0112] = 6  # to be turned by 90 degrees
     image.save(root / "train" / "cat" / "000.jpg", exif=exif)
     data = open_data(root, "train")
-    assert data.sizes[0].tolist() == [34, 20]
-    assert data.read(0).shape == (34, 20, 3)
+    assert data.images.sizes[0].tolist() == [34, 20]
+    assert data.images.read(0).shape == (34, 20, 3)
 
 
 def test_one_folder_is_split_by_class_without_overlap_and_says_so(class_folders):
     root = class_folders({"": {"cat": 10, "dog": 20}})
     train, val = open_data(root, "train"), open_data(root, "val")
     assert set(train.keys) & set(val.keys) == set()
-    assert np.bincount(train.labels).tolist() == [8, 16]
-    assert np.bincount(val.labels).tolist() == [2, 4]
+    assert np.bincount(train.truth.labels).tolist() == [8, 16]
+    assert np.bincount(val.truth.labels).tolist() == [2, 4]
     assert "held out" in train.notes[0]
     assert "held out" in val.notes[0]
     again = open_data(root, "val")
@@ -76,10 +76,10 @@ def test_a_missing_val_is_cut_from_train_and_never_taken_from_test(class_folders
 
 def test_the_split_depends_on_content_not_on_names(class_folders):
     root = class_folders({"": {"cat": 10, "dog": 10}})
-    before = sorted(open_data(root, "val").digests)
+    before = sorted(open_data(root, "val").images.digests)
     for path in sorted(root.rglob("*.jpg")):
         path.rename(path.with_name("z" + path.name))
-    assert sorted(open_data(root, "val").digests) == before
+    assert sorted(open_data(root, "val").images.digests) == before
 
 
 def test_exact_duplicates_stay_on_one_side_of_the_split():
@@ -107,7 +107,7 @@ def test_copies_under_different_labels_are_said(class_folders):
     (root / "dog" / "000.jpg").write_bytes((root / "cat" / "000.jpg").read_bytes())
     train, val = open_data(root, "train"), open_data(root, "val")
     assert {"cat/000.jpg", "dog/000.jpg"} <= set(train.keys)
-    assert not set(train.digests) & set(val.digests)
+    assert not set(train.images.digests) & set(val.images.digests)
     assert "2 pictures stand under several labels" in train.notes[1]
 
 
@@ -125,7 +125,7 @@ def test_a_second_start_reads_no_picture(class_folders, monkeypatch):
     second = open_data(root, "train")
     assert second.keys == first.keys
     assert second.content_hash == first.content_hash
-    assert (second.sizes == first.sizes).all()
+    assert (second.images.sizes == first.images.sizes).all()
 
 
 def test_a_damaged_cache_is_made_again(class_folders, own_cache):
@@ -190,7 +190,7 @@ def test_names_of_any_script_and_any_bytes_are_read(class_folders):
     assert len(data) == 6
     for _ in range(2):  # also from the cache
         data = open_data(root, "all")
-        assert [data.read(i).shape[2] for i in range(6)] == [3] * 6
+        assert [data.images.read(i).shape[2] for i in range(6)] == [3] * 6
 
 
 def test_a_class_may_be_called_test(class_folders):
@@ -227,7 +227,7 @@ def test_broken_pictures_are_left_out_when_asked(class_folders):
     root = class_folders(BOTH)
     broken(root)
     data = open_data(root, "train", skip_broken=True)
-    assert np.bincount(data.labels).tolist() == [1, 3]
+    assert np.bincount(data.truth.labels).tolist() == [1, 3]
     assert [os.path.basename(k) for k, _ in data.broken] == ["001.jpg", "002.jpg", "003.jpg"]
     assert data.notes == ("3 of 7 pictures are broken and left out",)
 
@@ -304,10 +304,10 @@ def test_a_picture_that_changes_after_indexing_is_refused(class_folders):
     path = data.where(2)
     picture(99, (40, 50)).save(path)
     with pytest.raises(InputError, match=r"002\.jpg has changed since it was indexed"):
-        data.read(2)
+        data.images.read(2)
     os.remove(path)
     with pytest.raises(InputError, match="cannot be read: No such file"):
-        data.read(2)
+        data.images.read(2)
 
 
 def loop(root):
@@ -362,7 +362,7 @@ def test_a_link_to_itself_is_named(class_folders):
 def test_given_classes_fix_the_labels_and_test_may_lack_some(class_folders):
     root = class_folders(BOTH)
     data = open_data(root, "test", classes=("dog", "bird", "cat"))
-    assert data.labels.tolist() == [2, 0]
+    assert data.truth.labels.tolist() == [2, 0]
     with pytest.raises(InputError, match="no picture of 1 of 3 classes: bird"):
         open_data(root, "val", classes=("dog", "bird", "cat"))
 
@@ -370,7 +370,7 @@ def test_given_classes_fix_the_labels_and_test_may_lack_some(class_folders):
 def test_a_root_whose_name_is_not_utf_8_is_read(class_folders, tmp_path):
     root = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
     data = open_data(class_folders({"train": {"cat": 2, "dog": 2}}, root), "all")
-    assert data.read(0).shape[2] == 3
+    assert data.images.read(0).shape[2] == 3
 
 
 @pytest.mark.parametrize(
@@ -425,11 +425,11 @@ def test_files_go_by_their_path_whatever_the_folder_gives(class_folders):
 
 def test_a_copy_for_a_worker_lists_nothing_and_reads_the_same(class_folders):
     data = open_data(class_folders({"": {"a": 2, "b": 2}}), "all")
-    assert data.source._files
-    copy = pickle.loads(pickle.dumps(data.source))
+    assert data.images.source._files
+    copy = pickle.loads(pickle.dumps(data.images.source))
     assert copy._files == {}
-    assert copy.read(data.keys[1], (0, 0, 0)) == data.read_bytes(1)
-    assert copy.name == data.source.name
+    assert copy.read(data.keys[1], (0, 0, 0)) == data.images.read_bytes(1)
+    assert copy.name == data.images.source.name
 
 
 def test_a_link_back_to_any_folder_above_is_named_and_one_aside_is_followed(class_folders):
@@ -475,11 +475,11 @@ def test_images_are_named_as_the_folder_was_given(class_folders, tmp_path, monke
     data = open_data("set", "all")
     assert data.where(1) == "set/a/001.jpg"
     monkeypatch.chdir("/")  # what was opened is still found
-    assert data.read_bytes(1) == (root / "a" / "001.jpg").read_bytes()
+    assert data.images.read_bytes(1) == (root / "a" / "001.jpg").read_bytes()
 
 
 def test_images_stand_in_the_order_of_their_paths_not_of_their_classes(class_folders):
     """A hyphen sorts before the slash: "a-b/" comes before "a/"."""
     data = open_data(class_folders({"": {"a": 2, "a-b": 1}}), "all")
     assert data.keys == ["a-b/000.jpg", "a/000.jpg", "a/001.jpg"]
-    assert data.labels.tolist() == [1, 0, 0]
+    assert data.truth.labels.tolist() == [1, 0, 0]

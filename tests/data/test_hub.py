@@ -43,8 +43,8 @@ def test_a_hub_data_set_reads_like_any_other(hub):
     assert hub[0] == ("some/pets", "small", "abc123")
     assert (len(train), len(val), len(test)) == (8, 2, 4)
     assert train.classes == ("cat", "dog")
-    assert test.labels.tolist() == [0, 1, 0, 1]
-    assert test.read_bytes(3) == encoded(13)
+    assert test.truth.labels.tolist() == [0, 1, 0, 1]
+    assert test.images.read_bytes(3) == encoded(13)
     assert test.where(3) == "hf:some/pets:small@abc123: test row 3"
 
 
@@ -91,9 +91,9 @@ def test_splits_of_other_names_and_labels_of_text_are_taken(monkeypatch):
     loaded(monkeypatch, columns, validation=rows[:4], training=rows, unsupervised=rows)
     train, val = (open_data("hf:some/pets@main", s) for s in ("train", "val"))
     assert train.classes == val.classes == ("ant", "zebra")
-    assert train.labels.tolist() == [0, 1, 1, 0, 1, 1]
-    assert val.labels.tolist() == [0, 1, 1, 0]
-    assert [val.read_bytes(i) for i in range(4)] == [encoded(i) for i in range(4)]
+    assert train.truth.labels.tolist() == [0, 1, 1, 0, 1, 1]
+    assert val.truth.labels.tolist() == [0, 1, 1, 0]
+    assert [val.images.read_bytes(i) for i in range(4)] == [encoded(i) for i in range(4)]
     assert val.keys[2] == "val/2"
 
 
@@ -131,12 +131,12 @@ def test_a_column_of_labels_has_three_names_and_a_declared_one_goes_first(monkey
     rows = [row(i, "ba"[i % 2], column) | {"kind": i % 2} for i in range(4)]
     columns = {"kind": ("Value", {"dtype": "int64"}), "image": IMAGE, column: TEXT}
     loaded(monkeypatch, columns, train=rows)
-    assert open_data("hf:pets@v1.0", "all").labels.tolist() == [1, 0, 1, 0]
+    assert open_data("hf:pets@v1.0", "all").truth.labels.tolist() == [1, 0, 1, 0]
     columns["kind"] = ("ClassLabel", {"names": ["x", "y"]})
     loaded(monkeypatch, columns, train=rows)
     data = open_data("hf:pets@v1.0", "all")
     assert data.classes == ("x", "y")
-    assert data.labels.tolist() == [0, 1, 0, 1]
+    assert data.truth.labels.tolist() == [0, 1, 0, 1]
 
 
 def test_an_image_that_is_a_file_beside_the_table_is_read(monkeypatch, tmp_path):
@@ -144,9 +144,9 @@ def test_an_image_that_is_a_file_beside_the_table_is_read(monkeypatch, tmp_path)
     rows = [{"image": {"bytes": None, "path": str(tmp_path / "a.png")}, "label": "a"}, row(2, "b")]
     loaded(monkeypatch, {"image": IMAGE, "label": TEXT}, train=rows)
     data = open_data("hf:some/pets@main", "all")
-    assert [data.read_bytes(i) for i in range(2)] == [encoded(1), encoded(2)]
-    assert data.source.count("train") == 2
-    assert data.places.tolist() == [[0, 0, 0], [0, 1, 0]]
+    assert [data.images.read_bytes(i) for i in range(2)] == [encoded(1), encoded(2)]
+    assert data.images.source.count("train") == 2
+    assert data.images.places.tolist() == [[0, 0, 0], [0, 1, 0]]
 
 
 def test_of_two_splits_by_one_name_the_first_is_taken(monkeypatch):
@@ -154,10 +154,10 @@ def test_of_two_splits_by_one_name_the_first_is_taken(monkeypatch):
     splits = {"test": [row(5, "a")], "Training": [row(1, "a"), row(2, "b")], "train": [row(3, "b")]}
     loaded(monkeypatch, columns, **splits)
     data = open_data("hf:some/pets@main", "all")
-    assert data.source.splits() == ("train", "test")
+    assert data.images.source.splits() == ("train", "test")
     assert data.keys == ["train/0", "train/1", "test/0"]
     assert data.where(2) == "hf:some/pets@main: test row 0"
-    assert data.source.fingerprint("train") != data.source.fingerprint("test")
+    assert data.images.source.fingerprint("train") != data.images.source.fingerprint("test")
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_of_two_columns_of_images_the_first_is_taken(monkeypatch):
     for label in (TEXT, ("ClassLabel", {"names": ["a", "b"]})):
         loaded(monkeypatch, {"image": IMAGE, "mask": IMAGE, "label": label}, train=rows)
         data = open_data("hf:some/pets@main", "all")
-        assert [data.read_bytes(i) for i in range(2)] == [encoded(0), encoded(1)]
+        assert [data.images.read_bytes(i) for i in range(2)] == [encoded(0), encoded(1)]
 
 
 def test_of_two_declared_labels_the_first_is_taken_with_its_names(monkeypatch):
@@ -183,4 +183,4 @@ def test_of_two_declared_labels_the_first_is_taken_with_its_names(monkeypatch):
     loaded(monkeypatch, columns, train=rows)
     data = open_data("hf:some/pets@main", "all")
     assert data.classes == ("x", "y")
-    assert data.labels.tolist() == [0, 1, 0, 1]
+    assert data.truth.labels.tolist() == [0, 1, 0, 1]

@@ -9,8 +9,9 @@ import pytest
 from torchvision.datasets import ImageFolder
 
 from tests.data.conftest import picture
-from vitrail.data import images, open_data
-from vitrail.data.images import _parts, broken_message, contradictory, hold_out, open_source
+from vitrail.data import open_data
+from vitrail.data.examples import Examples, Images, Labels
+from vitrail.data.opening import _parts, broken_message, contradictory, hold_out, open_source
 from vitrail_runtime.errors import InputError
 
 # In the order of code points; 10 comes before 9, capitals first, and one has more below it.
@@ -54,10 +55,10 @@ def test_every_image_has_the_label_of_its_class_by_name(named, kind):
     roots, of = named
     data = open_data(roots[kind], "all")
     assert data.classes == tuple(sorted(COUNTS))
-    assert np.bincount(data.labels).tolist() == [COUNTS[c] for c in data.classes]
+    assert np.bincount(data.truth.labels).tolist() == [COUNTS[c] for c in data.classes]
     for i in range(len(data)):
-        assert data.classes[data.labels[i]] == of[data.read_bytes(i)]
-        assert tuple(data.sizes[i]) == (8, 9)
+        assert data.classes[data.truth.labels[i]] == of[data.images.read_bytes(i)]
+        assert tuple(data.images.sizes[i]) == (8, 9)
 
 
 def test_folders_have_the_labels_and_the_order_of_torchvisions_image_folder(named):
@@ -66,7 +67,7 @@ def test_folders_have_the_labels_and_the_order_of_torchvisions_image_folder(name
     theirs = ImageFolder(str(roots["folders"]))
     assert list(data.classes) == theirs.classes
     label_of = {str(path): label for path, label in theirs.samples}
-    assert [label_of[data.where(i)] for i in range(len(data))] == data.labels.tolist()
+    assert [label_of[data.where(i)] for i in range(len(data))] == data.truth.labels.tolist()
 
 
 def test_names_given_decide_the_labels(named):
@@ -76,7 +77,7 @@ def test_names_given_decide_the_labels(named):
         data = open_data(root, "all", classes=names)
         assert data.classes == names
         for i in range(len(data)):
-            assert names[data.labels[i]] == of[data.read_bytes(i)]
+            assert names[data.truth.labels[i]] == of[data.images.read_bytes(i)]
 
 
 def test_all_is_every_split_with_its_own_images(class_folders):
@@ -84,10 +85,10 @@ def test_all_is_every_split_with_its_own_images(class_folders):
     parts = [open_data(root, s, classes=("a", "b")) for s in ("train", "val", "test")]
     whole = open_data(root, "all", classes=("a", "b"))
     assert whole.keys == [k for p in parts for k in p.keys]
-    assert whole.labels.tolist() == [0, 0, 0, 1, 1, 0, 1, 1, 1]
-    assert whole.sizes.tolist() == [s for p in parts for s in p.sizes.tolist()]
+    assert whole.truth.labels.tolist() == [0, 0, 0, 1, 1, 0, 1, 1, 1]
+    assert whole.images.sizes.tolist() == [s for p in parts for s in p.images.sizes.tolist()]
     for i, key in enumerate(whole.keys):
-        assert whole.read_bytes(i) == (root / key).read_bytes()
+        assert whole.images.read_bytes(i) == (root / key).read_bytes()
     assert whole.split == "all"
     assert [p.split for p in parts] == ["train", "val", "test"]
 
@@ -117,7 +118,7 @@ def test_train_and_val_cut_by_one_seed_are_the_whole(class_folders):
     root = class_folders({"": {"a": 12, "b": 8}})
     given = {"val_fraction": 0.25, "seed": 3}
     train, val = (open_data(root, s, **given) for s in ("train", "val"))
-    assert np.bincount(val.labels).tolist() == [3, 2]
+    assert np.bincount(val.truth.labels).tolist() == [3, 2]
     assert sorted(train.keys + val.keys) == sorted(open_data(root, "all").keys)
     said = (
         f"{root} has no val split: 25% of the pictures of each class are held out as val (seed 3)",
@@ -179,27 +180,35 @@ def test_a_content_under_two_labels_is_contradictory_and_a_copy_is_not():
     ]  # fmt: skip
 
 
+def content_hash(names, keys, labels, digests):
+    sizes, places = np.zeros((len(keys), 2), np.int32), np.zeros((len(keys), 3), np.int64)
+    images = Images(keys, sizes, digests, places, None)
+    return Examples(images, Labels(tuple(names), labels)).content_hash
+
+
 def test_the_content_hash_follows_names_labels_keys_content_and_order():
     names, keys, labels, digests = ("a", "b"), ["x", "y"], np.array([0, 1]), ["1", "2"]
     made = {
-        images._content_hash(names, keys, labels, digests),
-        images._content_hash(("a", "c"), keys, labels, digests),
-        images._content_hash(names, ["x", "z"], labels, digests),
-        images._content_hash(names, keys, np.array([1, 1]), digests),
-        images._content_hash(names, keys, labels, ["1", "3"]),
-        images._content_hash(names, keys[::-1], labels[::-1], digests[::-1]),
+        content_hash(names, keys, labels, digests),
+        content_hash(("a", "c"), keys, labels, digests),
+        content_hash(names, ["x", "z"], labels, digests),
+        content_hash(names, keys, np.array([1, 1]), digests),
+        content_hash(names, keys, labels, ["1", "3"]),
+        content_hash(names, keys[::-1], labels[::-1], digests[::-1]),
     }
     assert len(made) == 6
-    assert images._content_hash(list(names), list(keys), labels.copy(), list(digests)) in made
+    assert content_hash(list(names), list(keys), labels.copy(), list(digests)) in made
 
 
 def test_a_subset_keeps_the_order_asked_for_and_has_a_hash_of_its_own(class_folders):
     data = open_data(class_folders({"": {"a": 3, "b": 2}}), "all")
     part = data.subset(np.array([4, 0, 2]))
     assert part.keys == [data.keys[i] for i in (4, 0, 2)]
-    assert part.labels.tolist() == [1, 0, 0]
-    assert part.sizes.tolist() == data.sizes[[4, 0, 2]].tolist()
-    assert [part.read_bytes(i) for i in range(3)] == [data.read_bytes(i) for i in (4, 0, 2)]
+    assert part.truth.labels.tolist() == [1, 0, 0]
+    assert part.images.sizes.tolist() == data.images.sizes[[4, 0, 2]].tolist()
+    assert [part.images.read_bytes(i) for i in range(3)] == [
+        data.images.read_bytes(i) for i in (4, 0, 2)
+    ]
     assert part.content_hash != data.content_hash
     assert data.subset(range(5)).content_hash == data.content_hash
     assert part.subset([1]).keys == [data.keys[0]]
@@ -217,8 +226,10 @@ def test_one_broken_image_is_told_of_in_the_singular_and_labels_stay_with_their_
     data = open_data(root, "all", skip_broken=True)
     assert data.notes == ("1 of 6 pictures is broken and left out",)
     assert data.keys == ["a/000.jpg", "a/002.jpg", "b/000.jpg", "b/001.jpg", "b/002.jpg"]
-    assert data.labels.tolist() == [0, 0, 1, 1, 1]
-    assert [data.read(i).shape[:2] for i in range(5)] == [tuple(s) for s in data.sizes.tolist()]
+    assert data.truth.labels.tolist() == [0, 0, 1, 1, 1]
+    assert [data.images.read(i).shape[:2] for i in range(5)] == [
+        tuple(s) for s in data.images.sizes.tolist()
+    ]
 
 
 def test_of_many_broken_images_ten_are_named():
@@ -285,7 +296,7 @@ def test_every_class_has_images_except_where_a_part_is_measured(class_folders):
     message = r"test of .*set has no picture of 1 of 2 classes: a; add some, or remove"
     with pytest.raises(InputError, match=message):
         open_data(root, "test")
-    assert open_data(root, "test", classes=("a", "b")).labels.tolist() == [1]
+    assert open_data(root, "test", classes=("a", "b")).truth.labels.tolist() == [1]
     with pytest.raises(InputError, match=r"val of .* no picture of 1 of 2 classes: b"):
         open_data(root, "val", classes=("a", "b"))
     with pytest.raises(InputError, match=r"train of .* no picture of 1 of 3 classes: c"):
@@ -307,7 +318,7 @@ def test_a_split_of_broken_images_alone_is_none(class_folders):
 
 def test_the_share_held_out_may_take_a_class_of_two_apart_and_never_a_class_of_one(class_folders):
     root = class_folders({"train": {"a": 2, "b": 3}, "test": {"a": 1, "b": 1}})
-    assert np.bincount(open_data(root, "val").labels).tolist() == [1, 1]
+    assert np.bincount(open_data(root, "val").truth.labels).tolist() == [1, 1]
     note = "20% of the training pictures of each class are held out as val (seed 0)"
     assert open_data(root, "val").notes == (f"{root} has no val split: {note}",)
     lone = class_folders({"": {f"c{i:02d}": 1 for i in range(11)} | {"d": 2}}, root / "x" / "lone")
@@ -346,9 +357,9 @@ def test_an_image_that_cannot_be_read_later_is_named_with_why(class_folders, mon
     def fail(*_):
         raise OSError("the disk is gone")
 
-    monkeypatch.setattr(data.source, "read", fail)
+    monkeypatch.setattr(data.images.source, "read", fail)
     with pytest.raises(InputError, match=r"a/000\.jpg cannot be read: the disk is gone$"):
-        data.read_bytes(0)
+        data.images.read_bytes(0)
 
 
 def test_a_jpeg_comes_reduced_only_as_far_as_asked(tmp_path):
@@ -356,6 +367,6 @@ def test_a_jpeg_comes_reduced_only_as_far_as_asked(tmp_path):
         (tmp_path / name).mkdir()
         picture(1, (80, 120)).save(tmp_path / name / "0.jpg")
     data = open_data(tmp_path, "all")
-    assert data.read(0).shape == (80, 120, 3)
-    assert data.read(0, (40, 60)).shape == (40, 60, 3)
-    assert data.read(0, (41, 60)).shape == (80, 120, 3)
+    assert data.images.read(0).shape == (80, 120, 3)
+    assert data.images.read(0, (40, 60)).shape == (40, 60, 3)
+    assert data.images.read(0, (41, 60)).shape == (80, 120, 3)

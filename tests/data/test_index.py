@@ -11,8 +11,8 @@ import pytest
 
 from tests.data.conftest import picture
 from vitrail.data import index
-from vitrail.data.images import open_source
 from vitrail.data.index import examine, make_index, read_index
+from vitrail.data.opening import open_source
 
 
 def saved(kind: str, size: tuple[int, int] = (40, 60), **options) -> bytes:

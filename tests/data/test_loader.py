@@ -14,7 +14,7 @@ import torch
 from tests.data.conftest import picture
 from vitrail.data import loader as loader_module
 from vitrail.data import open_data
-from vitrail.data.augment import Augmentation, augment, needed_size
+from vitrail.data.augment import Augmentation, augment, draw
 from vitrail.data.loader import TrainLoader, batch_indices, eval_batches, train_batches
 from vitrail.data.plan import BatchPlan, square_scales
 from vitrail_runtime.errors import InputError
@@ -45,7 +45,13 @@ def shares(data, plan, world, workers, start=0):
         for r in range(world)
     ]
     return [
-        (parts[0].step, *(torch.cat([p[f] for p in parts]) for f in range(1, 5)))
+        (
+            parts[0].step,
+            *(
+                torch.cat([getattr(p, name) for p in parts])
+                for name in ("images", "targets", "indices")
+            ),
+        )
         for parts in zip(*loaders, strict=True)
     ]
 
@@ -128,7 +134,7 @@ def test_a_program_ends_though_a_loader_with_workers_is_still_held(data):
         "batches = train_batches(data, plan, Augmentation(), epoch=0, workers=1)",
         "next(batches)",
     ]
-    root = str(data.source.root)
+    root = str(data.images.source.root)
     command = [sys.executable, "-c", "\n".join(lines), root]
     assert subprocess.run(command, timeout=60, check=False).returncode == 0
 
@@ -138,7 +144,7 @@ def test_a_batch_is_contiguous_bytes_with_the_labels_of_its_pictures(data):
         assert batch.images.dtype == torch.uint8
         assert batch.images.is_contiguous()
         assert batch.images.shape[1:] == (3, 24, 32)
-        assert batch.labels.tolist() == data.labels[batch.indices].tolist()
+        assert batch.targets.tolist() == data.truth.labels[batch.indices].tolist()
 
 
 @pytest.fixture
@@ -159,17 +165,16 @@ def test_an_image_is_augmented_by_the_key_of_its_seed_epoch_and_position(large, 
     (whole,) = plan.batches(3)
     assert batch.step == 0
     assert batch.indices.tolist() == list(whole.indices[2 * rank : 2 * rank + 2])
-    assert batch.positions.tolist() == [2 * rank, 2 * rank + 1]
-    for row, (i, position) in enumerate(
-        zip(batch.indices.tolist(), batch.positions.tolist(), strict=True)
-    ):
-        original = tuple(large.sizes[i].tolist())
-        least = needed_size(*original, (24, 32), EVERYTHING, (11, 3, position))
-        pixels = decode(large.read_bytes(i), at_least=least)
+    positions = whole.positions[2 * rank : 2 * rank + 2]
+    assert positions == (2 * rank, 2 * rank + 1)
+    for row, (i, position) in enumerate(zip(batch.indices.tolist(), positions, strict=True)):
+        original = tuple(large.images.sizes[i].tolist())
+        least = draw(*original, (24, 32), EVERYTHING, (11, 3, position)).view.needed()
+        pixels = decode(large.images.read_bytes(i), at_least=least)
         expected = augment(pixels, (24, 32), EVERYTHING, (11, 3, position), original=original)
         assert torch.equal(batch.images[row], expected)
         name = large.keys[i].split("/")[0]
-        assert large.classes[batch.labels[row]] == name
+        assert large.classes[batch.targets[row]] == name
 
 
 def test_evaluation_decodes_reduced_and_prepares_as_for_the_original(large):
@@ -178,21 +183,21 @@ def test_evaluation_decodes_reduced_and_prepares_as_for_the_original(large):
     assert first.indices.tolist() == [0, 1, 2, 3]
     assert second.indices.tolist() == [4, 5, 6]
     assert large.classes == ("cat", "dog", "owl")
-    assert first.labels.tolist() + second.labels.tolist() == [0, 0, 1, 1, 1, 1, 2]
+    assert first.targets + second.targets == (0, 0, 1, 1, 1, 1, 2)
     images = torch.cat([first.images, second.images])
     assert images.dtype == torch.float32
     reduced = 0
     for i, image in enumerate(images):
-        pixels = decode(large.read_bytes(i), at_least=decode_size(p))
-        expected, _ = prepare(pixels, p, original=tuple(large.sizes[i].tolist()))
+        pixels = decode(large.images.read_bytes(i), at_least=decode_size(p))
+        expected, _ = prepare(pixels, p, original=tuple(large.images.sizes[i].tolist()))
         np.testing.assert_array_equal(image.numpy(), expected)
-        reduced += pixels.shape[:2] != tuple(large.sizes[i].tolist())
+        reduced += pixels.shape[:2] != tuple(large.images.sizes[i].tolist())
     assert reduced > 0
 
 
 def test_evaluation_goes_by_size_in_the_order_of_the_data(large):
     native = Preprocessing(mode="native")
-    assert large.sizes[:, 0].tolist() == [200, 240, 200, 240, 200, 240, 200]
+    assert large.images.sizes[:, 0].tolist() == [200, 240, 200, 240, 200, 240, 200]
     assert batch_indices(large, native, 3) == [[0, 2, 4], [6], [1, 3, 5]]
     assert batch_indices(large, native, 3, 0, 2) == [[0, 4], [1, 5]]
     # Of 4 + 3, the second group is dealt on from where the first ended.
@@ -255,14 +260,14 @@ def test_evaluation_sees_every_picture_once_as_prepare_makes_it(data):
     seen = {}
     for rank in range(2):
         for batch in eval_batches(data, p, 5, rank=rank, world=2):
-            assert len(batch.labels) <= 5
+            assert batch.num_images == len(batch.targets) <= 5
             for row, i in enumerate(batch.indices.tolist()):
                 assert i not in seen
                 seen[i] = batch.images[row]
-                assert batch.labels[row] == data.labels[i]
+                assert batch.targets[row] == data.truth.labels[i]
     assert sorted(seen) == list(range(len(data)))
     for i, image in seen.items():
-        expected, _ = prepare(decode(data.read_bytes(i)), p)
+        expected, _ = prepare(decode(data.images.read_bytes(i)), p)
         np.testing.assert_array_equal(image.numpy(), expected)
 
 
@@ -272,7 +277,7 @@ def test_evaluation_never_mixes_sizes(class_folders):
     data = open_data(root, "all")
     batches = list(eval_batches(data, Preprocessing(mode="native"), 16))
     sizes = [b.images.shape[2:] for b in batches]
-    assert len(set(sizes)) == len(sizes) == len(np.unique(data.sizes, axis=0))
+    assert len(set(sizes)) == len(sizes) == len(np.unique(data.images.sizes, axis=0))
 
 
 def test_pictures_of_many_sizes_are_dealt_to_all_processes_evenly(data):

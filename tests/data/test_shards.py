@@ -67,9 +67,9 @@ def test_pictures_and_labels_of_every_shard_are_read_at_random(shards):
     assert data.classes == CLASSES
     for i in np.random.default_rng(0).permutation(36).tolist():
         number = int(data.keys[i].removeprefix("s"))
-        assert data.labels[i] == number % 3
-        assert data.read_bytes(i) == encoded(number, "PNG" if number % 4 == 3 else "JPEG")
-        assert data.read(i).shape == (*data.sizes[i], 3)
+        assert data.truth.labels[i] == number % 3
+        assert data.images.read_bytes(i) == encoded(number, "PNG" if number % 4 == 3 else "JPEG")
+        assert data.images.read(i).shape == (*data.images.sizes[i], 3)
 
 
 def test_an_ending_in_capitals_is_read_as_what_it_is(shards, own_cache):
@@ -82,7 +82,7 @@ def test_an_ending_in_capitals_is_read_as_what_it_is(shards, own_cache):
 def test_a_missing_val_is_cut_from_train_with_every_class(shards):
     train, val, test = (open_data(shards, s) for s in ("train", "val", "test"))
     assert (len(train), len(val), len(test)) == (24, 6, 6)
-    assert np.bincount(val.labels).tolist() == [2, 2, 2]
+    assert np.bincount(val.truth.labels).tolist() == [2, 2, 2]
     assert not set(train.keys) & set(val.keys)
 
 
@@ -91,7 +91,7 @@ def test_a_second_start_reads_no_shard(shards, monkeypatch):
     monkeypatch.setattr("vitrail.data.index.make_index", None)
     second = open_data(shards, "train")
     assert second.content_hash == first.content_hash
-    assert second.read_bytes(20) == first.read_bytes(20)
+    assert second.images.read_bytes(20) == first.images.read_bytes(20)
 
 
 def test_inflated_shards_may_vanish_from_the_cache(shards, own_cache):
@@ -99,7 +99,9 @@ def test_inflated_shards_may_vanish_from_the_cache(shards, own_cache):
     for path in (own_cache / "shards").iterdir():
         path.unlink()
     again = open_data(shards, "test")
-    assert [again.read_bytes(i) for i in range(6)] == [data.read_bytes(i) for i in range(6)]
+    assert [again.images.read_bytes(i) for i in range(6)] == [
+        data.images.read_bytes(i) for i in range(6)
+    ]
 
 
 def test_inflated_shards_stay_within_the_bound_of_the_cache(shards, own_cache, monkeypatch):

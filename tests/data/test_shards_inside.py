@@ -9,7 +9,7 @@ import pytest
 
 from tests.data.test_shards import encoded, member, samples, write_shard
 from vitrail.data import open_data, shards
-from vitrail.data.images import open_source
+from vitrail.data.opening import open_source
 from vitrail.data.shards import LONGEST_LABEL, is_shard, split_of
 from vitrail_runtime.errors import InputError
 
@@ -62,8 +62,8 @@ def test_a_place_says_shard_offset_and_size_and_messages_name_shard_and_key(tmp_
             assert data.where(i) == f"{shard}: {key}"
             with tarfile.open(shard) as tar:
                 (info,) = (m for m in tar if m.name.startswith(key) and "cls" not in m.name)
-            assert data.places[i, 1:].tolist() == [info.offset_data, info.size]
-            assert data.read_bytes(i) == shard.read_bytes()[info.offset_data :][: info.size]
+            assert data.images.places[i, 1:].tolist() == [info.offset_data, info.size]
+            assert data.images.read_bytes(i) == shard.read_bytes()[info.offset_data :][: info.size]
 
 
 def test_a_single_shard_is_named_by_its_own_path(tmp_path):
@@ -115,7 +115,7 @@ def test_a_label_is_an_index_into_classes_txt_or_one_of_its_names(tmp_path):
     write_shard(tmp_path / "one.tar", [m for i in range(5) for m in pair(f"k{i}", labels[i], i)])
     data = open_data(tmp_path / "one.tar", "all")
     assert data.classes == ("cat", "dog", "owl")
-    assert data.labels.tolist() == [0, 1, 2, 2, 1]
+    assert data.truth.labels.tolist() == [0, 1, 2, 2, 1]
     for wrong in ("\u0661", "Dog", "3", "-0"):  # the first is Arabic for 1
         write_shard(tmp_path / "one.tar", pair("k", wrong))
         with pytest.raises(
@@ -160,7 +160,7 @@ def test_folders_hidden_files_and_other_members_are_passed_over_and_endings_may_
     write_shard(tmp_path / "one.tar", members)
     data = open_data(tmp_path / "one.tar", "all")
     assert data.keys == ["inner/k", "k", "./l"]
-    assert data.labels.tolist() == [0, 1, 1]
+    assert data.truth.labels.tolist() == [0, 1, 1]
 
 
 @pytest.mark.parametrize(
@@ -227,27 +227,27 @@ def test_only_so_many_shards_are_open_and_the_longest_unused_is_closed_first(tmp
     for i in range(3):
         write_shard(tmp_path / f"train-{i}.tar", pair(f"k{i}", str(i), i))
     data = open_data(tmp_path, "all")
-    source = data.source
+    source = data.images.source
     for i in (0, 1, 0, 2):
-        assert data.read_bytes(i) == encoded(i)
+        assert data.images.read_bytes(i) == encoded(i)
     assert list(source._open_files) == [0, 2]
     kept = source._open_files[0]
     assert source._file(0) is kept
-    assert data.read_bytes(1) == encoded(1)
+    assert data.images.read_bytes(1) == encoded(1)
     assert list(source._open_files) == [0, 1]
     first = source._open_files[0]
-    data.read_bytes(2)
+    data.images.read_bytes(2)
     assert first.closed
 
 
 def test_a_copy_for_a_worker_has_no_open_file_and_reads_the_same(tmp_path):
     write_shard(tmp_path / "train-0.tar", samples(0, 3))
     data = open_data(tmp_path, "all")
-    data.read_bytes(0)
-    assert data.source._open_files
-    copy = pickle.loads(pickle.dumps(data.source))
+    data.images.read_bytes(0)
+    assert data.images.source._open_files
+    copy = pickle.loads(pickle.dumps(data.images.source))
     assert not copy._open_files
-    assert copy.read(data.keys[2], data._place(2)) == data.read_bytes(2)
+    assert copy.read(data.keys[2], data.images._place(2)) == data.images.read_bytes(2)
 
 
 def test_a_gzip_shard_is_inflated_once_whole_and_marked_as_used(tmp_path, own_cache, monkeypatch):
@@ -264,7 +264,7 @@ def test_a_gzip_shard_is_inflated_once_whole_and_marked_as_used(tmp_path, own_ca
     monkeypatch.setattr(shards, "mark_used", used.append)
     monkeypatch.setattr(shards, "_inflate", None)
     again = open_source(tmp_path / "two.tgz")
-    assert again.read(data.keys[0], data._place(0)) == encoded(0)
+    assert again.read(data.keys[0], data.images._place(0)) == encoded(0)
     assert used == [inflated]
     monkeypatch.setattr(shards, "_inflate", inflate)
     # Another content under the same name is inflated anew.

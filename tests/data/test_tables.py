@@ -7,7 +7,7 @@ import pytest
 
 from tests.data.conftest import picture
 from vitrail.data import open_data, tables
-from vitrail.data.images import open_source
+from vitrail.data.opening import open_source
 from vitrail_runtime.errors import InputError
 
 
@@ -34,12 +34,12 @@ def test_file_and_label_are_found_by_name_or_by_place(table, tmp_path):
     for header in ("file,label", "picture,what", "Filename,CLASS"):
         data = open_data(table(f"{header}\n{rows()}"), "all")
         assert data.classes == ("a", "b")
-        assert data.labels.tolist() == [0, 1] * 5
-        assert data.read(3).shape == (20, 30, 3)
+        assert data.truth.labels.tolist() == [0, 1] * 5
+        assert data.images.read(3).shape == (20, 30, 3)
         for i in range(10):
             name = f"pictures/{i}.jpg"
             assert data.keys[i] == name
-            assert data.read_bytes(i) == (tmp_path / name).read_bytes()
+            assert data.images.read_bytes(i) == (tmp_path / name).read_bytes()
     swapped = "label,width,file\n" + "".join(
         f"{'xy'[i % 2]},5,pictures/{i}.jpg\n" for i in range(10)
     )
@@ -93,7 +93,7 @@ def test_numbers_are_classes_in_numerical_order(table):
 
 def test_a_split_column_is_followed_and_else_val_is_cut(table):
     cut = open_data(table("file,label\n" + rows()), "val")
-    assert np.bincount(cut.labels).tolist() == [1, 1]
+    assert np.bincount(cut.truth.labels).tolist() == [1, 1]
     split = {0: "train", 1: "train", 2: "train", 3: "train", 4: "valid", 5: "validation"}
     path = table("file,label,split\n" + rows(split=lambda i: split.get(i, "test")))
     sizes = [len(open_data(path, s)) for s in ("train", "val", "test", "all")]
@@ -221,7 +221,7 @@ def test_images_are_named_as_the_table_is(table, tmp_path, monkeypatch):
     data = open_data(f"{tmp_path.name}/LIST.CSV", "all")
     assert data.where(3) == f"{tmp_path.name}/pictures/3.jpg"
     monkeypatch.chdir("/")  # what was opened is still found
-    assert data.read_bytes(3) == (tmp_path / "pictures/3.jpg").read_bytes()
+    assert data.images.read_bytes(3) == (tmp_path / "pictures/3.jpg").read_bytes()
 
 
 @pytest.mark.parametrize(

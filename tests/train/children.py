@@ -20,11 +20,12 @@ from PIL import Image
 
 import vitrail.metrics  # noqa: F401  (imported once, by the server)
 from vitrail.data import open_data
-from vitrail.data.images import ImageData
+from vitrail.data.examples import Images
 from vitrail.train import loop
 from vitrail.train.config import TrainConfig
 from vitrail.train.evaluate import evaluate
-from vitrail.train.loop import train
+from vitrail.train.run import Run
+from vitrail.train.trainer import train
 from vitrail_runtime.errors import InputError
 from vitrail_runtime.preprocess import Preprocessing
 
@@ -203,8 +204,8 @@ def _child(config: TrainConfig, dies_at: str = "", unreadable: str = "") -> None
 
 def _lose(unreadable: str) -> None:
     split, _, count = unreadable.partition(":")
-    left, real_update, real_read = int(count), loop.update, ImageData.read_bytes
-    real_to_device = loop.to_device
+    left, real_update, real_read = int(count), loop.update, Images.read_bytes
+    real_prepared = Run.prepared
 
     def update(*args) -> int:
         nonlocal left
@@ -212,13 +213,13 @@ def _lose(unreadable: str) -> None:
         return real_update(*args)
 
     def read_bytes(self, i: int) -> bytes:
-        if left <= 0 and self.split == split:
+        if left <= 0 and self.keys[i].startswith(f"{split}/"):
             raise InputError(f"{self.where(i)} cannot be read")
         return real_read(self, i)
 
-    def to_device(*args):
+    def prepared(*args):
         if left < 0 and split == "memory":
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real_to_device(*args)
+        return real_prepared(*args)
 
-    loop.update, loop.to_device, ImageData.read_bytes = update, to_device, read_bytes
+    loop.update, Run.prepared, Images.read_bytes = update, prepared, read_bytes

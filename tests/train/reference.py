@@ -78,7 +78,8 @@ def train(
             model.backbone.eval()
         optimizer.zero_grad()
         images, targets = mixed(update, num_classes)
-        targets = (1 - config.label_smoothing) * targets + config.label_smoothing / num_classes
+        smoothing = config.task.get("label_smoothing", 0.1)
+        targets = (1 - smoothing) * targets + smoothing / num_classes
         loss = 0.0
         shares = zip(images.chunk(world), targets.chunk(world), strict=True)
         for rank, (own_images, own_targets) in enumerate(shares):

@@ -7,8 +7,8 @@ import torch
 
 from tests.train.conftest import VIT, tiny_config
 from vitrail import models
-from vitrail.train import agreement
-from vitrail.train.build import build_model, check_parts, settled, starting_weights
+from vitrail.train import ranks
+from vitrail.train.build import build_model, check_parts, resolve, starting_weights
 from vitrail.train.config import TrainConfig
 from vitrail_runtime.errors import InputError
 
@@ -34,7 +34,7 @@ def test_a_run_from_a_model_is_that_model_but_for_what_is_given(tmp_path):
     config = TrainConfig(**VIT, image_size=32, crop_pct=0.75, resize="squash")
     models.save(build_model(config, CLASSES), tmp_path / "model")
     weights = str(tmp_path / "model")
-    ours = settled(TrainConfig(weights=weights))
+    ours = resolve(TrainConfig(weights=weights))
     assert (ours.model, ours.out) == ("vit_tiny_patch16", "runs/vit_tiny_patch16")
     assert (ours.image_size, ours.crop_pct, ours.resize) == (32, 0.75, "squash")
     assert ours.model_fields == VIT["model_fields"], "without those of the default"
@@ -46,10 +46,10 @@ def test_a_run_from_a_model_is_that_model_but_for_what_is_given(tmp_path):
         out="o",
         model_fields={"drop_path_rate": 0.1, "depth": 1},
     )
-    ours = settled(given)
+    ours = resolve(given)
     assert (ours.image_size, ours.crop_pct, ours.resize, ours.out) == (16, 0.5, "fit", "o")
     assert ours.model_fields == VIT["model_fields"] | {"drop_path_rate": 0.1, "depth": 1}
-    other = settled(TrainConfig(weights=weights, model="deit_tiny_patch16"))
+    other = resolve(TrainConfig(weights=weights, model="deit_tiny_patch16"))
     assert (other.model, other.model_fields, other.image_size) == ("deit_tiny_patch16", {}, None)
 
 
@@ -110,14 +110,14 @@ def test_one_error_tells_what_the_processes_met_and_which(monkeypatch, met, said
     def all_gather_object(into, mine):
         into[:] = met
 
-    monkeypatch.setattr(agreement.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(agreement.dist, "get_world_size", lambda: 3)
-    monkeypatch.setattr(agreement.dist, "all_gather_object", all_gather_object)
-    error = agreement.share(InputError("mine"))
+    monkeypatch.setattr(ranks.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(ranks.dist, "get_world_size", lambda: 3)
+    monkeypatch.setattr(ranks.dist, "all_gather_object", all_gather_object)
+    error = ranks.share(InputError("mine"))
     assert (None if error is None else str(error)) == said
     for rank in range(3):
-        monkeypatch.setattr(agreement.dist, "get_rank", lambda rank=rank: rank)
-        told = agreement.told_once(InputError("e"))
+        monkeypatch.setattr(ranks.dist, "get_rank", lambda rank=rank: rank)
+        told = ranks.report_once(InputError("e"))
         assert (type(told) is InputError) == (rank == 0)
         if rank:
             assert told.code == 2
@@ -125,10 +125,10 @@ def test_one_error_tells_what_the_processes_met_and_which(monkeypatch, met, said
 
 def test_alone_an_error_is_its_own(capsys):
     error = InputError("mine")
-    assert str(agreement.share(error)) == "mine"
-    assert agreement.share(None) is None
-    assert agreement.told_once(error) is error
-    assert agreement.told_alone(error) is error
+    assert str(ranks.share(error)) == "mine"
+    assert ranks.share(None) is None
+    assert ranks.report_once(error) is error
+    assert ranks.report_alone(error) is error
     assert capsys.readouterr().err == ""
 
 
@@ -143,4 +143,4 @@ def test_alone_an_error_is_its_own(capsys):
     ],
 )
 def test_a_broken_connection_is_another_process_that_ended(error, lost):
-    assert agreement.lost_another(error) == lost
+    assert ranks.peer_lost(error) == lost

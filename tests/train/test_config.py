@@ -18,7 +18,7 @@ def test_defaults_yield_to_the_recipe_it_to_the_file_and_that_to_flags(tmp_path,
     file = tmp_path / "run.yaml"
     file.write_text("lr: 4e-1\nbatch_size: 4\naugmentation: {flip: 0.25}\n")
     start = ["--recipe", "three", "--config", str(file)]
-    config = effective_config(*start[1::2], [*start, "--batch-size", "5", "--data", "d"])
+    config = effective_config([*start, "--batch-size", "5", "--data", "d"])
     assert (config.epochs, config.lr, config.batch_size) == (3, 0.4, 5)
     assert config.augmentation.flip == 0.25
     assert config.augmentation.scale == TrainConfig().augmentation.scale
@@ -27,12 +27,10 @@ def test_defaults_yield_to_the_recipe_it_to_the_file_and_that_to_flags(tmp_path,
 
 def test_flags_reach_nested_settings_and_the_models_own(tmp_path):
     config = effective_config(
-        None,
-        None,
         [
             "--data",
             "d",
-            "--augmentation.mixup",
+            "--task.mixup",
             "0.2",
             "--sizes",
             "160",
@@ -42,7 +40,7 @@ def test_flags_reach_nested_settings_and_the_models_own(tmp_path):
             "out_blocks=[1, 2]",
         ],
     )
-    assert config.augmentation.mixup == 0.2
+    assert config.task["mixup"] == 0.2
     assert config.sizes == (160, 192)
     assert config.model_fields == {"drop_path_rate": 0.1, "out_blocks": [1, 2]}
     with pytest.raises(InputError, match="FIELD=VALUE"):
@@ -84,14 +82,14 @@ def test_an_unknown_recipe_names_the_closest(monkeypatch):
         (["train", "--data"], "--data STR: a value is missing; vitrail train --help"),
         (["train", "--recipe"], "argument --recipe: expected one argument; vitrail train --help"),
         (
-            ["train", "--sampling", "fair"],
-            "--sampling must be one of uniform, balanced, but is 'fair'",
+            ["train", "--task.sampling", "fair"],
+            "--task.sampling must be one of uniform, balanced, but is 'fair'",
         ),
         (["train", "--augmentation.flip", "2"], "flip is a probability in [0, 1], but is 2.0"),
         (["train", "--max-steps", "few"], "--max-steps {None}|INT: invalid literal for int()"),
         (["train", "--epoch", "-1"], "unknown flag '--epoch'; did you mean '--epochs'"),
         (["train", "--resize", "sqush"], "one of None, crop, fit, native, squash, but is"),
-        (["train", "--augmentation.mixup", "nan"], "mixup must not be negative, but is nan"),
+        (["train", "--task.mixup", "nan"], "mixup must be at least 0, but is nan"),
         (["train", "stray"], "unexpected 'stray'; vitrail train --help"),
         (["eval"], "vitrail eval needs RUN and --data STR; vitrail eval --help"),
     ],
@@ -165,7 +163,7 @@ SMALL, INF, NAN = 1e-9, float("inf"), float("nan")
     ("name", "allowed", "refused"),
     [
         ("val_fraction", (SMALL, 1 - SMALL), (0, 1)),
-        ("image_size", (1,), (0,)),
+        ("image_size", (1, (1, 2)), (0, (0, 8), (8, 0))),
         ("crop_pct", (SMALL, 1), (0, 1 + SMALL)),
         ("epochs", (1,), (0,)),
         ("max_steps", (1,), (0,)),
@@ -182,7 +180,6 @@ SMALL, INF, NAN = 1e-9, float("inf"), float("nan")
         ("warmup_lr", (0,), (-SMALL,)),
         ("min_lr", (0,), (-SMALL,)),
         ("clip_grad", (SMALL,), (0,)),
-        ("label_smoothing", (0, 1 - SMALL), (-SMALL, 1)),
         ("ema", (0, 1 - SMALL), (-SMALL, 1)),
         ("seed", (0, 2**63 - 1), (-1, 2**63)),
         ("eval_every", (1,), (0,)),
@@ -203,12 +200,12 @@ def test_a_number_may_be_what_its_range_includes_and_nothing_else(name, allowed,
     for value in (*refused, *(() if name in ("sizes", "betas") else (INF, -INF, NAN))):
         with pytest.raises(InputError, match=f"^{name} must be "):
             TrainConfig(**{name: value})
-    assert name in ("sizes", "betas") or name in RANGES
+    assert name in ("image_size", "sizes", "betas") or name in RANGES
 
 
 def test_every_range_is_tried():
     (mark,) = test_a_number_may_be_what_its_range_includes_and_nothing_else.pytestmark
-    assert {name for name, *_ in mark.args[1]} == {*RANGES, "sizes", "betas"}
+    assert {name for name, *_ in mark.args[1]} == {*RANGES, "image_size", "sizes", "betas"}
 
 
 def test_every_setting_but_those_of_carrying_it_out_makes_another_run(tmp_path):
@@ -223,6 +220,7 @@ def test_every_setting_but_those_of_carrying_it_out_makes_another_run(tmp_path):
         "weights": "w",
         "train_only": "head",
         "model_fields": {"depth": 1},
+        "head_fields": {"dim": 1},
         "image_size": 8,
         "crop_pct": 0.5,
         "resize": "fit",
@@ -232,7 +230,6 @@ def test_every_setting_but_those_of_carrying_it_out_makes_another_run(tmp_path):
         "max_minutes": 4.0,
         "batch_size": 5,
         "accumulate": 6,
-        "sampling": "balanced",
         "repeats": 7,
         "sizes": (8, 9),
         "optimizer": "sgd",
@@ -248,7 +245,7 @@ def test_every_setting_but_those_of_carrying_it_out_makes_another_run(tmp_path):
         "min_lr": 0.25,
         "clip_grad": None,
         "clip_mode": "agc",
-        "label_smoothing": 0.5,
+        "task": {"label_smoothing": 0.5},
         "ema": 0.5,
         "augmentation": Augmentation(flip=0.25, scale=(0.5, 0.75)),
         "seed": 11,
@@ -285,17 +282,15 @@ def test_the_defaults_are_what_the_documentation_says():
     assert (c.optimizer, c.lr, c.betas, c.eps) == ("adamw", 1e-3, (0.9, 0.999), 1e-8)
     assert (c.momentum, c.weight_decay, c.layer_decay, c.schedule) == (0.9, 0.05, 1.0, "cosine")
     assert (c.warmup_epochs, c.warmup_lr, c.min_lr) == (1.0, 1e-6, 1e-5)
-    assert (c.clip_grad, c.clip_mode, c.label_smoothing, c.ema) == (1.0, "norm", 0.1, 0.0)
+    assert (c.clip_grad, c.clip_mode, c.ema) == (1.0, "norm", 0.0)
     assert (c.seed, c.val_fraction, c.eval_every, c.early_stopping) == (0, 0.2, 1, None)
     assert (c.keep, c.keep_every, c.save_every, c.log_every) == (2, None, 5.0, 20)
     assert (c.precision, c.parallel, c.device, c.train_only) == ("fp32", "data", "auto", "full")
-    assert (c.sampling, c.skip_broken, c.grad_checkpointing, c.tensorboard) == (
-        "uniform",
-        *[False] * 3,
-    )
+    assert (c.skip_broken, c.grad_checkpointing, c.tensorboard) == (False, False, False)
     given = (c.max_steps, c.max_minutes, c.weights, c.image_size, c.crop_pct, c.resize, c.workers)
     assert (*given, c.threads) == (None,) * 8
-    assert (c.model, c.model_fields, c.augmentation) == ("", {}, Augmentation())
+    assert (c.model, c.model_fields, c.head_fields, c.task) == ("", {}, {}, {})
+    assert c.augmentation == Augmentation()
 
 
 def test_settings_that_do_not_change_the_result_are_no_difference():

@@ -11,8 +11,9 @@ from vitrail.cli import main
 from vitrail.cli.eval import show
 from vitrail.data import open_data
 from vitrail.models import save
+from vitrail.tasks.classify import scores_of
 from vitrail.train.evaluate import evaluate
-from vitrail.train.loop import train
+from vitrail.train.trainer import train
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +27,7 @@ def test_eval_prints_a_table_and_writes_the_scores(run, pictures, capsys):
     assert main(["eval", str(run), "--data", str(pictures)]) == 0
     out = capsys.readouterr().out
     assert all(name in out for name in CLASSES)
-    assert "12 pictures" in out
+    assert "12 images" in out
     scores = json.loads((run / "eval.json").read_text())
     assert scores["split"] == "val"
     assert sum(map(sum, scores["confusion"])) == scores["num_images"] == 12
@@ -96,17 +97,16 @@ def test_the_table_shows_the_scores_as_they_are_and_names_as_they_are_written(ca
     figures = {"precision": 0.12345, "recall": 0.5, "f1": 0.25, "support": 1234}
     names = ["[bold]ant", ":cat:", "a name that is longer than a terminal is wide " * 3]
     scores = {
-        "per_class": {name: figures | {"support": i} for i, name in enumerate(names)},
-        "classes": names,
+        "per_class": [figures | {"support": i} for i in range(3)],
         "confusion": [[9, 0, 2], [7, 30, 0], [0, 1, 4]],
         "top1": 0.123456,
         "top5": 0.98765,
         "loss": 1.00006,
         "num_images": 53,
     }
-    show(scores)
+    show(scores_of(scores, tuple(names)))
     header, *rows = capsys.readouterr().out.splitlines()
-    assert header.split() == ["class", "pictures", "precision", "recall", "F1"]
+    assert header.split() == ["class", "images", "precision", "recall", "F1"]
     for i, name in enumerate(names):
         assert rows[i].startswith(name)
         assert rows[i].split()[-4:] == [str(i), "0.123", "0.500", "0.250"]
@@ -114,7 +114,7 @@ def test_the_table_shows_the_scores_as_they_are_and_names_as_they_are_written(ca
         f"7 x {names[1]} taken for {names[0]}",
         f"2 x {names[0]} taken for {names[2]}",
         f"1 x {names[2]} taken for {names[1]}",
-        "top-1 0.1235  top-5 0.9877  loss 1.0001  53 pictures",
+        "top-1 0.1235  top-5 0.9877  loss 1.0001  53 images",
     ]
 
 
@@ -125,4 +125,4 @@ def test_what_is_written_is_what_evaluation_gives(run, pictures, capsys):
     model = vitrail.load(run / "best")
     scores = evaluate(model, open_data(pictures, "val"), batch_size=64)
     about = {"model": str(run), "data": str(pictures), "split": "val", "probe": None}
-    assert printed == about | scores
+    assert printed == about | scores.to_dict()

@@ -20,8 +20,9 @@ from tests.train.children import evaluate_many
 from vitrail.classifiers import Classifier
 from vitrail.data import open_data
 from vitrail.models import ModelInfo, describe
+from vitrail.tasks.task import label_map
 from vitrail.train import evaluate as evaluation
-from vitrail.train.evaluate import evaluate, label_map
+from vitrail.train.evaluate import evaluate
 from vitrail_runtime.errors import InputError, NotFinite
 from vitrail_runtime.preprocess import Preprocessing
 
@@ -106,7 +107,7 @@ def assert_equals_by_hand(scores: dict, folder, p: Preprocessing) -> None:
     keys, labels, probabilities = by_hand(folder, p)
     predicted, every = probabilities.argmax(1), range(len(CLASSES))
     assert 0 < accuracy_score(labels, predicted) < 1
-    seen = scores["predictions"]
+    seen = scores.said
     assert list(seen["keys"]) == keys
     assert seen["labels"].tolist() == labels.tolist()
     assert seen["predicted"].tolist() == predicted.tolist()
@@ -160,7 +161,7 @@ def test_evaluation_is_in_full_precision_and_leaves_the_model_as_it_was(folder):
     for key, value in model.state_dict().items():
         assert torch.equal(value, before[key]), key
     assert all(p.grad is None for p in model.parameters())
-    assert "predictions" not in scores
+    assert scores.said is None
 
 
 def test_two_processes_give_what_one_gives(folder, tmp_path):
@@ -175,7 +176,7 @@ def test_the_best_class_is_that_of_the_logits_where_half_precision_knows_no_diff
     model = net()
     model.head.weight.data.zero_()
     model.head.bias.data = torch.tensor([1.0, 1.00001, 0.0, 0.0, 1.000005])
-    seen = evaluate(model, open_data(folder, "val"), predictions=True)["predictions"]
+    seen = evaluate(model, open_data(folder, "val"), predictions=True).said
     assert (seen["probabilities"][:, 0] == seen["probabilities"][:, 1]).all()
     assert (seen["predicted"] == 1).all()
 

@@ -18,14 +18,15 @@ import torch.nn.functional as F
 
 from tests.train.conftest import VIT, tiny_config
 from vitrail.train import loop
-from vitrail.train.agreement import SharedError
 from vitrail.train.build import build_model
 from vitrail.train.evaluate import evaluate
 from vitrail.train.folder import RunFolder
 from vitrail.train.interrupt import Interrupt
-from vitrail.train.loop import failures_told, train
+from vitrail.train.ranks import SharedError
 from vitrail.train.replay import NAME, replay, some
+from vitrail.train.run import Run
 from vitrail.train.state import read_header, states
+from vitrail.train.trainer import failures_told, train
 from vitrail.weights.files import read_metadata, read_safetensors, write_state
 from vitrail_runtime.errors import InputError
 
@@ -44,7 +45,8 @@ def scored(monkeypatch, top1: list[float]) -> list[dict[str, Any]]:
 
     def evaluate_as_told(model, data, **how):
         asked.append(how | {"split": data.split})
-        return evaluate(model, data, **how) | {"top1": top1[len(asked) - 1]}
+        scores = evaluate(model, data, **how)
+        return replace(scores, values=scores.values | {"top1": top1[len(asked) - 1]})
 
     monkeypatch.setattr(loop, "evaluate", evaluate_as_told)
     return asked
@@ -211,12 +213,12 @@ def test_an_image_that_cannot_be_read_at_once_leaves_no_state(pictures, tmp_path
 @pytest.mark.parametrize(
     ("changes", "world", "what", "less"),
     [
-        ({}, 1, "6 pictures of 32 x 32", ", or --grad-checkpointing"),
-        ({"batch_size": 1}, 1, "1 picture of 32 x 32", ", or --grad-checkpointing"),
-        ({"batch_size": 12}, 2, "12 pictures of 32 x 32 (6 at a time)", ", or --grad-check"),
-        ({"batch_size": 12, "accumulate": 3}, 2, "12 pictures of 32 x 32 (2 at a time)", ", or"),
-        ({"image_size": None}, 1, "6 pictures of the model's own size", ", or --grad-check"),
-        ({"grad_checkpointing": True}, 1, "6 pictures of 32 x 32", ""),
+        ({}, 1, "6 images of 32 x 32", ", or --grad-checkpointing"),
+        ({"batch_size": 1}, 1, "1 image of 32 x 32", ", or --grad-checkpointing"),
+        ({"batch_size": 12}, 2, "12 images of 32 x 32 (6 at a time)", ", or --grad-check"),
+        ({"batch_size": 12, "accumulate": 3}, 2, "12 images of 32 x 32 (2 at a time)", ", or"),
+        ({"image_size": None}, 1, "6 images of the model's own size", ", or --grad-check"),
+        ({"grad_checkpointing": True}, 1, "6 images of 32 x 32", ""),
     ],
 )
 def test_memory_that_runs_out_is_told_with_what_was_asked_for(tmp_path, changes, world, what, less):
@@ -325,8 +327,8 @@ def test_a_batch_that_gave_no_number_replays_as_it_was_trained(
     train(config)
     out, real = tmp_path / "run", loop.backward
 
-    def backward(run, images, targets):
-        loss = real(run, images, targets)
+    def backward(run, batch, weight):
+        loss = real(run, batch, weight)
         if run.at.step != 2:
             return loss
         if what == "loss":
@@ -343,7 +345,7 @@ def test_a_batch_that_gave_no_number_replays_as_it_was_trained(
     assert found["loss"] == pytest.approx(whole["loss"], rel=1e-6)
     assert found["loss_fp32"] == found["loss"]
     assert found["gradient_norm"] == pytest.approx(whole["grad_norm"], rel=1e-5)
-    assert (found["weights"], found["pictures"], found["num_pictures"]) == ([], [], 6)
+    assert (found["weights"], found["images"], found["num_images"]) == ([], [], 6)
     assert [row["step"] for row in rows(out, "train")] == [1, 2]
 
 
@@ -351,19 +353,19 @@ def test_a_replay_names_the_images_and_the_weights_that_are_not_finite(
     pictures, tmp_path, monkeypatch
 ):
     config = tiny_config(pictures, tmp_path / "run", **VIT, precision="bf16", train_only="head")
-    real = loop.to_device
+    real = Run.prepared
 
-    def to_device(run, batch):
-        images, targets = real(run, batch)
-        images[4] = math.nan
-        to_device.name = run.train_data.where(int(batch.indices[4]))
-        return images, targets
+    def prepared(run, batch):
+        batch = real(run, batch)
+        batch.images[4] = math.nan
+        prepared.name = run.train_data.where(int(batch.indices[4]))
+        return batch
 
-    monkeypatch.setattr(loop, "to_device", to_device)
+    monkeypatch.setattr(Run, "prepared", prepared)
     with pytest.raises(InputError, match=r"not finite at step 1 .*\n.*--replay"):
         train(config)
     found = replay(config.out)
-    assert found["pictures"] == [to_device.name]
+    assert found["images"] == [prepared.name]
     assert math.isnan(found["loss"])
     assert math.isnan(found["loss_fp32"])
 
@@ -372,7 +374,9 @@ def test_the_shares_of_several_processes_replay_with_the_draws_of_each(
     pictures, tmp_path, monkeypatch
 ):
     dropping = VIT | {"model_fields": VIT["model_fields"] | {"drop_path_rate": 0.3}}
-    config = tiny_config(pictures, tmp_path / "run", **dropping, accumulate=2, label_smoothing=0.2)
+    config = tiny_config(
+        pictures, tmp_path / "run", **dropping, accumulate=2, task={"label_smoothing": 0.2}
+    )
     real = loop.backward
     monkeypatch.setattr(loop, "backward", lambda *given: real(*given) * math.inf)
     with pytest.raises(InputError, match=r"not finite at step 1 \(epoch 1, batch 1\)"):
@@ -395,7 +399,7 @@ def test_the_shares_of_several_processes_replay_with_the_draws_of_each(
     found = replay(config.out)
     assert found["loss"] == pytest.approx(loss.item(), rel=1e-6)
     assert found["gradient_norm"] == pytest.approx(norm, rel=1e-5)
-    assert (found["step"], found["num_pictures"]) == (1, 6)
+    assert (found["step"], found["num_images"]) == (1, 6)
 
 
 def test_what_is_many_is_told_by_its_number_and_a_few():

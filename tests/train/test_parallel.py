@@ -16,6 +16,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
+from torch.distributed import device_mesh, fsdp
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
@@ -23,19 +24,19 @@ import vitrail
 from tests.train.children import run, run_many
 from tests.train.conftest import VIT, make_pictures, tiny_config
 from vitrail.cli import main
-from vitrail.data.augmentation import Augmentation
 from vitrail.data.plan import BatchPlan
-from vitrail.train import parallel
-from vitrail.train.build import build_model
+from vitrail.tasks.classify import Settings
+from vitrail.train import ranks
+from vitrail.train.build import build_model, task_and_settings
 from vitrail.train.clip import clip_gradients
 from vitrail.train.config import TrainConfig
 from vitrail.train.ema import Ema
 from vitrail.train.folder import RunFolder
-from vitrail.train.loop import train
 from vitrail.train.optim import create_optimizer
-from vitrail.train.parallel import check_shares, check_world, choose_workers
+from vitrail.train.ranks import check_shares, check_world, choose_workers
 from vitrail.train.replay import NAME, replay
 from vitrail.train.state import gather, read_header, restore, states
+from vitrail.train.trainer import train
 from vitrail_runtime.errors import InputError
 
 
@@ -134,12 +135,13 @@ def test_every_size_of_a_run_must_be_shared_before_it_starts(pictures, tmp_path)
 def test_pairs_of_mixup_need_even_shares(pictures, tmp_path):
     config = config_for(pictures, tmp_path, batch_size=12)
     check_shares(config, plan_of(config), 4)
-    config = replace(config, augmentation=Augmentation(mixup=0.8))
-    check_shares(config, plan_of(config), 2)
+    task, settings = task_and_settings(replace(config, task={"mixup": 0.8}))
+    assert [task.multiple(s) for s in (settings, Settings(cutmix=0.1), Settings())] == [2, 2, 1]
+    check_shares(config, plan_of(config), 2, 2)
     with pytest.raises(
-        InputError, match=r"even shares, as the pairs of MixUp.*--batch-size 8, .* 3 processes$"
+        InputError, match=r"in shares of a multiple of 2, .*--batch-size 8, .* 3 processes$"
     ):
-        check_shares(config, plan_of(config), 4)
+        check_shares(config, plan_of(config), 4, 2)
 
 
 def test_an_error_of_the_first_process_ends_all_and_is_told_once(pictures, tmp_path):
@@ -175,7 +177,7 @@ def test_a_process_that_runs_out_of_memory_alone_tells_it_and_ends(pictures, tmp
         "another process of the run has ended; what it told, or the system's log, says why" in said
     )
     assert "Traceback" not in said
-    assert "not enough memory for an update on 12 pictures of 32 x 32 (6 at a time)" in said
+    assert "not enough memory for an update on 12 images of 32 x 32 (6 at a time)" in said
 
 
 def test_a_batch_that_gave_no_number_is_told_once_and_kept_with_all_shares(pictures, tmp_path):
@@ -191,16 +193,14 @@ def test_a_batch_that_gave_no_number_is_told_once_and_kept_with_all_shares(pictu
     assert kept["indices"].tolist() == list(batch.indices)
     assert kept["images"].shape == (12, 3, 32, 32)
     assert kept["targets"].argmax(1).tolist() == [i // 8 for i in batch.indices]
-    assert replay(config.out)["num_pictures"] == 12
+    assert replay(config.out)["num_images"] == 12
 
 
 def test_a_mistake_that_all_processes_meet_is_told_once(pictures, tmp_path):
     config = config_for(tmp_path / "nowhere", tmp_path / "run")
     assert run_many(config, 2) == [2, 2]
     assert Path(f"{config.out}.stderr").read_text().count("no such file") == 1
-    config = config_for(
-        pictures, tmp_path / "odd", augmentation=Augmentation(mixup=1), batch_size=6
-    )
+    config = config_for(pictures, tmp_path / "odd", task={"mixup": 1}, batch_size=6)
     assert run_many(config, 2) == [2, 2]
     assert Path(f"{config.out}.stderr").read_text().count("cannot share batches of 6") == 1
 
@@ -211,7 +211,7 @@ def test_a_mistake_in_the_command_is_told_by_the_first_process_of_a_machine(monk
     assert capsys.readouterr().err == ""
     monkeypatch.setenv("LOCAL_RANK", "0")
     assert main(["train", "--epochs", "3"]) == 2
-    assert "say which pictures" in capsys.readouterr().err
+    assert "say which images" in capsys.readouterr().err
 
 
 def test_only_the_first_process_writes(pictures, tmp_path):
@@ -242,7 +242,7 @@ def machine(device: str, world: int) -> Any:
 
 def test_beside_a_gpu_some_cores_read(monkeypatch):
     for cores, local_world, workers in ((16, 1, 8), (9, 1, 8), (8, 1, 7), (16, 4, 3), (2, 4, 1)):
-        monkeypatch.setattr(parallel, "cores", lambda cores=cores: cores)
+        monkeypatch.setattr(ranks, "cores", lambda cores=cores: cores)
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local_world))
         assert choose_workers(TrainConfig(), machine("cuda", 8)) == workers
         assert choose_workers(TrainConfig(workers=0), machine("cuda", 8)) == 0
@@ -252,11 +252,11 @@ def test_beside_a_gpu_some_cores_read(monkeypatch):
 
 def test_cores_are_those_that_this_process_may_use(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {process, 3, 5}, raising=False)
-    assert parallel.cores() == 3
+    assert ranks.cores() == 3
     monkeypatch.delattr(os, "sched_getaffinity")
     for count, cores in ((7, 7), (None, 1)):
         monkeypatch.setattr(os, "cpu_count", lambda count=count: count)
-        assert parallel.cores() == cores
+        assert ranks.cores() == cores
 
 
 @pytest.mark.parametrize(
@@ -267,11 +267,11 @@ def test_processes_and_their_workers_have_cores_of_their_own(
     monkeypatch, cores, local_world, workers, threads
 ):
     taken = []
-    monkeypatch.setattr(parallel, "cores", lambda: cores)
+    monkeypatch.setattr(ranks, "cores", lambda: cores)
     monkeypatch.setattr(torch, "set_num_threads", taken.append)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local_world))
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    with parallel.processes(TrainConfig(device="cpu", workers=workers)) as accelerator:
+    with ranks.processes(TrainConfig(device="cpu", workers=workers)) as accelerator:
         assert accelerator.device.type == "cpu"
     assert taken == [threads]
 
@@ -279,7 +279,7 @@ def test_processes_and_their_workers_have_cores_of_their_own(
 def test_batchnorm_is_over_the_whole_batch_on_gpus(monkeypatch):
     for device, world, shared in (("cuda", 2, True), ("cuda", 1, False), ("cpu", 2, False)):
         model = torch.nn.Sequential(torch.nn.BatchNorm2d(3))
-        found = parallel.synchronised_batchnorm(model, machine(device, world))
+        found = ranks.synchronised_batchnorm(model, machine(device, world))
         assert isinstance(found[0], torch.nn.SyncBatchNorm) == shared
         assert found is model
 
@@ -297,25 +297,28 @@ def test_sharded_weights_learn_save_and_come_back_as_whole_ones_do(
     pictures, tmp_path, monkeypatch, group
 ):
     """Each block is a unit of its own, and so is what is left; on one process a shard is all there is."""
-    mesh = parallel.init_device_mesh("cpu", (1,))
+    mesh = device_mesh.init_device_mesh("cpu", (1,))
     asked = []
-    monkeypatch.setattr(parallel, "init_device_mesh", lambda *how: asked.append(how) or mesh)
+    monkeypatch.setattr(device_mesh, "init_device_mesh", lambda *how: asked.append(how) or mesh)
     config = config_for(pictures, tmp_path, ema=0.5, parallel="fsdp")
     torch.manual_seed(0)
     plain = build_model(config, ("a", "b", "c"))
     model = copy.deepcopy(plain)
-    net = parallel.distribute(model, config, machine("cpu", 2))
+    smooth = {"label_smoothing": 0.1}
+    net = ranks.distribute(model, smooth, config, machine("cpu", 2))
     assert asked == [("cpu", (2,))]
     units = [n for n, m in model.named_modules() if isinstance(m, FSDPModule)]
     assert units == ["", "backbone.blocks.0", "backbone.blocks.1"]
-    assert parallel.distribute(plain, config, machine("cpu", 1)) is plain
+    whole = ranks.distribute(plain, smooth, config, machine("cpu", 1))
+    assert whole.model is plain
     states = []
     images = torch.randn(2, 3, 32, 32)
-    for ours, learner in ((model, net), (plain, plain)):
+    targets = torch.tensor([0, 2])
+    for ours, learner in ((model, net), (plain, whole)):
         optimizer, ema = create_optimizer(ours, config), Ema(ours, config.ema)
         for step in range(2):
             optimizer.zero_grad()
-            learner(images).square().sum().backward()
+            learner(images, targets)["classify"].backward()
             norm = clip_gradients(ours, config)
             assert not isinstance(norm, DTensor)
             optimizer.step()
@@ -364,14 +367,14 @@ def test_sharded_processes_evaluate_though_one_has_more_batches(tmp_path):
 def test_blocks_and_the_whole_are_sharded_over_one_mesh_of_this_device(monkeypatch):
     """Left to itself, torch would take a mesh of the accelerator that it finds, whatever --device says."""
     sharded = []
-    monkeypatch.setattr(parallel, "init_device_mesh", lambda kind, shape: (kind, shape))
-    monkeypatch.setattr(
-        parallel, "fully_shard", lambda m, mesh=None: sharded.append((m, mesh)) or m
-    )
+    monkeypatch.setattr(device_mesh, "init_device_mesh", lambda kind, shape: (kind, shape))
+    monkeypatch.setattr(fsdp, "fully_shard", lambda m, mesh=None: sharded.append((m, mesh)) or m)
     model = vitrail.create_model("vit_tiny_patch16", num_classes=3)
-    whole = SimpleNamespace(parallel="sharded")
+    whole = SimpleNamespace(parallel="fsdp")
     accelerator = SimpleNamespace(num_processes=2, device=torch.device("cpu"))
-    assert parallel.distribute(model, whole, accelerator) is model  # pyright: ignore[reportArgumentType]
+    monkeypatch.setattr(fsdp, "register_fsdp_forward_method", lambda m, name: None)
+    net = ranks.distribute(model, {}, whole, accelerator)  # pyright: ignore[reportArgumentType]
+    assert net.model is model
     assert {mesh for _, mesh in sharded} == {("cpu", (2,))}
     assert [m for m, _ in sharded][-1] is model
     assert len(sharded) == 1 + len(model.backbone.blocks)

@@ -16,10 +16,9 @@ from torchvision import transforms
 from tests.train.conftest import VIT, tiny_config
 from vitrail.cli import main
 from vitrail.data import open_data
-from vitrail.data.images import hold_out
+from vitrail.data.opening import hold_out
 from vitrail.features import Features
 from vitrail.models import create_model
-from vitrail.train.loop import train
 from vitrail.train.probe import (
     DECAYS,
     choose_decay,
@@ -30,6 +29,7 @@ from vitrail.train.probe import (
     probe_scores,
     regression,
 )
+from vitrail.train.trainer import train
 from vitrail_runtime.errors import InputError
 
 
@@ -246,7 +246,7 @@ def test_features_are_extracted_in_the_datas_order_in_eval_mode(tmp_path):
     p = dataclasses.replace(model.preprocessing, size=(40, 40), mode="fit")
     features, labels = extract_features(model.backbone, data, p, batch_size=2)
     assert model.backbone.training
-    assert labels.tolist() == data.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert labels.tolist() == data.truth.labels.tolist() == [0, 0, 0, 1, 1, 1]
     model.eval()
     normal = transforms.Compose([transforms.ToTensor(), transforms.Normalize(p.mean, p.std)])
     for key, row in zip(data.keys, features, strict=True):

@@ -8,10 +8,10 @@ from dataclasses import fields
 
 import pytest
 
-from vitrail.data.augmentation import Augmentation
 from vitrail.data.plan import BatchPlan
 from vitrail.recipes import RECIPES, recipe_config
 from vitrail.registry import backbone_entry
+from vitrail.tasks.classify import Settings
 from vitrail.train.config import TrainConfig
 
 IMAGENET = 1_281_167  # training images
@@ -28,6 +28,7 @@ RUN: Table = {
     "save_every": (5.0, OUTWARD),
     "keep": (2, OUTWARD),
     "keep_every": (None, OUTWARD),
+    "head_fields": ({}, "ours: no head of its own"),
     "tensorboard": (False, OUTWARD),
     "eval_every": (1, OUTWARD),
     "accumulate": (1, OUTWARD),
@@ -41,7 +42,7 @@ RUN: Table = {
     "early_stopping": (None, "none of the scripts stops early"),
     "max_steps": (None, "the scripts count epochs"),
     "max_minutes": (None, "the scripts count epochs"),
-    "sampling": ("uniform", "the scripts shuffle"),
+    "task.sampling": ("uniform", "the scripts shuffle"),
     "layer_decay": (1.0, "none of the scripts"),
     "clip_mode": ("norm", "--clip-mode: timm's default"),
     "crop_pct": (None, "evaluation: the model's own preprocessing"),
@@ -71,9 +72,9 @@ PLAIN: Table = {
     "augmentation.randaugment_magnitude": (9.0, "not used"),
     "augmentation.randaugment_std": (0.5, "not used"),
     "augmentation.random_erasing": (0.0, "not asked for"),
-    "augmentation.mixup": (0.0, "not asked for"),
-    "augmentation.cutmix": (0.0, "not asked for"),
-    "augmentation.mix_prob": (1.0, "--mixup-prob 1.0"),
+    "task.mixup": (0.0, "not asked for"),
+    "task.cutmix": (0.0, "not asked for"),
+    "task.mix_prob": (1.0, "--mixup-prob 1.0"),
     "augmentation.mean": ((0.485, 0.456, 0.406), "ImageNet's"),
     "augmentation.std": ((0.229, 0.224, 0.225), "ImageNet's"),
 }
@@ -95,15 +96,15 @@ DEIT: Table = (
         "warmup_lr": (1e-6, "--warmup-lr 1e-6, not scaled"),
         "min_lr": (1e-5, "--min-lr 1e-5, not scaled"),
         "clip_grad": (None, "--clip-grad: none"),
-        "label_smoothing": (0.1, "--smoothing 0.1"),
+        "task.label_smoothing": (0.1, "--smoothing 0.1"),
         "ema": (0.99996, "--model-ema-decay 0.99996"),
         "repeats": (3, "--repeated-aug: RASampler's three copies"),
         "augmentation.randaugment_ops": (2, "--aa rand-m9-mstd0.5-inc1: timm's two operations"),
         "augmentation.randaugment_magnitude": (9.0, "--aa rand-m9-mstd0.5-inc1"),
         "augmentation.randaugment_std": (0.5, "--aa rand-m9-mstd0.5-inc1"),
         "augmentation.random_erasing": (0.25, "--reprob 0.25"),
-        "augmentation.mixup": (0.8, "--mixup 0.8"),
-        "augmentation.cutmix": (1.0, "--cutmix 1.0"),
+        "task.mixup": (0.8, "--mixup 0.8"),
+        "task.cutmix": (1.0, "--cutmix 1.0"),
     }
 )
 
@@ -202,7 +203,7 @@ MOBILEVIT: Table = (
         "warmup_lr": (2e-4, "warmup_init_lr: 0.0002"),
         "min_lr": (2e-4, "min_lr: 0.0002"),
         "clip_grad": (None, "no grad_clip in the file"),
-        "label_smoothing": (0.1, "label_smoothing: 0.1"),
+        "task.label_smoothing": (0.1, "label_smoothing: 0.1"),
         "ema": (1 - 0.0005, "ema momentum: 0.0005"),
         "repeats": (1, "none in the file"),
         "augmentation.interpolation": ("bilinear", "interpolation: bilinear"),
@@ -220,8 +221,8 @@ MOBILEVITV2: Table = MOBILEVIT | {
     "augmentation.randaugment_magnitude": (10 * 9 / 30, "magnitude 9, the tenth of 31 from 0"),
     "augmentation.randaugment_std": (0.0, "torchvision's magnitude does not vary"),
     "augmentation.random_erasing": (0.25, "random_erase p: 0.25"),
-    "augmentation.mixup": (0.2, "mixup alpha: 0.2"),
-    "augmentation.cutmix": (1.0, "cutmix alpha: 1.0"),
+    "task.mixup": (0.2, "mixup alpha: 0.2"),
+    "task.cutmix": (1.0, "cutmix alpha: 1.0"),
 }
 
 
@@ -265,7 +266,7 @@ EFFICIENTNET: Table = MOBILENETV3 | {
     "warmup_epochs": (5, "--lr_warmup_epochs 5"),
     "warmup_lr": (0.1, "ours, mobilenetv3_large's; 0 there"),
     "min_lr": (4e-4, "ours, with a cosine: mobilenetv3_large's; 0.97 every 2.4 epochs there"),
-    "label_smoothing": (0.1, "--label_smoothing 0.1"),
+    "task.label_smoothing": (0.1, "--label_smoothing 0.1"),
     "ema": (0.9999, "--moving_average_decay 0.9999"),
     "augmentation.interpolation": ("bicubic", "preprocessing.py: tf.image.resize_bicubic"),
     "augmentation.randaugment_ops": (2, "ours, for AutoAugment"),
@@ -293,7 +294,7 @@ FINETUNE: Table = (
         "warmup_lr": (1e-6, OURS),
         "min_lr": (1e-6, OURS),
         "clip_grad": (1.0, OURS),
-        "label_smoothing": (0.1, OURS),
+        "task.label_smoothing": (0.1, OURS),
         "ema": (0.99, OURS),
         "repeats": (1, OURS),
         "precision": ("fp32", OURS),
@@ -390,11 +391,12 @@ TABLES: dict[str, Table] = {
 
 
 def settings(config: TrainConfig) -> dict[str, object]:
-    """Every setting, those of the augmentation as "augmentation.NAME"."""
+    """Every setting, those of the augmentation as "augmentation.NAME", of the task as "task.NAME"."""
     flat = {f.name: getattr(config, f.name) for f in fields(TrainConfig)}
-    augmentation = flat.pop("augmentation")
-    inner = {f"augmentation.{f.name}": getattr(augmentation, f.name) for f in fields(Augmentation)}
-    return flat | inner
+    inner = {"augmentation": flat.pop("augmentation"), "task": Settings(**flat.pop("task"))}
+    for group, of in inner.items():
+        flat |= {f"{group}.{f.name}": getattr(of, f.name) for f in fields(of)}
+    return flat
 
 
 def test_the_tables_are_those_of_the_recipes_and_name_every_setting():

@@ -7,9 +7,9 @@ from tests.train.conftest import VIT, tiny_config
 from vitrail.data.plan import BatchPlan
 from vitrail.models import load
 from vitrail.recipes import RECIPES, recipe_config
-from vitrail.train.build import build_model, settled
+from vitrail.train.build import build_model, resolve
 from vitrail.train.config import TrainConfig
-from vitrail.train.loop import train
+from vitrail.train.trainer import train
 from vitrail_runtime.errors import InputError
 
 
@@ -17,7 +17,7 @@ from vitrail_runtime.errors import InputError
 def test_every_recipe_builds_its_model_and_tells_what_to_expect(name):
     text = RECIPES[name].__doc__ or ""
     assert "Expected" in text
-    config = settled(recipe_config(name))
+    config = resolve(recipe_config(name))
     with torch.device("meta"):
         model = build_model(config, ("a", "b"))
     if config.image_size is not None:
@@ -47,7 +47,7 @@ def test_finetune_small_needs_no_setting_but_data_and_weights(pictures, trained,
 
 
 def test_a_setting_of_the_run_goes_before_that_of_the_weights(trained):
-    config = settled(
+    config = resolve(
         TrainConfig(weights=str(trained), image_size=48, model_fields={"drop_path_rate": 0.2})
     )
     assert config.model == "vit_tiny_patch16"
@@ -59,8 +59,8 @@ def test_a_setting_of_the_run_goes_before_that_of_the_weights(trained):
 
 
 def test_without_model_and_weights_it_is_the_fast_default():
-    assert settled(TrainConfig()).model == "efficientvit_m0"
-    assert settled(TrainConfig(model="vit_tiny_patch16")).out == "runs/vit_tiny_patch16"
+    assert resolve(TrainConfig()).model == "efficientvit_m0"
+    assert resolve(TrainConfig(model="vit_tiny_patch16")).out == "runs/vit_tiny_patch16"
 
 
 def test_a_field_that_the_model_does_not_have_names_the_closest(trained):

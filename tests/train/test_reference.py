@@ -20,7 +20,7 @@ from vitrail.data.plan import BatchPlan
 from vitrail.models import create_model
 from vitrail.train.config import TrainConfig
 from vitrail.train.folder import RunFolder
-from vitrail.train.loop import train
+from vitrail.train.trainer import train
 from vitrail_runtime.preprocess import Preprocessing, prepare
 
 CLASSES = ("a", "b", "c")
@@ -115,7 +115,7 @@ def model_for(config: TrainConfig) -> Any:
 def updates_for(config: TrainConfig, p: Preprocessing) -> list[Update]:
     """The batches of the whole run, one image after the other, and what is drawn to mix them."""
     balanced = {}
-    if config.sampling == "balanced":
+    if config.task.get("sampling") == "balanced":
         labels = labels_of("train").numpy()
         balanced = {"weights": 1 / np.array(COUNTS["train"])[labels], "strata": labels}
     plan = BatchPlan(
@@ -143,22 +143,23 @@ def updates_for(config: TrainConfig, p: Preprocessing) -> list[Update]:
             ]
             images = (torch.stack(pixels).float() - mean) / std
             labels = labels_of("train")[list(batch.indices)]
-            drawn = mixing(config.augmentation, (config.seed, epoch, batch.step), batch.size)
+            drawn = mixing(config.task, (config.seed, epoch, batch.step), batch.size)
             found.append(Update(images, labels, **drawn))
     return found[: config.max_steps]
 
 
-def mixing(a: Augmentation, key: tuple[int, int, int], size: tuple[int, int]) -> dict[str, Any]:
+def mixing(a: dict[str, Any], key: tuple[int, int, int], size: tuple[int, int]) -> dict[str, Any]:
     """What is drawn for the batch of an update, by its (seed, epoch, number in the epoch)."""
     seed, epoch, step = key
     rng = np.random.Generator(
         np.random.Philox(key=[seed, epoch * 2**40 + step], counter=[0, 0, 0, 1])
     )
     chance, which, row, column = rng.random(4)
-    if not (a.mixup or a.cutmix) or chance >= a.mix_prob:
+    mixup, cutmix = a.get("mixup", 0.0), a.get("cutmix", 0.0)
+    if not (mixup or cutmix) or chance >= a.get("mix_prob", 1.0):
         return {}
-    cut = not a.mixup or (a.cutmix > 0 and which < 0.5)
-    share = rng.beta(*[a.cutmix if cut else a.mixup] * 2)
+    cut = not mixup or (cutmix > 0 and which < 0.5)
+    share = rng.beta(*[cutmix if cut else mixup] * 2)
     if not cut:
         return {"share": share}
     box = []
@@ -236,13 +237,13 @@ def compare(
     assert last["loss"] == pytest.approx(loss, abs=tolerance)
 
 
-MIXED = Augmentation(mixup=0.4, cutmix=1.0)
+MIXED = {"mixup": 0.4, "cutmix": 1.0}
 DROPPING = VIT | {"model_fields": VIT["model_fields"] | {"drop_path_rate": 0.4}}
 CASES: dict[str, dict[str, Any]] = {  # every setting on and off, each beside others
-    "plain": {"clip_grad": None, "label_smoothing": 0.0},
+    "plain": {"clip_grad": None, "task": {"label_smoothing": 0.0}},
     "clipped": {
         "clip_grad": 0.5,
-        "label_smoothing": 0.2,
+        "task": {"label_smoothing": 0.2},
         "weight_decay": 0.3,
         "augmentation": Augmentation(random_erasing=1.0),
         "betas": (0.8, 0.95),
@@ -269,7 +270,7 @@ CASES: dict[str, dict[str, Any]] = {  # every setting on and off, each beside ot
         "momentum": 0.8,
         "ema": 0.5,
         "accumulate": 2,
-        "augmentation": Augmentation(mixup=0.4),
+        "task": {"mixup": 0.4},
         "warmup_epochs": 4.0,  # but half of the run at most
         "warmup_steps": 10,
     },
@@ -278,13 +279,12 @@ CASES: dict[str, dict[str, Any]] = {  # every setting on and off, each beside ot
         "lr": 0.1,
         "momentum": 0.0,
         "weight_decay": 0.2,
-        "label_smoothing": 0.0,
+        "task": {"label_smoothing": 0.0, "cutmix": 1.0},
         "layer_decay": 0.5,
         "accumulate": 3,
-        "augmentation": Augmentation(cutmix=1.0),
     },
-    "dropping": DROPPING | {"augmentation": replace(MIXED, mix_prob=0.6), "clip_grad": None},
-    "half": {"precision": "bf16", "augmentation": MIXED, "ema": 0.99},
+    "dropping": DROPPING | {"task": MIXED | {"mix_prob": 0.6}, "clip_grad": None},
+    "half": {"precision": "bf16", "task": MIXED, "ema": 0.99},
     "head": DROPPING | {"train_only": "head", "layer_decay": 0.5, "ema": 0.9},
     "sizes": {  # 6 images or 3, in two parts
         "sizes": (16, 24),
@@ -295,9 +295,9 @@ CASES: dict[str, dict[str, Any]] = {  # every setting on and off, each beside ot
         "warmup_epochs": 1.08,  # of 5, 6, 5 and 5 updates: 5.67
         "warmup_steps": 6,
     },
-    "balanced": {"sampling": "balanced", "repeats": 2, "max_steps": 13, "seed": 1},
+    "balanced": {"task": {"sampling": "balanced"}, "repeats": 2, "max_steps": 13, "seed": 1},
     "recomputed": DROPPING | {"grad_checkpointing": True, "clip_mode": "agc", "clip_grad": 0.05},
-    "norm": EFFICIENTVIT | {"clip_grad": 0.3, "ema": 0.9, "augmentation": MIXED},
+    "norm": EFFICIENTVIT | {"clip_grad": 0.3, "ema": 0.9, "task": MIXED},
     "norm-parts": EFFICIENTVIT
     | {"accumulate": 2, "layer_decay": 0.7, "clip_mode": "agc", "clip_grad": 0.02, "epochs": 3},
     "norm-head": EFFICIENTVIT | {"train_only": "head", "optimizer": "sgd", "lr": 0.1},
@@ -321,7 +321,7 @@ def test_a_run_equals_the_textbook(images, tmp_path, name):
     [
         (
             DROPPING
-            | {"accumulate": 3, "batch_size": 12, "augmentation": MIXED, "ema": 0.9}
+            | {"accumulate": 3, "batch_size": 12, "task": MIXED, "ema": 0.9}
             | {"clip_mode": "agc", "clip_grad": 0.02, "layer_decay": 0.6, "max_steps": 8},
             1e-6,
         ),

@@ -17,10 +17,9 @@ from safetensors.torch import load_file
 from tests.train.children import ask_to_stop, kill_workers, run, run_and_kill
 from tests.train.conftest import VIT, tiny_config
 from vitrail.configuration import to_dict
-from vitrail.data.augmentation import Augmentation
 from vitrail.train.folder import RunFolder
-from vitrail.train.loop import train
 from vitrail.train.state import read_header, read_state, states
+from vitrail.train.trainer import train
 
 
 def config_for(data: Path, out: Path, **changes):
@@ -30,7 +29,7 @@ def config_for(data: Path, out: Path, **changes):
 
 
 DROPPING = VIT | {"model_fields": VIT["model_fields"] | {"drop_path_rate": 0.3}}
-MIXING = {"augmentation": Augmentation(mixup=0.2, cutmix=1.0)}
+MIXING = {"task": {"mixup": 0.2, "cutmix": 1.0}}
 
 
 def same(ours: Path, theirs: Path) -> bool:

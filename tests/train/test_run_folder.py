@@ -20,11 +20,12 @@ from vitrail import models
 from vitrail.cli import main
 from vitrail.cli.train import model_to_show
 from vitrail.train import loop
+from vitrail.train.build import resolve
 from vitrail.train.config import TrainConfig, read_config
 from vitrail.train.evaluate import evaluate as real_evaluate
 from vitrail.train.folder import RunFolder
-from vitrail.train.loop import train
 from vitrail.train.state import read_header, read_state, states
+from vitrail.train.trainer import train
 from vitrail_runtime.errors import InputError
 
 
@@ -46,7 +47,7 @@ def test_another_configuration_is_refused_with_what_differs(stopped):
 
 def test_other_pictures_are_refused(stopped, tmp_path):
     other = make_pictures(tmp_path / "other", train=9)
-    said = r"another run.*\n  training pictures: not the same \(24 there, 27 now\)\n"
+    said = r"another run.*\n  training images: not the same \(24 there, 27 now\)\n"
     with pytest.raises(InputError, match=said):
         train(replace(stopped, data=str(other)))
 
@@ -55,7 +56,9 @@ def test_other_validation_pictures_are_refused(stopped, tmp_path):
     other = make_pictures(tmp_path / "other")
     name, another = (other / "val" / "left" / f"{i}.png" for i in range(2))
     name.write_bytes(another.read_bytes())
-    said = r"another run.*\n  validation pictures: not the same \(12 as before, but a name, a label or a"
+    said = (
+        r"another run.*\n  validation images: not the same \(12 as before, but a name, a label or a"
+    )
     with pytest.raises(InputError, match=said):
         train(replace(stopped, data=str(other)))
 
@@ -295,7 +298,7 @@ def test_models_are_those_that_are_there(tmp_path):
 
 
 def test_config_yaml_repeats_the_run(stopped):
-    assert read_config(Path(stopped.out) / "config.yaml") == stopped
+    assert read_config(Path(stopped.out) / "config.yaml") == resolve(stopped)
 
 
 def test_a_row_cut_off_by_a_crash_is_left_out(tmp_path):
@@ -353,7 +356,7 @@ def test_a_config_that_is_gone_or_damaged_is_written_anew(stopped, capsys):
     capsys.readouterr()
     assert train(replace(stopped, workers=0)).steps == 8
     assert "config.yaml was not that of this run any more" in capsys.readouterr().err
-    assert read_config(place) == replace(stopped, workers=0)
+    assert read_config(place) == resolve(replace(stopped, workers=0))
     train(stopped)
     assert "config.yaml" not in capsys.readouterr().err
     assert read_config(place).workers == 0, "one that is whole stays"
@@ -384,7 +387,7 @@ def test_files_deleted_while_a_run_goes_are_written_anew(pictures, tmp_path, mon
     assert "metrics.jsonl is gone; a new one begins here" in capsys.readouterr().err
     folder = RunFolder(config.out)
     assert [row["step"] for row in folder.rows()] == [5, 6, 7, 8, 8]
-    assert folder.config_is(config)
+    assert folder.config_is(resolve(config))
     assert models.load(folder.path / "last").classes == CLASSES
     with monkeypatch.context() as patch:  # a finished run: nothing is left to do
         patch.setattr(loop, "update", None)
@@ -400,7 +403,8 @@ class Scores:
         self.left = list(top1)
 
         def evaluate(*args, **kwargs):
-            return real_evaluate(*args, **kwargs) | {"top1": self.left.pop(0)}
+            scores = real_evaluate(*args, **kwargs)
+            return replace(scores, values=scores.values | {"top1": self.left.pop(0)})
 
         monkeypatch.setattr(loop, "evaluate", evaluate)
 

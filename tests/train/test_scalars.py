@@ -8,8 +8,8 @@ import pytest
 
 from tests.train.conftest import VIT, tiny_config
 from vitrail.train.folder import RunFolder
-from vitrail.train.loop import train
 from vitrail.train.scalars import Scalars
+from vitrail.train.trainer import train
 from vitrail_runtime.errors import InputError
 
 

@@ -10,12 +10,15 @@ from accelerate import Accelerator
 
 from tests.train.conftest import VIT, tiny_config
 from vitrail import models
+from vitrail.adapt.freeze import freeze
 from vitrail.data import open_data
-from vitrail.train import setup
+from vitrail.train import introduction, setup
 from vitrail.train.build import build_model
 from vitrail.train.config import TrainConfig
 from vitrail.train.folder import RunFolder
-from vitrail.train.setup import Run, _other_pictures, build_plan, introduce, set_up
+from vitrail.train.introduction import introduce
+from vitrail.train.run import Run
+from vitrail.train.setup import _other_images, build_plan, set_up
 from vitrail.train.state import Position
 from vitrail_runtime.errors import InputError
 
@@ -44,11 +47,11 @@ def test_a_start_tells_the_model_the_images_and_the_machine(start, monkeypatch):
     count = sum(p.numel() for p in run.model.parameters())
     assert 10_000 < count < 100_000
     random, line = told(run, monkeypatch)
-    assert random.startswith("starting from random weights; on 24 pictures, weights trained on ")
+    assert random.startswith("starting from random weights; on 24 images, weights trained on ")
     threads = torch.get_num_threads()
     of_threads = f"{threads} thread{'s' * (threads > 1)}"
     form = (
-        "vit_tiny_patch16: {} parameters to train on 24 pictures at 32 x 32, 3 classes; 8 updates; "
+        "vit_tiny_patch16: {} parameters to train on 24 images at 32 x 32, 3 classes; 8 updates; "
         f"cpu, {of_threads}, 0 workers"
     )
     assert line == form.format(f"{count:,}")
@@ -69,16 +72,16 @@ def test_a_start_tells_the_model_the_images_and_the_machine(start, monkeypatch):
 
 def test_random_weights_deserve_a_word_only_at_the_start_of_a_small_set(start, monkeypatch):
     run = start()
-    word = "starting from random weights; on 24 pictures, weights trained on many do far better"
-    monkeypatch.setattr(setup, "weight_sources", lambda name: [f"hf:{name}@1", "hf:other@1"])
+    word = "starting from random weights; on 24 images, weights trained on many do far better"
+    monkeypatch.setattr(introduction, "weight_sources", lambda name: [f"hf:{name}@1", "hf:other@1"])
     assert told(run, monkeypatch)[0] == f"{word}, such as --weights hf:vit_tiny_patch16@1"
-    monkeypatch.setattr(setup, "SMALL", 25)
+    monkeypatch.setattr(introduction, "SMALL", 25)
     assert told(run, monkeypatch)[0].startswith(word)
     for name, value in (("SMALL", 24), ("at", Position(step=1))):
         with monkeypatch.context() as patch:
-            patch.setattr(setup if name == "SMALL" else run, name, value)
+            patch.setattr(introduction if name == "SMALL" else run, name, value)
             assert not any("random" in line for line in told(run, monkeypatch))
-    assert setup.SMALL == 25
+    assert introduction.SMALL == 25
     run.config = replace(run.config, weights="some")
     monkeypatch.setattr(models, "model_folder", lambda source: Path("some"))
     assert not any("random" in line for line in told(run, monkeypatch))
@@ -117,10 +120,10 @@ def test_notes_come_once_and_in_front(start, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"batch_size": 23}, "1 of 24 pictures"),  # 4.2 %
-        ({"batch_size": 11}, "2 of 24 pictures"),
+        ({"batch_size": 23}, "1 of 24 images"),  # 4.2 %
+        ({"batch_size": 11}, "2 of 24 images"),
         ({"batch_size": 11, "repeats": 2}, ""),
-        ({"batch_size": 11, "sampling": "balanced"}, ""),
+        ({"batch_size": 11, "task": {"sampling": "balanced"}}, ""),
         ({"batch_size": 12}, ""),
     ],
 )
@@ -130,7 +133,7 @@ def test_images_left_out_of_an_epoch_are_told_where_they_are_many(
     run = start(**changes)
     line = f"{said} fill no batch in an epoch, others each time"
     assert (line in told(run, monkeypatch)) == (said.startswith("2"))
-    monkeypatch.setattr(setup, "NOTICEABLE", 1 / 24)
+    monkeypatch.setattr(introduction, "NOTICEABLE", 1 / 24)
     assert any("fill no batch" in line for line in told(run, monkeypatch)) == bool(said)
     assert not any("instead of" in line for line in told(run, monkeypatch))
 
@@ -172,26 +175,28 @@ def test_a_set_smaller_than_a_batch_is_one_where_one_process_computes_it_at_once
 
 def test_a_plan_has_the_settings_of_the_run(pictures):
     data = open_data(pictures, "train")
-    config = TrainConfig(batch_size=6, sizes=(16, 24), repeats=2, sampling="balanced", seed=9)
+    config = TrainConfig(
+        batch_size=6, sizes=(16, 24), repeats=2, task={"sampling": "balanced"}, seed=9
+    )
     plan = build_plan(config, data, (16, 16), 1)
     assert (plan.batch_size, plan.scales) == (6, ((16, 16), (24, 24)))
     assert (plan.repeats, plan.seed) == (2, 9)
-    assert list(plan.strata) == list(data.labels)
+    assert list(plan.strata) == list(data.truth.labels)
 
 
 def test_other_images_are_told_by_split_and_count():
     ours = {"data": "a", "val": "b", "counts": [10, 4]}
-    assert _other_pictures(ours, ours) == []
-    assert _other_pictures({"data": "a"}, ours) == [], "the first states had neither"
-    assert _other_pictures(ours | {"data": "x", "counts": [9, 4]}, ours) == [
-        "training pictures: not the same (9 there, 10 now)"
+    assert _other_images(ours, ours) == []
+    assert _other_images({"data": "a"}, ours) == [], "the first states had neither"
+    assert _other_images(ours | {"data": "x", "counts": [9, 4]}, ours) == [
+        "training images: not the same (9 there, 10 now)"
     ]
     same = "as before, but a name, a label or a content differs)"
-    assert _other_pictures(ours | {"data": "x", "val": "y"}, ours) == [
-        f"training pictures: not the same (10 {same}",
-        f"validation pictures: not the same (4 {same}",
+    assert _other_images(ours | {"data": "x", "val": "y"}, ours) == [
+        f"training images: not the same (10 {same}",
+        f"validation images: not the same (4 {same}",
     ]
-    assert _other_pictures({"data": "x"}, ours) == [f"training pictures: not the same (10 {same}"]
+    assert _other_images({"data": "x"}, ours) == [f"training images: not the same (10 {same}"]
 
 
 def test_a_warm_up_is_at_most_half_of_the_run_and_max_steps_end_it(start):
@@ -219,12 +224,12 @@ def test_the_loader_reads_what_the_run_says(start, monkeypatch):
 
 def test_a_frozen_backbone_stays_still_in_every_epoch(start):
     run = start(train_only="head")
-    run.begin_epoch()
+    run.batches()
     assert not any(m.training for m in run.model.backbone.modules())
     assert run.model.head.training
     assert not any(p.requires_grad for p in run.model.backbone.parameters())
-    run.config = replace(run.config, train_only="full")
-    run.begin_epoch()
+    freeze(run.model, "full")
+    run.batches()
     assert all(m.training for m in run.model.modules())
 
 

@@ -14,14 +14,13 @@ from torch import nn
 
 from tests.damage import flipped, outcomes, zeroed
 from tests.train.conftest import VIT, tiny_config
-from vitrail.data.images import open_data
-from vitrail.train.build import build_model
+from vitrail.data.opening import open_data
+from vitrail.train.build import build_model, resolve
 from vitrail.train.config import TrainConfig
 from vitrail.train.ema import Ema
 from vitrail.train.folder import RunFolder
-from vitrail.train.loop import train
 from vitrail.train.optim import create_optimizer
-from vitrail.train.setup import bring_back, find_state
+from vitrail.train.setup import find_state, restored
 from vitrail.train.state import (
     NewerState,
     Position,
@@ -33,6 +32,7 @@ from vitrail.train.state import (
     states,
     write_state,
 )
+from vitrail.train.trainer import train
 from vitrail.weights import digest_of
 from vitrail.weights.files import DIGEST
 from vitrail_runtime.errors import InputError
@@ -382,7 +382,8 @@ class Standing:
         self.states = states(self.folder.state)
 
     def find(self, **changes) -> tuple[Path | None, list[str]]:
-        return find_state(replace(self.config, **changes), self.folder, *self.data)
+        config = resolve(replace(self.config, **changes))
+        return find_state(config, self.folder, *self.data)
 
     def resume(self) -> tuple[list[str], Position, dict[str, torch.Tensor]]:
         """What was said; and where the run stands, with all its tensors, after it was brought back."""
@@ -390,7 +391,7 @@ class Standing:
         torch.manual_seed(1)
         model = build_model(self.config, self.data[0].classes)
         optimizer, ema = create_optimizer(model, self.config), Ema(model, 0.9)
-        position = bring_back(path, model, optimizer, ema)
+        position = restored(path, model, optimizer, ema)
         return notes, position, gather(model, optimizer, ema)
 
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from tests.train.conftest import tiny_config
-from vitrail.train import parallel, threads
+from vitrail.train import ranks, threads
 from vitrail.train.config import TrainConfig
-from vitrail.train.loop import train
 from vitrail.train.state import read_header, read_state, states
+from vitrail.train.trainer import train
 
 
 class Cores:
@@ -21,7 +21,7 @@ class Cores:
         self.tried: list[int] = []
         self.shape: tuple[int, ...] = ()
 
-    def seconds_of(self, trial, images, labels, config):
+    def seconds_of(self, trial, images, config):
         self.tried.append(self.now)
         self.shape = tuple(images.shape)
         # The first one of each number is slow, as it really is.
@@ -31,7 +31,7 @@ class Cores:
 @pytest.fixture
 def cores(monkeypatch):
     cores = Cores()
-    monkeypatch.setattr(parallel, "cores", lambda: 4)
+    monkeypatch.setattr(ranks, "cores", lambda: 4)
     monkeypatch.setattr(torch, "get_num_threads", lambda: cores.now)
     monkeypatch.setattr(torch, "set_num_threads", lambda number: setattr(cores, "now", number))
     monkeypatch.setattr(threads, "seconds_of", cores.seconds_of)
@@ -75,7 +75,7 @@ def test_a_state_of_more_cores_is_gone_on_with_by_those_there_are(
     cores.seconds = seconds
     train(tiny_config(pictures, tmp_path))
     assert threads_of_state(tmp_path) == chosen
-    monkeypatch.setattr(parallel, "cores", lambda: 2)
+    monkeypatch.setattr(ranks, "cores", lambda: 2)
     train(tiny_config(pictures, tmp_path))
     assert torch.get_num_threads() == min(chosen, 2)
 
@@ -89,15 +89,15 @@ def test_a_state_of_more_cores_is_gone_on_with_by_those_there_are(
         ({"workers": 3}, {}, 1),  # one core is left
     ],
 )
-def test_nothing_is_tried_where_the_number_is_settled(
+def test_nothing_is_tried_where_the_number_is_resolve(
     pictures, tmp_path, cores, monkeypatch, changes, environment, expected
 ):
     torch.set_num_threads(1)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     config = tiny_config(pictures, tmp_path, **changes)
-    with parallel.processes(config):
-        threads.settle_threads(config, ANY, ANY, updates=config.max_steps or 8, saved=None)
+    with ranks.processes(config):
+        threads.choose_threads(config, ANY, ANY, updates=config.max_steps or 8, saved=None)
         assert torch.get_num_threads() == expected
     assert cores.tried == []
 
@@ -125,14 +125,16 @@ def test_what_is_timed_is_an_update_in_the_precision_of_the_run(monkeypatch, pre
             seen.append(super().forward(images).dtype)
             return super().forward(images)
 
+        def forward_tensors(self, images):
+            return {"logits": self(images)}
+
         def zero_grad(self):
             seen.append(float(self.weight.grad.abs().sum()) > 0)
 
     clock = iter((10.0, 12.5))
     monkeypatch.setattr(threads.time, "perf_counter", lambda: next(clock))
     config = TrainConfig(precision=precision)
-    labels = torch.zeros(2, dtype=torch.int64)
-    assert threads.seconds_of(Trial(4, 3), torch.rand(2, 4), labels, config) == 2.5
+    assert threads.seconds_of(Trial(4, 3), torch.rand(2, 4), config) == 2.5
     assert seen == [torch.bfloat16 if precision == "bf16" else torch.float32, True]
 
 

@@ -16,14 +16,15 @@ from tests.train.conftest import CLASSES, VIT, make_pictures, tiny_config
 from vitrail.cli import main
 from vitrail.data import open_data
 from vitrail.data.augmentation import Augmentation
+from vitrail.tasks.task import label_map
 from vitrail.train import loop
 from vitrail.train.config import TrainConfig
-from vitrail.train.evaluate import evaluate, label_map
+from vitrail.train.evaluate import evaluate
 from vitrail.train.folder import RunFolder
-from vitrail.train.loop import train
 from vitrail.train.probe import extract_features
 from vitrail.train.replay import replay, verdict
 from vitrail.train.setup import build_plan
+from vitrail.train.trainer import train
 from vitrail_runtime.errors import InputError
 from vitrail_runtime.preprocess import Preprocessing
 
@@ -37,7 +38,7 @@ def logged(out: Path, kind: str, key: str) -> list:
 @pytest.fixture(scope="module")
 def learned(pictures, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("learned") / "run"
-    settings = VIT | {"lr": 5e-3, "label_smoothing": 0.0, "augmentation": WHOLE}
+    settings = VIT | {"lr": 5e-3, "task": {"label_smoothing": 0.0}, "augmentation": WHOLE}
     train(tiny_config(pictures, out, **settings, epochs=30, eval_every=5, keep_every=15))
     return out
 
@@ -122,12 +123,11 @@ def test_a_batch_in_parts_or_recomputed_or_read_by_workers_trains_the_same(
         {"precision": "bf16"},
         {"optimizer": "sgd", "lr": 0.05},
         {"layer_decay": 0.7},
-        {"sampling": "balanced", "repeats": 2},
+        {"task": {"sampling": "balanced"}, "repeats": 2},
         {"sizes": (24, 32, 40)},
         {
-            "augmentation": Augmentation(
-                mixup=0.2, cutmix=1.0, randaugment_ops=2, random_erasing=0.2
-            )
+            "augmentation": Augmentation(randaugment_ops=2, random_erasing=0.2),
+            "task": {"mixup": 0.2, "cutmix": 1.0},
         },
         {"schedule": "constant", "clip_grad": None, "ema": 0.9},
     ],
@@ -143,7 +143,7 @@ def test_every_way_to_train_gives_finite_losses_and_a_model(pictures, tmp_path, 
 def test_batchnorm_of_one_picture_is_refused_before_training(pictures, tmp_path):
     config = tiny_config(pictures, tmp_path / "run", epochs=1)
     for changes in ({"batch_size": 1}, {"batch_size": 6, "accumulate": 6}):
-        with pytest.raises(InputError, match=r"BatchNorm, .* one picture of 32 x 32.*--batch-size"):
+        with pytest.raises(InputError, match=r"BatchNorm, .* one image of 32 x 32.*--batch-size"):
             train(replace(config, **changes))
     alone = tiny_config(pictures, tmp_path / "vit", **VIT, batch_size=1, max_steps=2)
     assert train(alone).steps == 2, "LayerNorm needs no company"
@@ -192,9 +192,9 @@ def test_a_loss_that_is_not_finite_stops_with_a_batch_that_can_be_run_again(
     assert main(["train", "--replay", str(tmp_path / "run")]) == 0
     said = capsys.readouterr().out
     assert "weights that are not finite: none" in said
-    assert f"of {found['num_pictures']}\n" in said
+    assert f"of {found['num_images']}\n" in said
     kept = tmp_path / "run" / "nonfinite.safetensors"
-    whole = kept.read_bytes()
+    whole = kept.images.read_bytes()
     for damaged in (
         whole[:-1] + bytes([whole[-1] ^ 1]),
         b"",
@@ -227,7 +227,7 @@ def test_memory_that_runs_out_in_an_update_says_what_needs_less(pictures, tmp_pa
     monkeypatch.setattr(loop, "backward", backward)
     config = tiny_config(pictures, tmp_path / "run", **VIT, accumulate=2, save_every=0.0)
     said = (
-        r"^not enough memory for an update on 6 pictures of 32 x 32 \(3 at a time\) \(CUDA out of memory\. "
+        r"^not enough memory for an update on 6 images of 32 x 32 \(3 at a time\) \(CUDA out of memory\. "
         r"Tried to allocate 9 GiB\.\); give a smaller --batch-size, a larger --accumulate, .*--grad-check"
         r".*\n.*step-00000002\.safetensors is complete: .* the same command goes on from it$"
     )
@@ -248,14 +248,14 @@ def test_an_error_that_is_not_of_memory_keeps_its_traceback(pictures, tmp_path, 
 def test_a_replay_says_whose_fault_it_is():
     found = {
         "weights": [],
-        "pictures": [],
-        "num_pictures": 8,
+        "images": [],
+        "num_images": 8,
         "loss": math.nan,
         "loss_fp32": math.nan,
     }
-    assert "the pictures are not to blame" in verdict(found | {"weights": ["head.weight"]})
+    assert "the images are not to blame" in verdict(found | {"weights": ["head.weight"]})
     assert "--precision fp32" in verdict(found | {"loss_fp32": 2.0})
-    assert "look at these pictures" in verdict(found | {"pictures": ["a.jpg"]})
+    assert "look at these images" in verdict(found | {"images": ["a.jpg"]})
     assert "too large for this batch" in verdict(found)
 
 
@@ -327,20 +327,20 @@ def test_a_broken_picture_is_named_and_can_be_left_out(tmp_path, capsys):
 
 def test_balanced_batches_draw_every_class_its_share_exactly(pictures):
     data = open_data(pictures, "train").subset([*range(8), 8, 9, 16, 17, 18])
-    plan = build_plan(TrainConfig(sampling="balanced", batch_size=4), data, (8, 8), 1)
+    plan = build_plan(TrainConfig(task={"sampling": "balanced"}, batch_size=4), data, (8, 8), 1)
     for epoch in range(5):
-        drawn = np.bincount(data.labels[plan.order(epoch)], minlength=3)
+        drawn = np.bincount(data.truth.labels[plan.order(epoch)], minlength=3)
         assert set(drawn.tolist()) <= {4, 5}
 
 
 @pytest.mark.parametrize(("batch_size", "said"), [(10, True), (8, False)])
 def test_pictures_that_fill_no_batch_are_told(pictures, tmp_path, capsys, batch_size, said):
     train(tiny_config(pictures, tmp_path / "run", **VIT, max_steps=1, batch_size=batch_size))
-    line = "4 of 24 pictures fill no batch in an epoch, others each time\n"
+    line = "4 of 24 images fill no batch in an epoch, others each time\n"
     assert (line in capsys.readouterr().err) == said
 
 
 def test_fewer_pictures_than_a_batch_are_one_batch(pictures, tmp_path, capsys):
     config = tiny_config(pictures, tmp_path / "run", **VIT, epochs=2, batch_size=128)
     assert train(config).steps == 2
-    assert "batches of all 24 pictures there are, instead of 128" in capsys.readouterr().err
+    assert "batches of all 24 images there are, instead of 128" in capsys.readouterr().err

@@ -4,7 +4,6 @@ It knows what every run has: curves, a configuration, a machine. What there is t
 says (`vitrail.tasks`), in blocks.
 """
 
-import importlib
 import json
 import platform
 from collections.abc import Mapping, Sequence
@@ -17,8 +16,9 @@ from PIL import Image
 
 from vitrail.analysis import page
 from vitrail.analysis.saliency import where_it_looks
-from vitrail.data.images import ImageData
+from vitrail.data.examples import Examples
 from vitrail.tasks.section import Found
+from vitrail.tasks.task import task_of
 from vitrail_runtime.errors import InputError
 from vitrail_runtime.preprocess import prepare
 
@@ -28,7 +28,7 @@ OVERFITTED = 1.1  # a last validation loss of so many times the lowest deserves 
 def write_report(
     path: str | Path,
     model: Any,
-    data: ImageData,
+    data: Examples,
     predictions: Mapping[str, np.ndarray],
     *,
     scores: Mapping[str, Any] | None = None,
@@ -38,11 +38,11 @@ def write_report(
     """Write the report of `model` on `data` to the HTML file `path`.
 
     predictions: what was said of every image, in the data's order, as
-        `vitrail.train.evaluate.evaluate(model, data, predictions=True)["predictions"]` gives it.
+        `vitrail.train.evaluate.evaluate(model, data, predictions=True).said` gives it.
     scores: of all images together, as plain data by name, for tasks that cannot tell them from the images'.
     run: a run folder, for curves and configuration.
     """
-    task = importlib.import_module(f"vitrail.tasks.{model.task}_report")
+    task = task_of(model.task)
     history = read_history(Path(run)) if run is not None else []
     found = Found(
         model,
@@ -52,7 +52,7 @@ def write_report(
         explain=lambda pixels, label: explain(model, pixels, label),
         scores=scores,
         history=history,
-        advice=training_advice(history, task.HEADLINE),
+        advice=training_advice(history, task.headline),
     )
     sections = task.sections(found)
     out = page.Page(
@@ -62,7 +62,7 @@ def write_report(
         if section.opening:
             out.add(section)
     if history:
-        out.section("Training", curves(history, task.HEADLINE))
+        out.section("Training", curves(history, task.headline))
     for section in sections:
         if not section.opening:
             out.add(section)
@@ -101,25 +101,25 @@ def training_advice(history: Sequence[Mapping[str, Any]], headline: str) -> list
     return said
 
 
-def read_predictions(path: Path, data: ImageData, classes: Sequence[str]) -> dict[str, np.ndarray]:
+def read_predictions(path: Path, data: Examples) -> dict[str, np.ndarray]:
     """predictions.npz of a model folder, as `write_report` takes it.
 
-    Raises InputError where it is gone or damaged, or says something of other pictures.
+    Raises InputError where it is gone or damaged, or says something of other images.
     """
     try:
         with np.load(path, allow_pickle=False) as stored:  # a zip file: every part has a checksum
-            found = {key: stored[key] for key in ("probabilities", "labels", "predicted", "keys")}
+            found = dict(stored)
     except Exception as error:  # numpy and zipfile raise whatever a broken file leads them to
         problem = "is gone" if isinstance(error, FileNotFoundError) else f"is damaged ({error})"
     else:
-        count = len(data)
-        shapes = {"probabilities": (count, len(classes)), "labels": (count,), "predicted": (count,)}
-        fits = all(found[key].shape == shape for key, shape in shapes.items())
-        if fits and found["keys"].tolist() == list(data.keys):
+        rows = {len(values) if values.ndim else 0 for values in found.values()}
+        keys = found.get("keys", np.array(0)).tolist()
+        if rows == {len(data)} and keys == list(data.keys):
             return found
-        problem = "is about other pictures"
+        problem = "is about other images"
+    name = data.images.source.name
     raise InputError(
-        f"{path} {problem}; measure the model anew: vitrail eval {path.parent} --data {data.source.name} "
+        f"{path} {problem}; measure the model anew: vitrail eval {path.parent} --data {name} "
         "--report FILE.html"
     )
 

@@ -111,7 +111,7 @@ def show(argv: list[str]) -> None:
             f"--out {flags.out} is a folder; name a picture, such as {flags.out / 'sheet.png'}"
         )
 
-    from vitrail.data.images import open_data, open_source
+    from vitrail.data.opening import open_data, open_source
     from vitrail.data.sheet import contact_sheet, names_without_font
 
     have = open_source(source).splits()

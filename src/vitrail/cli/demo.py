@@ -27,7 +27,7 @@ def run(argv: list[str]) -> int:
     from vitrail.predictor import Predictor
     from vitrail.recipes import recipe_config
     from vitrail.train.evaluate import evaluate
-    from vitrail.train.loop import train
+    from vitrail.train.trainer import train
 
     pictures, out = flags.out / "digits", flags.out / "run"
     print(f"1/4  handwritten digits on canvases of mixed sizes -> {pictures}", flush=True)
@@ -50,7 +50,8 @@ def run(argv: list[str]) -> int:
     model = load(out / "best")
     test = open_data(pictures, "test", classes=model.classes)
     scores = evaluate(model, test, predictions=True)
-    seen = scores["predictions"]
+    seen = scores.said
+    assert seen is not None
     report = write_report(flags.out / "report.html", model, test, seen, run=out, split="test")
 
     print("4/4  predict three pictures", flush=True)

@@ -3,10 +3,11 @@ training.
 """
 
 import json
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -14,10 +15,13 @@ from vitrail.cli.flags import parse_flags
 from vitrail.train.config import TrainConfig, read_config
 from vitrail_runtime.errors import InputError
 
+if TYPE_CHECKING:
+    from vitrail.tasks.task import Scores
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvalFlags:
-    """Measure a trained model: top-1, top-5, loss, and precision, recall and confusion of every class.
+    """Measure a trained model: the scores of its task, in all and by class.
 
     The scores are also written to RUN/eval.json. With --probe, measure how good the frozen backbone is on the
     data before any training; then a model's name does too, with --weights.
@@ -75,7 +79,7 @@ def run(argv: list[str]) -> None:
     with enough_memory(f"{flags.run} on {flags.batch_size} pictures at a time", less):
         scores = probe(flags, folder) if flags.probe else measure(flags, folder)
     about = {"model": flags.run, "data": flags.data, "split": flags.split, "probe": flags.probe}
-    found = about | scores
+    found = about | scores.to_dict()
     if flags.json:
         print(json.dumps(found, indent=2))  # in ASCII: whole on every terminal
     else:
@@ -86,22 +90,17 @@ def run(argv: list[str]) -> None:
         write_text(Path(flags.run) / name, json.dumps(found, indent=2, ensure_ascii=False) + "\n")
 
 
-def measure(flags: EvalFlags, folder: Path) -> dict[str, Any]:
+def measure(flags: EvalFlags, folder: Path) -> "Scores":
     """Scores of a trained model."""
-    from vitrail.data.images import open_source
+    from vitrail.data.opening import open_source
     from vitrail.device import choose_device
     from vitrail.models import load
-    from vitrail.train.evaluate import evaluate, label_map
+    from vitrail.tasks.task import label_map
+    from vitrail.train.evaluate import evaluate
 
     model = load(folder).to(choose_device(flags.device))
-    if model.task != "classify":
-        raise InputError(
-            f"{flags.run} does the task {model.task!r}, but vitrail eval measures classifiers; vitrail "
-            "predict shows what it sees"
-        )
-    label_map(
-        open_source(flags.data).classes(), model.classes
-    )  # shows both lists where they differ
+    # Shows both lists where they differ.
+    label_map(open_source(flags.data).classes(), model.classes)
     data = open_pictures(flags, flags.split, model.classes)
     show_report = flags.report is not None
     how: dict[str, Any] = {"batch_size": flags.batch_size, "workers": flags.workers}
@@ -109,13 +108,13 @@ def measure(flags: EvalFlags, folder: Path) -> dict[str, Any]:
     if flags.report is not None:
         from vitrail.analysis.report import write_report
 
-        seen = scores.pop("predictions")
-        write_report(flags.report, model, data, seen, run=flags.run, split=flags.split)
+        assert scores.said is not None
+        write_report(flags.report, model, data, scores.said, run=flags.run, split=flags.split)
         print(f"vitrail: wrote {flags.report}", file=sys.stderr)
     return scores
 
 
-def probe(flags: EvalFlags, folder: Path) -> dict[str, Any]:
+def probe(flags: EvalFlags, folder: Path) -> "Scores":
     """Scores of a frozen backbone's features."""
     from dataclasses import replace
 
@@ -144,7 +143,7 @@ def probe(flags: EvalFlags, folder: Path) -> dict[str, Any]:
     how: dict[str, Any] = {"batch_size": flags.batch_size, "workers": flags.workers}
     features = [extract_features(backbone, data, preprocessing, **how) for data in (train, test)]
     assert flags.probe is not None
-    return probe_scores(flags.probe, features[0], features[1], train.classes, train.digests)
+    return probe_scores(flags.probe, features[0], features[1], train.classes, train.images.digests)
 
 
 def open_pictures(flags: EvalFlags, split: str, classes: Any) -> Any:
@@ -156,7 +155,7 @@ def open_pictures(flags: EvalFlags, split: str, classes: Any) -> Any:
     data = open_data(flags.data, split, classes=classes, **how)
     for note in data.notes:
         print(f"vitrail: {note}", file=sys.stderr)
-    if split == "val" and flags.probe is None and "val" not in data.source.splits():
+    if split == "val" and flags.probe is None and "val" not in data.images.source.splits():
         print(
             "vitrail: only these are measured; --split all measures every picture", file=sys.stderr
         )
@@ -173,32 +172,29 @@ def held_out(run: Path) -> float:
     return TrainConfig().val_fraction
 
 
-def show(scores: dict[str, Any]) -> None:
-    """A table of classes, the commonest confusions, and the totals last."""
+def show(scores: "Scores") -> None:
+    """Tables, what is worth a line, and the totals last."""
     from rich.console import Console
     from rich.table import Table
 
     # Names are no markup. Without a terminal lines are as long as they need to be.
     width = None if sys.stdout.isatty() else 1000
     console = Console(highlight=False, markup=False, emoji=False, width=width)
-    table = Table(box=None, pad_edge=False)
-    table.add_column("class")
-    for heading in ("pictures", "precision", "recall", "F1"):
-        table.add_column(heading, justify="right")
-    for name, of in scores["per_class"].items():
-        figures = (f"{of[key]:.3f}" for key in ("precision", "recall", "f1"))
-        table.add_row(name, str(of["support"]), *figures)
-    console.print(table)
-    names, confusion = scores["classes"], scores["confusion"]
-    wrong = [
-        (count, names[truth], names[said])
-        for truth, row in enumerate(confusion)
-        for said, count in enumerate(row)
-        if count and truth != said
-    ]
-    for count, truth, said in sorted(wrong, reverse=True)[:5]:
-        console.print(f"{count} x {truth} taken for {said}")
-    console.print(
-        f"top-1 {scores['top1']:.4f}  top-5 {scores['top5']:.4f}  loss {scores['loss']:.4f}  "
-        f"{scores['num_images']} pictures"
-    )
+    for of in scores.tables:
+        table = Table(box=None, pad_edge=False, title=of.title or None)
+        for heading, cell in zip(of.header, of.rows[0] if of.rows else of.header, strict=True):
+            table.add_column(heading, justify="left" if isinstance(cell, str) else "right")
+        for row in of.rows:
+            table.add_row(*(f"{v:.3f}" if isinstance(v, float) else str(v) for v in row))
+        console.print(table)
+    for note in scores.notes:
+        console.print(note)
+    console.print("  ".join(total(name, value) for name, value in scores.values.items()))
+
+
+def total(name: str, value: float) -> str:
+    """ "top-1 0.8123", "1000 images"."""
+    if name == "num_images":
+        return f"{value} images"
+    shown = re.sub(r"^top(\d)$", r"top-\1", name)
+    return f"{shown} {value:.4f}"

@@ -147,6 +147,7 @@ def importance(argv: list[str]) -> None:
         raise InputError(f"--count must be at least 1 picture, but is {flags.count}")
 
     import numpy as np
+    import torch
 
     from vitrail.analysis.importance import importance as weigh
     from vitrail.analysis.importance_page import changes, importance_page, importance_words
@@ -168,7 +169,7 @@ def importance(argv: list[str]) -> None:
         print(f"vitrail: {note}", file=sys.stderr)
     taken = np.linspace(0, len(data) - 1, min(flags.count, len(data))).round().astype(int)
     batches = (
-        (batch.images.to(device), batch.labels.to(device))
+        (batch.images.to(device), torch.tensor(batch.targets, device=device))
         for batch in eval_batches(data.subset(taken), model.preprocessing, flags.batch_size)
     )
     found = weigh(model, batches)

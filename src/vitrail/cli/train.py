@@ -14,7 +14,7 @@ from vitrail_runtime.errors import InputError
 if TYPE_CHECKING:
     from vitrail.train.config import TrainConfig
 
-DESCRIPTION = """Train or fine-tune a classifier. The same command goes on where the run in --out stopped.
+DESCRIPTION = """Train or fine-tune a model. The same command goes on where the run in --out stopped.
 
 Settings come from the defaults, then --recipe, then --config, then the flags."""
 
@@ -27,15 +27,12 @@ class StartParser(argparse.ArgumentParser):
 
 
 def run(argv: list[str]) -> int:
-    first = StartParser(prog="vitrail train", add_help=False, allow_abbrev=False)
-    for flag in ("--recipe", "--config", "--replay"):
-        first.add_argument(flag)
-    given, _ = first.parse_known_args(argv)
+    given = start_flags(argv)
     if given.replay is not None and not {"-h", "--help"} & set(argv):
         return show_replay(given.replay)
-    config = effective_config(given.recipe, given.config, argv)
-    from vitrail.train.loop import train
+    config = effective_config(argv)
     from vitrail.train.progress import counted
+    from vitrail.train.trainer import train
 
     result = train(config)
     if os.environ.get("RANK", "0") != "0":  # one of many processes; the first one tells
@@ -48,7 +45,9 @@ def run(argv: list[str]) -> int:
     name = model_to_show(result.folder)
     say(f"report: {report_run(config, result.folder, name)}")
     if name == "best":
-        print(f"best top-1 {result.best:.4f} on the validation pictures: {result.folder / name}")
+        print(
+            f"best {result.shown} {result.best:.4f} on the validation images: {result.folder / name}"
+        )
     else:
         print(f"the last model, instead of the best one: {result.folder / name}")
     return 0
@@ -69,7 +68,7 @@ def model_to_show(folder: Path) -> str:
 
 
 def report_run(config: Any, folder: Path, name: str = "best") -> Path:
-    """The page about a run's best model, from what it said of the validation pictures."""
+    """The page about a run's best model, from what it said of the validation images."""
     from vitrail.analysis.report import read_predictions, write_report
     from vitrail.data import open_data
     from vitrail.models import load
@@ -77,17 +76,39 @@ def report_run(config: Any, folder: Path, name: str = "best") -> Path:
     model = load(folder / name)
     how: dict[str, Any] = {"skip_broken": config.skip_broken, "val_fraction": config.val_fraction}
     data = open_data(config.data, "val", classes=model.classes, **how)
-    predictions = read_predictions(folder / name / "predictions.npz", data, model.classes)
+    predictions = read_predictions(folder / name / "predictions.npz", data)
     return write_report(folder / "report.html", model, data, predictions, run=folder)
 
 
-def effective_config(recipe: str | None, file: str | None, argv: list[str]) -> "TrainConfig":
+def start_flags(argv: list[str]) -> argparse.Namespace:
+    """The flags that say where other settings come from, and whose task has settings of its own."""
+    first = StartParser(prog="vitrail train", add_help=False, allow_abbrev=False)
+    for flag in ("--recipe", "--config", "--replay", "--model", "--weights"):
+        first.add_argument(flag)
+    return first.parse_known_args(argv)[0]
+
+
+def effective_config(argv: list[str]) -> "TrainConfig":
     """The configuration of a run: defaults < recipe < file < flags."""
     from tyro.conf import arg
 
     from vitrail.cli.flags import parse_flags
+    from vitrail.configuration import from_dict, to_dict
     from vitrail.recipes import recipe_config
-    from vitrail.train.config import TrainConfig, read_config
+    from vitrail.tasks.task import task_of_model
+    from vitrail.train.config import TrainConfig, model_name, read_config
+
+    given = start_flags(argv)
+    config = TrainConfig() if given.recipe is None else recipe_config(given.recipe)
+    if given.config is not None:
+        config = read_config(given.config, config)
+    named = replace(
+        config, model=given.model or config.model, weights=given.weights or config.weights
+    )
+    task = task_of_model(model_name(named))
+    where = f"settings of the task {task.name!r}, which {model_name(named)} does,"
+    Settings = task.settings
+    settings = from_dict(Settings, config.task, where=where)
 
     @dataclass(frozen=True, kw_only=True)
     class TrainFlags:
@@ -97,25 +118,32 @@ def effective_config(recipe: str | None, file: str | None, argv: list[str]) -> "
         """Start from the settings in a YAML file, such as a run's config.yaml."""
         model_fields: Annotated[tuple[str, ...], arg(metavar="FIELD=VALUE ...")] = ()
         """Fields of the model's own config, such as drop_path_rate=0.1."""
+        head_fields: Annotated[tuple[str, ...], arg(metavar="FIELD=VALUE ...")] = ()
+        """Fields of its head's config, where the model's name has one."""
         replay: Annotated[Path | None, arg(metavar="RUN")] = None
         """Train nothing; look at the batch that stopped a run with a loss that was not finite."""
         settings: Annotated[TrainConfig, arg(name="")]
         """Of the run."""
+        task: Annotated[Settings, arg(name="task")]  # pyright: ignore[reportInvalidTypeForm]
+        """Of what the model does."""
 
-    config = TrainConfig() if recipe is None else recipe_config(recipe)
-    if file is not None:
-        config = read_config(file, config)
     flags = parse_flags(
         TrainFlags,
         argv,
         prog="vitrail train",
         description=DESCRIPTION,
-        default=TrainFlags(settings=replace(config, model_fields={})),
+        default=TrainFlags(
+            settings=replace(config, model_fields={}, head_fields={}, task={}), task=settings
+        ),
     )
-    model_fields = config.model_fields | dict(map(field_value, flags.model_fields))
-    config = replace(flags.settings, model_fields=model_fields)
+    config = replace(
+        flags.settings,
+        model_fields=config.model_fields | dict(map(field_value, flags.model_fields)),
+        head_fields=config.head_fields | dict(map(field_value, flags.head_fields)),
+        task=to_dict(flags.task),
+    )
     if not config.data:
-        raise InputError("say which pictures to train on: vitrail train --data DIR")
+        raise InputError("say which images to train on: vitrail train --data DIR")
     return config
 
 
@@ -140,7 +168,7 @@ def show_replay(folder: str) -> int:
     print(f"in full precision: loss {found['loss_fp32']}")
     print(f"weights that are not finite: {some(found['weights'])}")
     print(
-        f"pictures whose loss is not finite: {some(found['pictures'], 20)} of {found['num_pictures']}"
+        f"images whose answer is not finite: {some(found['images'], 20)} of {found['num_images']}"
     )
     print(verdict(found))
     return 0

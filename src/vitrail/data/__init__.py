@@ -1,5 +1,6 @@
-"""Labelled pictures from class folders, shards, tables and hubs; augmentation; the batch plan."""
+"""Images and what is true of them, from folders, shards, tables and hubs; augmentation; the batch plan."""
 
-from vitrail.data.images import ImageData, open_data
+from vitrail.data.examples import Examples
+from vitrail.data.opening import open_data
 
-__all__ = ["ImageData", "open_data"]
+__all__ = ["Examples", "open_data"]

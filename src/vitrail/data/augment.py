@@ -1,7 +1,7 @@
 """Random changes of training images, each drawn from a key alone: the same on any worker of any process.
 
 What is random is drawn first, from sizes and key, free of pixels: `draw` for an image, `draw_mixing` for a
-batch. `augment` and `mix` apply it.
+batch. `render` and `mix` apply it.
 """
 
 import math
@@ -15,23 +15,21 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from torch import Tensor
 
 from vitrail.data.augmentation import Augmentation
+from vitrail.data.view import TRIES, Box, View, draw_view
 from vitrail_runtime.errors import InputError
 
 __all__ = [
     "Augmentation",
     "augment",
-    "crop_box",
     "draw",
     "draw_mixing",
     "generator",
     "mix",
-    "needed_size",
+    "render",
 ]
 
 Key = tuple[int, int, int]  # (seed, epoch, position); for `mix`, (seed, epoch, step)
-Box = tuple[int, int, int, int]  # (top, left, height, width) in pixels
 _SAMPLE, _MIX = 0, 1  # streams of random numbers
-TRIES = 10  # for a part or a rectangle that fits
 
 
 @dataclass(frozen=True)
@@ -58,9 +56,7 @@ class Erasing:
 class Drawn:
     """Everything that is random about one training image."""
 
-    crop: Box  # of the original: what is taken
-    cut: tuple[float, float]  # of "simple": where it cuts, shares of the places there are
-    flip: bool
+    view: View
     three: tuple[str, float] | None  # which of three-augment's changes, and the blur's sigma
     randaugment: tuple[tuple[str, Strength], ...]  # in their order
     jitter: tuple[tuple[str, float], ...]  # property and factor, in their order
@@ -98,23 +94,16 @@ def augment(
 
     The same key gives the same result. Pixels stay 8-bit: normalise on the device.
 
-    original: (height, width) of the image where `image` is a reduced form of it, as `needed_size` allows;
+    original: (height, width) of the image where `image` is a reduced form of it, as `View.needed` allows;
         parts are drawn on the original, so they do not depend on the reduction.
     """
-    full_h, full_w = original or image.shape[:2]
-    drawn = draw(full_h, full_w, size, augmentation, key)
-    top, left, height, width = drawn.crop
-    if (full_h, full_w) != image.shape[:2]:
-        top, height = _scaled(top, height, image.shape[0], full_h)
-        left, width = _scaled(left, width, image.shape[1], full_w)
-    pixels = torch.from_numpy(image).permute(2, 0, 1)  # a view, channels last
-    pixels = pixels[:, top : top + height, left : left + width]
-    if augmentation.crop == "simple":
-        pixels = _simple_crop(pixels, size, augmentation, drawn.cut)
-    else:
-        pixels = _resize(pixels, size, augmentation)
-    if drawn.flip:
-        pixels = pixels.flip(2)
+    height, width = original or image.shape[:2]
+    return render(image, draw(height, width, size, augmentation, key), augmentation)
+
+
+def render(image: np.ndarray, drawn: Drawn, augmentation: Augmentation) -> Tensor:
+    """The image as it was drawn: uint8 (3, height, width)."""
+    pixels = drawn.view.image(image)
     if drawn.three or drawn.randaugment or drawn.jitter:
         pixels = _photographic(pixels, drawn)
     if drawn.erasing is not None:
@@ -125,64 +114,32 @@ def augment(
 def draw(
     height: int, width: int, size: tuple[int, int], augmentation: Augmentation, key: Key
 ) -> Drawn:
-    """What `augment` does to an image of `height` x `width` pixels under this key."""
+    """What is done to an image of `height` x `width` pixels under this key."""
     rng = generator(key)
-    crop = crop_box(height, width, augmentation, rng)
-    cut = (0.0, 0.0)
-    if augmentation.crop == "simple":
-        cut = float(rng.random()), float(rng.random())
-    flip = bool(rng.random() < augmentation.flip)
+    view = draw_view(height, width, size, augmentation, rng)
     three = _draw_three(rng) if augmentation.three_augment else None
     randaugment = _draw_randaugment(augmentation, rng)
     jitter = _draw_jitter(augmentation.color_jitter, rng) if augmentation.color_jitter else ()
     erasing = _draw_erasing(*size, rng) if rng.random() < augmentation.random_erasing else None
-    return Drawn(crop, cut, flip, three, randaugment, jitter, erasing)
-
-
-def needed_size(
-    height: int, width: int, size: tuple[int, int], augmentation: Augmentation, key: Key
-) -> tuple[int, int]:
-    """The smallest (height, width) an image may be decoded at so that its crop is not enlarged."""
-    rng = generator(key)
-    _, _, crop_h, crop_w = crop_box(height, width, augmentation, rng)
-    if augmentation.crop == "simple":
-        scale = max(size[0] / height, size[1] / width)
-    else:
-        scale = max(size[0] / crop_h, size[1] / crop_w)
-    return math.ceil(height * scale), math.ceil(width * scale)
-
-
-def crop_box(
-    height: int, width: int, augmentation: Augmentation, rng: np.random.Generator
-) -> tuple[int, int, int, int]:
-    """(top, left, height, width) in pixels of the part that is taken, by torchvision's rule."""
-    if augmentation.crop != "random_resized":
-        return 0, 0, height, width
-    low, high = augmentation.scale
-    log_low, log_high = (math.log(r) for r in augmentation.ratio)
-    draws = rng.random((TRIES, 4)).tolist()
-    for u_area, u_ratio, u_top, u_left in draws:
-        area = (low + u_area * (high - low)) * height * width
-        ratio = math.exp(log_low + u_ratio * (log_high - log_low))
-        crop_h, crop_w = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
-        if 0 < crop_h <= height and 0 < crop_w <= width:
-            top, left = int(u_top * (height - crop_h + 1)), int(u_left * (width - crop_w + 1))
-            return top, left, crop_h, crop_w
-    # No part fitted: the largest of an allowed shape, from the centre.
-    ratio = min(max(width / height, augmentation.ratio[0]), augmentation.ratio[1])
-    crop_h = min(height, max(1, round(width / ratio)))
-    crop_w = min(width, max(1, round(height * ratio)))
-    return (height - crop_h) // 2, (width - crop_w) // 2, crop_h, crop_w
+    return Drawn(view, three, randaugment, jitter, erasing)
 
 
 def mix(
-    images: Tensor, labels: Tensor, augmentation: Augmentation, key: Key, *, num_classes: int
+    images: Tensor,
+    labels: Tensor,
+    key: Key,
+    *,
+    num_classes: int,
+    mixup: float = 0.0,
+    cutmix: float = 0.0,
+    mix_prob: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """MixUp or CutMix of a batch on its device.
 
     Args:
         images: (B, 3, H, W) floats, normalised. labels: (B,) integers.
         key: (seed, epoch, step), the same on every process.
+        mixup, cutmix: alphas of their Beta distributions, 0 for off. mix_prob: how often a batch is mixed.
     Returns: images of the same shape and soft targets (B, num_classes), float32.
 
     One coefficient serves the whole batch. Samples 0 and 1, 2 and 3, ... are each other's partners, not the
@@ -191,7 +148,7 @@ def mix(
     """
     targets = F.one_hot(labels, num_classes).to(torch.float32)
     height, width = images.shape[-2:]
-    drawn = draw_mixing(height, width, augmentation, key)
+    drawn = draw_mixing(height, width, key, mixup, cutmix, mix_prob)
     pairs = len(labels) // 2
     if drawn is None or not pairs:
         return images, targets
@@ -206,15 +163,16 @@ def mix(
     return mixed, torch.lerp(targets[partner], targets, drawn.share)
 
 
-def draw_mixing(height: int, width: int, augmentation: Augmentation, key: Key) -> Mixing | None:
+def draw_mixing(
+    height: int, width: int, key: Key, mixup: float, cutmix: float, mix_prob: float
+) -> Mixing | None:
     """How `mix` mixes images of `height` x `width` pixels under this key; None for not at all."""
     rng = generator(key, _MIX)
     chance, which, where_y, where_x = rng.random(4)
-    alphas = [a for a in (augmentation.mixup, augmentation.cutmix) if a > 0]
-    if not alphas or chance >= augmentation.mix_prob:
+    if max(mixup, cutmix) <= 0 or chance >= mix_prob:
         return None
-    cut = augmentation.cutmix > 0 and (augmentation.mixup == 0 or which < 0.5)
-    alpha = augmentation.cutmix if cut else augmentation.mixup
+    cut = cutmix > 0 and (mixup == 0 or which < 0.5)
+    alpha = cutmix if cut else mixup
     share = float(rng.beta(alpha, alpha))
     if not cut:
         return Mixing(share, None)
@@ -227,44 +185,8 @@ def draw_mixing(height: int, width: int, augmentation: Augmentation, key: Key) -
     return Mixing(kept, (top, left, bottom - top, right - left))
 
 
-def _scaled(start: int, length: int, have: int, full: int) -> tuple[int, int]:
-    """A run of pixels of `full`, on a picture of which `have` are left."""
-    first, last = round(start * have / full), round((start + length) * have / full)
-    return min(first, have - 1), max(1, last - first)
-
-
 def _span(centre: float, length: float, limit: int) -> tuple[int, int]:
     return max(0, round(centre - length / 2)), min(limit, round(centre + length / 2))
-
-
-def _resize(pixels: Tensor, size: tuple[int, int], augmentation: Augmentation) -> Tensor:
-    # torch resizes 8-bit channels-last pixels with antialiasing by vector instructions: six times as fast
-    # as Pillow on 299 x 512 -> 224 x 224 (0.18 against 1.1 ms).
-    if pixels.shape[-2:] == size:
-        return pixels
-    mode = augmentation.interpolation
-    return F.interpolate(pixels[None], size, mode=mode, align_corners=False, antialias=True)[0]
-
-
-def _simple_crop(
-    pixels: Tensor, size: tuple[int, int], augmentation: Augmentation, cut: tuple[float, float]
-) -> Tensor:
-    _, height, width = pixels.shape
-    scale = max(size[0] / height, size[1] / width)
-    resized = max(size[0], round(height * scale)), max(size[1], round(width * scale))
-    u_top, u_left = cut
-    # An image of 1 x 5000 must not grow to its full length: only what can be cut is resized.
-    if resized[0] * resized[1] > 8 * size[0] * size[1]:
-        keep_h, keep_w = math.ceil(size[0] / scale), math.ceil(size[1] / scale)
-        top, left = int(u_top * (height - keep_h + 1)), int(u_left * (width - keep_w + 1))
-        return _resize(pixels[:, top : top + keep_h, left : left + keep_w], size, augmentation)
-    pixels = _resize(pixels, resized, augmentation)
-    pad = min(augmentation.padding, min(resized) - 1)  # reflection needs more pixels than it adds
-    if pad > 0:
-        pixels = F.pad(pixels[None], (pad, pad, pad, pad), mode="reflect")[0]
-    top = int(u_top * (pixels.shape[1] - size[0] + 1))
-    left = int(u_left * (pixels.shape[2] - size[1] + 1))
-    return pixels[:, top : top + size[0], left : left + size[1]]
 
 
 def _draw_erasing(height: int, width: int, rng: np.random.Generator) -> Erasing | None:

@@ -40,14 +40,6 @@ class Augmentation:
     """Standard deviation of the normal by which the magnitude varies."""
     random_erasing: float = 0.0
     """Probability of one rectangle of noise (Zhong et al. 2020, arXiv 1708.04896)."""
-    mixup: float = 0.0
-    """Alpha of MixUp's Beta distribution (Zhang et al. 2018, arXiv 1710.09412); 0 is off. Where CutMix is on
-    as well, each update takes one of them.
-    """
-    cutmix: float = 0.0
-    """Alpha of CutMix's Beta distribution (Yun et al. 2019, arXiv 1905.04899); 0 is off."""
-    mix_prob: float = 1.0
-    """Probability that an update mixes at all."""
     mean: tuple[float, float, float] = IMAGENET_MEAN
     """Of the model's input, in [0, 1]: rectangles are filled around it. Training takes the model's own."""
     std: tuple[float, float, float] = IMAGENET_STD
@@ -66,7 +58,7 @@ class Augmentation:
             raise InputError(f"scale must be 0 < low <= high <= 1, but is {self.scale}")
         if not 0 < self.ratio[0] <= self.ratio[1]:
             raise InputError(f"ratio must be 0 < low <= high, but is {self.ratio}")
-        for name in ("flip", "random_erasing", "mix_prob"):
+        for name in ("flip", "random_erasing"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name} is a probability in [0, 1], but is {getattr(self, name)}")
         if not 0 <= self.randaugment_magnitude <= 10:
@@ -75,6 +67,6 @@ class Augmentation:
             )
         if not 0 <= self.color_jitter <= 1:
             raise InputError(f"color_jitter must lie in [0, 1], but is {self.color_jitter}")
-        for name in ("padding", "randaugment_ops", "randaugment_std", "mixup", "cutmix"):
+        for name in ("padding", "randaugment_ops", "randaugment_std"):
             if not 0 <= getattr(self, name) < math.inf:  # so is NaN refused
                 raise InputError(f"{name} must not be negative, but is {getattr(self, name)}")

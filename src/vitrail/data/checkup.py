@@ -11,8 +11,8 @@ import scipy.sparse.csgraph
 import scipy.spatial
 from PIL import Image
 
-from vitrail.data.images import hold_out, open_source
 from vitrail.data.index import Index, Place, Source, digest, read_index
+from vitrail.data.opening import hold_out, open_source
 from vitrail_runtime.errors import ImageError, InputError
 from vitrail_runtime.preprocess import decode
 

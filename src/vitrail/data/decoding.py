@@ -12,7 +12,7 @@ import warnings
 import numpy as np
 import torch
 
-from vitrail.data.images import ImageData
+from vitrail.data.examples import Images
 
 try:
     from torchcodec.decoders import decode_jpeg  # pyright: ignore[reportPrivateImportUsage]
@@ -26,10 +26,10 @@ except (ImportError, OSError, RuntimeError) as problem:
     )
 
 
-def read_pixels(data: ImageData, i: int, at_least: tuple[int, int]) -> np.ndarray:
-    """Picture i, uint8 (H, W, 3), upright: the same pixels as `data.read(i, at_least)`."""
-    payload = data.read_bytes(i)
-    height, width = data.sizes[i].tolist()
+def read_pixels(images: Images, i: int, at_least: tuple[int, int]) -> np.ndarray:
+    """Picture i, uint8 (H, W, 3), upright: the same pixels as `images.read(i, at_least)`."""
+    payload = images.read_bytes(i)
+    height, width = images.sizes[i].tolist()
     # Where a JPEG may be halved, decoding it so is faster still.
     halvable = min(height // at_least[0], width // at_least[1]) >= 2
     if decode_jpeg is not None and payload[:2] == b"\xff\xd8" and not halvable:
@@ -37,8 +37,8 @@ def read_pixels(data: ImageData, i: int, at_least: tuple[int, int]) -> np.ndarra
             encoded = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
             pixels = decode_jpeg(encoded, mode="UNCHANGED")  # upright, by the EXIF orientation
         except RuntimeError:  # its message is for programmers; the other reader names the file
-            return data.decode(i, payload, at_least)
+            return images.decode(i, payload, at_least)
         assert isinstance(pixels, torch.Tensor)  # a list for a list of pictures alone
         if pixels.shape[1:] == (height, width) and pixels.shape[0] in (1, 3):
             return pixels.expand(3, -1, -1).permute(1, 2, 0).numpy()
-    return data.decode(i, payload, at_least)
+    return images.decode(i, payload, at_least)

@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from vitrail.data.examples import labels_by_name
 from vitrail.data.index import Place, Sample
 from vitrail_runtime.errors import InputError
 from vitrail_runtime.preprocess import IMAGE_SUFFIXES
@@ -26,6 +27,8 @@ SPLIT_NAMES = {  # what people call a split -> what it is called here
 
 class ClassFolders:
     """A folder of class folders, or of splits of class folders. See `vitrail.data.index.Source`."""
+
+    truth = labels_by_name
 
     def __init__(self, root: Path) -> None:
         self.name = str(root)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from vitrail.data.examples import labels_by_name
 from vitrail.data.folders import SPLIT_NAMES
 from vitrail.data.index import Place, Sample
 from vitrail_runtime.errors import InputError
@@ -22,6 +23,8 @@ _NAME = re.compile(
 
 class HubDataset:
     """Splits of a data set of the hub. See `vitrail.data.index.Source`."""
+
+    truth = labels_by_name
 
     def __init__(self, name: str) -> None:
         self.name = name

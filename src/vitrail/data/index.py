@@ -10,7 +10,7 @@ import sys
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -59,6 +59,10 @@ class Source(Protocol):
 
     def where(self, key: str, place: Place) -> str:
         """How messages call a sample."""
+        ...
+
+    def truth(self, split: str, index: "Index", classes: tuple[str, ...]) -> Any:
+        """What is true of the samples of a split's index (a `vitrail.data.examples.Truth`)."""
         ...
 
 

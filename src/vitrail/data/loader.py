@@ -12,40 +12,24 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
 from types import FrameType
-from typing import NamedTuple
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from vitrail.data.augment import Augmentation, augment, needed_size
+from vitrail.data.augment import Augmentation, draw, render
+from vitrail.data.batch import Dense
 from vitrail.data.decoding import read_pixels
-from vitrail.data.images import ImageData
-from vitrail.data.plan import Batch, BatchPlan
+from vitrail.data.examples import Examples
+from vitrail.data.plan import BatchPlan, PlannedBatch
 from vitrail.memory import enough_memory
 from vitrail_runtime.errors import InputError
 from vitrail_runtime.preprocess import Preprocessing, decode_size, prepare, preprocessed_size
 
 STOPS = (signal.SIGINT, signal.SIGTERM)
 FEWER = "take fewer pictures at a time (--batch-size), or smaller ones"
-
-
-class TrainBatch(NamedTuple):
-    """One process's share of a step. images: uint8 (b, 3, h, w), contiguous. labels: (b,) int64."""
-
-    step: int
-    images: Tensor
-    labels: Tensor
-    indices: Tensor  # (b,) int64 into the data
-    positions: Tensor  # (b,) int64 within the epoch
-
-
-class EvalBatch(NamedTuple):
-    """Pictures of one size. images: float32 (b, 3, h, w), normalised. labels: (b,) int64."""
-
-    indices: Tensor  # (b,) int64 into the data
-    images: Tensor
-    labels: Tensor
 
 
 class TrainLoader:
@@ -57,7 +41,7 @@ class TrainLoader:
 
     def __init__(
         self,
-        data: ImageData,
+        data: Examples,
         plan: BatchPlan,
         augmentation: Augmentation,
         *,
@@ -72,13 +56,13 @@ class TrainLoader:
         self.plan, self.rank, self.world = plan, rank, world
         self._source = _Jobs(_TrainJob(data, augmentation, plan.seed), workers, pin_memory)
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[TrainBatch]:
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Dense]:
         """The batches of an epoch from step `start` on."""
         return self._source.run(_train_jobs(self.plan, epoch, start, self.rank, self.world))
 
 
 def train_batches(
-    data: ImageData,
+    data: Examples,
     plan: BatchPlan,
     augmentation: Augmentation,
     *,
@@ -87,14 +71,14 @@ def train_batches(
     rank: int = 0,
     world: int = 1,
     workers: int = 0,
-) -> Iterator[TrainBatch]:
+) -> Iterator[Dense]:
     """The batches of one epoch. For many epochs with workers a `TrainLoader` starts them once."""
     loader = TrainLoader(data, plan, augmentation, rank=rank, world=world, workers=workers)
     return loader.epoch(epoch, start)
 
 
 def eval_batches(
-    data: ImageData,
+    data: Examples,
     preprocessing: Preprocessing,
     batch_size: int,
     *,
@@ -102,7 +86,7 @@ def eval_batches(
     world: int = 1,
     workers: int = 0,
     pin_memory: bool = False,
-) -> Iterator[EvalBatch]:
+) -> Iterator[Dense]:
     """Every picture once, in batches of one preprocessed size, which are never mixed.
 
     Each process gets every world-th picture of each size, so the numbers of batches of two processes may
@@ -116,11 +100,11 @@ def eval_batches(
 
 
 def batch_indices(
-    data: ImageData, preprocessing: Preprocessing, batch_size: int, rank: int = 0, world: int = 1
+    data: Examples, preprocessing: Preprocessing, batch_size: int, rank: int = 0, world: int = 1
 ) -> list[list[int]]:
     """The pictures of each batch that `eval_batches` gives a process."""
     groups: dict[tuple[int, int], list[int]] = {}
-    for i, (height, width) in enumerate(data.sizes.tolist()):
+    for i, (height, width) in enumerate(data.images.sizes.tolist()):
         groups.setdefault(preprocessed_size(height, width, preprocessing), []).append(i)
     batches = []
     taken = 0
@@ -134,61 +118,71 @@ def batch_indices(
 
 def _train_jobs(
     plan: BatchPlan, epoch: int, start: int, rank: int, world: int
-) -> Iterator[tuple[int, Batch]]:
+) -> Iterator[tuple[int, PlannedBatch]]:
     for batch in plan.batches(epoch, start):
         yield epoch, batch.part(rank, world)
 
 
 class _TrainJob(Dataset):
-    """(epoch, batch) -> TrainBatch, or the InputError that it met."""
+    """(epoch, batch) -> what the process trains on: 8-bit images, and their targets stacked. Or the
+    InputError that it met."""
 
-    def __init__(self, data: ImageData, augmentation: Augmentation, seed: int) -> None:
+    def __init__(self, data: Examples, augmentation: Augmentation, seed: int) -> None:
         self.data, self.augmentation, self.seed = data, augmentation, seed
 
-    def __getitem__(self, job: tuple[int, Batch]) -> TrainBatch | InputError:
+    def __getitem__(self, job: tuple[int, PlannedBatch]) -> Dense | InputError:
         epoch, batch = job
-        pictures = zip(batch.indices, batch.positions, strict=True)
+        targets = []
         try:
             with enough_memory(_batch(len(batch.indices), batch.size), FEWER):
                 images = torch.empty(len(batch.indices), 3, *batch.size, dtype=torch.uint8)
-                for row, (i, position) in enumerate(pictures):
+                for row, (i, position) in enumerate(
+                    zip(batch.indices, batch.positions, strict=True)
+                ):
                     key = (self.seed, epoch, position)
-                    height, width = self.data.sizes[i].tolist()
-                    least = needed_size(height, width, batch.size, self.augmentation, key)
-                    pixels = read_pixels(self.data, i, least)
-                    images[row] = augment(
-                        pixels, batch.size, self.augmentation, key, original=(height, width)
-                    )
+                    height, width = self.data.images.sizes[i].tolist()
+                    drawn = draw(height, width, batch.size, self.augmentation, key)
+                    pixels = read_pixels(self.data.images, i, drawn.view.needed())
+                    images[row] = render(pixels, drawn, self.augmentation)
+                    targets.append(self.data.truth.target(i, drawn.view))
         except InputError as error:
             return error  # as a value: a worker's exception would come wrapped in a traceback
-        indices = torch.tensor(batch.indices)
-        labels = torch.from_numpy(self.data.labels[list(batch.indices)])
-        return TrainBatch(batch.step, images, labels, indices, torch.tensor(batch.positions))
+        return Dense(images, _stacked(targets), torch.tensor(batch.indices), batch.step)
 
 
 class _EvalJob(Dataset):
-    """Indices of pictures that come out equally large -> EvalBatch, or the InputError that it met."""
+    """Indices of images that come out equally large -> normalised images and what is true of each as it
+    stands. Or the InputError that it met."""
 
-    def __init__(self, data: ImageData, preprocessing: Preprocessing) -> None:
+    def __init__(self, data: Examples, preprocessing: Preprocessing) -> None:
         self.data, self.preprocessing = data, preprocessing
 
-    def __getitem__(self, indices: Sequence[int]) -> EvalBatch | InputError:
+    def __getitem__(self, indices: Sequence[int]) -> Dense | InputError:
         p = self.preprocessing
-        height, width = self.data.sizes[indices[0]].tolist()
+        height, width = self.data.images.sizes[indices[0]].tolist()
         size = preprocessed_size(height, width, p)
+        targets, geometries = [], []
         try:
             with enough_memory(_batch(len(indices), size), FEWER):
-                # All of it before any picture: Pillow takes memory until the kernel ends the process.
+                # All of it before any image: Pillow takes memory until the kernel ends the process.
                 images = torch.empty(len(indices), 3, *size)
                 for row, i in enumerate(indices):
-                    height, width = self.data.sizes[i].tolist()
-                    pixels = self.data.read(i, decode_size(p))
-                    prepared, _ = prepare(pixels, p, original=(height, width))
+                    height, width = self.data.images.sizes[i].tolist()
+                    pixels = self.data.images.read(i, decode_size(p))
+                    prepared, geometry = prepare(pixels, p, original=(height, width))
                     images[row] = torch.from_numpy(prepared)
+                    targets.append(self.data.truth.target(i, None))
+                    geometries.append(geometry)
         except InputError as error:
             return error
-        labels = torch.from_numpy(self.data.labels[list(indices)])
-        return EvalBatch(torch.tensor(indices), images, labels)
+        return Dense(images, tuple(targets), torch.tensor(indices), geometries=tuple(geometries))
+
+
+def _stacked(targets: list[Any]) -> Any:
+    """One tensor of what each image teaches, where all have one form; else a tuple of tensors."""
+    tensors = [torch.as_tensor(np.asarray(target)) for target in targets]
+    same = len({tensor.shape for tensor in tensors}) == 1
+    return torch.stack(tensors) if same else tuple(tensors)
 
 
 def _batch(count: int, size: tuple[int, int]) -> str:

@@ -19,7 +19,7 @@ _ORDER, _SCALES, _OFFSET, _AGAIN = 0, 1, 2, 3  # streams of random numbers withi
 
 
 @dataclass(frozen=True)
-class Batch:
+class PlannedBatch:
     """One global step. `positions` count samples from the start of the epoch and key their augmentation."""
 
     step: int
@@ -27,7 +27,7 @@ class Batch:
     positions: tuple[int, ...]
     size: tuple[int, int]  # (height, width) of every picture in it, pixels
 
-    def part(self, rank: int, world: int) -> "Batch":
+    def part(self, rank: int, world: int) -> "PlannedBatch":
         """The share of one of `world` processes: the rank-th of `world` equal, contiguous runs.
 
         Raises InputError when `world` does not divide the batch.
@@ -39,7 +39,7 @@ class Batch:
             )
         share = len(self.indices) // world
         mine = slice(rank * share, (rank + 1) * share)
-        return Batch(self.step, self.indices[mine], self.positions[mine], self.size)
+        return PlannedBatch(self.step, self.indices[mine], self.positions[mine], self.size)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -116,7 +116,7 @@ class BatchPlan:
         ends = self._bounds(epoch)[1]
         return self.length - (ends[-1] if ends else 0)
 
-    def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+    def batches(self, epoch: int, start: int = 0) -> Iterator[PlannedBatch]:
         """The batches of an epoch from step `start` on."""
         choices, ends = self._bounds(epoch)
         if not 0 <= start <= len(ends):
@@ -125,7 +125,7 @@ class BatchPlan:
         first = ends[start - 1] if start else 0
         for step in range(start, len(ends)):
             last = ends[step]
-            yield Batch(
+            yield PlannedBatch(
                 step,
                 tuple(order[first:last].tolist()),
                 tuple(range(first, last)),

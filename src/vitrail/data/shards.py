@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO
 
 from vitrail.data.cache import cache_bound, cache_folder, make_room, mark_used
+from vitrail.data.examples import labels_by_name
 from vitrail.data.folders import SPLIT_NAMES
 from vitrail.data.index import Place, Sample, read_index
 from vitrail_runtime.errors import InputError
@@ -32,6 +33,8 @@ CHUNK = 2**22
 
 class Shards:
     """A folder of tar shards, or a single one. See `vitrail.data.index.Source`."""
+
+    truth = labels_by_name
 
     def __init__(self, path: Path) -> None:
         self.name = str(path)

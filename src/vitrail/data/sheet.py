@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from vitrail.data.images import ImageData
+from vitrail.data.examples import Examples
 
 WIDTH, MARGIN, GAP = 1600, 56, 6  # pixels
 ROW = 92  # height of a row of pictures
@@ -19,14 +19,14 @@ CELLS_ACROSS, CELL = 11, 128
 PAPER, INK, SOFT, RULE, ACCENT = "#fbfaf7", "#22252b", "#7d8390", "#e4e1d8", "#3f7f8c"
 
 
-def contact_sheet(splits: Sequence[ImageData], title: str, *, seed: int = 0) -> Image.Image:
+def contact_sheet(splits: Sequence[Examples], title: str, *, seed: int = 0) -> Image.Image:
     """Class names, counts, sizes and pictures of a data set, drawn from its first split.
 
     Up to 24 classes have a row each, filled with pictures in their own shapes; of more, up to 77 show one
     picture each. `seed` chooses the pictures.
     """
     data = splits[0]
-    counts = np.bincount(data.labels, minlength=len(data.classes))
+    counts = np.bincount(data.truth.labels, minlength=len(data.classes))
     rows = len(data.classes) <= MOST_ROWS
     body = _rows(data, counts, seed) if rows else _grid(data, seed)
     header = _header(splits, title)
@@ -36,12 +36,12 @@ def contact_sheet(splits: Sequence[ImageData], title: str, *, seed: int = 0) -> 
     return sheet
 
 
-def _header(splits: Sequence[ImageData], title: str) -> Image.Image:
+def _header(splits: Sequence[Examples], title: str) -> Image.Image:
     data = splits[0]
     height = 168
     image = Image.new("RGB", (WIDTH, height), PAPER)
     draw = ImageDraw.Draw(image)
-    sizes = np.concatenate([s.sizes for s in splits])
+    sizes = np.concatenate([s.images.sizes for s in splits])
     _write(draw, (MARGIN, 44), title, 40, WIDTH - 2 * MARGIN - 300, INK, bold=True)
     parts = [f"{s.split} {len(s):,}" for s in splits]
     if len(splits) == 1:
@@ -79,7 +79,7 @@ def _size_plot(
     draw.text((left - 6, top), "height", SOFT, _font(12), anchor="ra")
 
 
-def _rows(data: ImageData, counts: np.ndarray, seed: int) -> Image.Image:
+def _rows(data: Examples, counts: np.ndarray, seed: int) -> Image.Image:
     step = ROW + 14
     image = Image.new("RGB", (WIDTH, len(data.classes) * step + 12), PAPER)
     draw = ImageDraw.Draw(image)
@@ -96,13 +96,13 @@ def _rows(data: ImageData, counts: np.ndarray, seed: int) -> Image.Image:
     return image
 
 
-def _fill_row(image: Image.Image, data: ImageData, indices: Sequence[int], top: int) -> None:
+def _fill_row(image: Image.Image, data: Examples, indices: Sequence[int], top: int) -> None:
     """Pictures at one height in their own shapes; the last one is cut at the margin."""
     left, end = MARGIN + LABELS, WIDTH - MARGIN
     for i in indices:
         if left >= end:
             return
-        height, width = data.sizes[i].tolist()
+        height, width = data.images.sizes[i].tolist()
         shown = min(max(ROW // 3, round(width * ROW / height)), 4 * ROW)
         picture = _thumbnail(data, i, (ROW, shown))
         picture = picture.crop((0, 0, min(shown, end - left), ROW))
@@ -110,7 +110,7 @@ def _fill_row(image: Image.Image, data: ImageData, indices: Sequence[int], top: 
         left += shown + GAP
 
 
-def _grid(data: ImageData, seed: int) -> Image.Image:
+def _grid(data: Examples, seed: int) -> Image.Image:
     shown = min(len(data.classes), MOST_CELLS)
     picked = np.linspace(0, len(data.classes) - 1, shown).round().astype(int).tolist()
     step_y = CELL + 30
@@ -130,26 +130,28 @@ def _grid(data: ImageData, seed: int) -> Image.Image:
     return image
 
 
-def _chosen(data: ImageData, label: int, seed: int) -> list[int]:
-    mine = np.flatnonzero(data.labels == label).tolist()
+def _chosen(data: Examples, label: int, seed: int) -> list[int]:
+    mine = np.flatnonzero(data.truth.labels == label).tolist()
 
     def rank(i: int) -> str:
-        return hashlib.blake2b(f"{seed}:{data.digests[i]}".encode(), digest_size=8).hexdigest()
+        return hashlib.blake2b(
+            f"{seed}:{data.images.digests[i]}".encode(), digest_size=8
+        ).hexdigest()
 
     return sorted(mine, key=rank)[:60]
 
 
-def _thumbnail(data: ImageData, i: int, size: tuple[int, int]) -> Image.Image:
+def _thumbnail(data: Examples, i: int, size: tuple[int, int]) -> Image.Image:
     height, width = size
-    picture = Image.fromarray(data.read(i, size))
+    picture = Image.fromarray(data.images.read(i, size))
     return picture.resize((width, height), Image.Resampling.LANCZOS)
 
 
-def _square(data: ImageData, i: int) -> Image.Image:
-    height, width = data.sizes[i].tolist()
+def _square(data: Examples, i: int) -> Image.Image:
+    height, width = data.images.sizes[i].tolist()
     scale = CELL / min(height, width)
     needed = (max(CELL, round(height * scale)), max(CELL, round(width * scale)))
-    picture = Image.fromarray(data.read(i, needed))
+    picture = Image.fromarray(data.images.read(i, needed))
     side = min(picture.size)
     left, top = (picture.width - side) / 2, (picture.height - side) / 2
     box = (left, top, left + side, top + side)

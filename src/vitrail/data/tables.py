@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from vitrail.data.examples import labels_by_name
 from vitrail.data.folders import SPLIT_NAMES
 from vitrail.data.index import Place, Sample
 from vitrail_runtime.errors import InputError
@@ -23,6 +24,8 @@ LABEL_COLUMNS = ("label", "class", "class_name")
 
 class Table:
     """A CSV of file and label. See `vitrail.data.index.Source`."""
+
+    truth = labels_by_name
 
     def __init__(self, path: Path) -> None:
         self.name = str(path)

@@ -23,7 +23,7 @@ def cifar10_efficientvit_m0() -> TrainConfig:
         lr=2e-3,
         weight_decay=0.05,
         warmup_epochs=0.5,
-        label_smoothing=0.1,
+        task={"label_smoothing": 0.1},
         ema=0.995,
         # Pictures of 32 x 32 pixels are enlarged twice: the padding is the usual four pixels of theirs.
         augmentation=Augmentation(crop="simple", padding=8, interpolation="bilinear"),
@@ -50,7 +50,7 @@ def cifar10_vit_tiny() -> TrainConfig:
         lr=1e-3,
         weight_decay=0.05,
         warmup_epochs=2,
-        label_smoothing=0.1,
+        task={"label_smoothing": 0.1},
         ema=0.998,
         precision="bf16",
         augmentation=Augmentation(crop="simple", padding=8, interpolation="bilinear"),

@@ -25,7 +25,7 @@ def imagenet_deit(model: str) -> TrainConfig:
         warmup_lr=1e-6,
         min_lr=1e-5,
         clip_grad=None,
-        label_smoothing=0.1,
+        task={"label_smoothing": 0.1, "mixup": 0.8, "cutmix": 1.0},
         ema=0.99996,
         repeats=3,
         augmentation=Augmentation(
@@ -33,8 +33,6 @@ def imagenet_deit(model: str) -> TrainConfig:
             randaugment_magnitude=9,
             randaugment_std=0.5,
             random_erasing=0.25,
-            mixup=0.8,
-            cutmix=1.0,
         ),
         precision="bf16",
     )

@@ -33,7 +33,7 @@ def efficientnet_b0() -> TrainConfig:
         warmup_lr=0.1,
         min_lr=4e-4,
         clip_grad=None,
-        label_smoothing=0.1,
+        task={"label_smoothing": 0.1},
         ema=0.9999,
         augmentation=Augmentation(randaugment_ops=2, randaugment_magnitude=9),
         precision="bf16",

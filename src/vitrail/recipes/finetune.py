@@ -29,7 +29,6 @@ def finetune_small() -> TrainConfig:
         warmup_epochs=3,
         min_lr=1e-6,
         clip_grad=1.0,
-        label_smoothing=0.1,
         ema=0.99,
         augmentation=Augmentation(
             scale=(0.35, 1.0), flip=0.5, color_jitter=0.2, random_erasing=0.1

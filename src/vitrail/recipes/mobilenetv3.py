@@ -30,7 +30,7 @@ def mobilenetv3_large() -> TrainConfig:
         warmup_lr=0.1,
         min_lr=4e-4,
         clip_grad=None,
-        label_smoothing=0.1,
+        task={"label_smoothing": 0.1},
         ema=0.9995,
         augmentation=Augmentation(interpolation="bilinear"),
         precision="bf16",

@@ -27,7 +27,7 @@ def imagenet_mobilevit(model: str) -> TrainConfig:
         warmup_lr=2e-4,
         min_lr=2e-4,
         clip_grad=None,
-        label_smoothing=0.1,
+        task={"label_smoothing": 0.1},
         ema=0.9995,
         augmentation=Augmentation(interpolation="bilinear"),
         precision="bf16",

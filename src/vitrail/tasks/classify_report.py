@@ -25,7 +25,6 @@ from vitrail.tasks.section import (
     span,
 )
 
-HEADLINE = "top1"
 MANY_CLASSES = 30  # above this a confusion matrix is unreadable and only its worst cells are shown
 
 
@@ -232,7 +231,7 @@ def worst_mistakes(scored: Scored, data: Any, count: int = 12) -> list[tuple[Ima
         )
         key = isolated(as_text(data.keys[i]))
         caption = f"said {guess} ({scored.confidence[i]:.2f}), is {truth}\n{key}"
-        shown.append((Image.fromarray(data.read(i)), caption))
+        shown.append((Image.fromarray(data.images.read(i)), caption))
     return shown
 
 
@@ -247,7 +246,7 @@ def looks(
     name, shown = "", []
     for i in map(int, chosen):
         label = int(scored.predicted[i])
-        name, image = found.explain(found.data.read(i), label)
+        name, image = found.explain(found.data.images.read(i), label)
         truth = isolated(scored.classes[scored.labels[i]])
         verdict = "right" if scored.right[i] else f"is {truth}"
         caption = f"{isolated(scored.classes[label])} ({scored.confidence[i]:.2f}), {verdict}"

@@ -150,7 +150,7 @@ def confusion_plot(confusion: np.ndarray, classes: Sequence[str], *, percent: bo
 
 def data_rows(data: Any, counts: Sequence[tuple[str, str]]) -> Rows:
     """A table of a data set: how many images, what the task counts in them, sizes, hash."""
-    heights, widths = data.sizes[:, 0], data.sizes[:, 1]
+    heights, widths = data.images.sizes[:, 0], data.images.sizes[:, 1]
     rows = [
         ("pictures", f"{len(data):,}"),
         *counts,

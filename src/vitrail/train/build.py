@@ -1,4 +1,4 @@
-"""The model of a run: name, paper's fields and picture size from the configuration or the weights it starts
+"""The model of a run: name, paper's fields and image size from the configuration or the weights it starts
 from.
 """
 
@@ -11,46 +11,53 @@ from typing import Any
 import torch
 
 from vitrail import models
+from vitrail.adapt.freeze import freeze, train_mode
 from vitrail.configuration import from_dict, to_dict
 from vitrail.data.shards import is_shard
-from vitrail.registry import backbone_entry, config_class
-from vitrail.train.config import TrainConfig
+from vitrail.registry import config_class
+from vitrail.tasks.task import Task, task_of_model
+from vitrail.train.config import TrainConfig, model_name
 from vitrail_runtime.errors import InputError
 
-DEFAULT_MODEL = "efficientvit_m0"
 
-
-def settled(config: TrainConfig) -> TrainConfig:
-    """The configuration with model and run folder named.
+def resolve(config: TrainConfig) -> TrainConfig:
+    """The configuration with model, run folder and all settings of the model's task named.
 
     Without a model, a run that starts from a model folder of ours trains that model: its name, its paper's
-        fields and how it sees pictures, except where the configuration says otherwise.
+        fields and how it sees images, except where the configuration says otherwise.
     """
     folder = models.model_folder(config.weights) if config.weights else None
     if not config.model and folder is not None and (folder / "config.json").is_file():
         saved = models.read_config(folder)
-        default = to_dict(backbone_entry(saved["name"]).config)
-        own = {
-            k: v
-            for k, v in saved["parts"]["backbone"].items()
-            if k != "image_size" and v != default.get(k)
-        }
+        head, entry = models.parse_name(saved["name"])
+        own = _own(saved["parts"]["backbone"], to_dict(entry.config))
+        own.pop("image_size", None)
+        heads = {} if head is None else _own(saved["parts"]["head"], to_dict(head.config))
         sees = saved["preprocessing"]
+        height, width = sees["size"]
         config = replace(
             config,
             model=saved["name"],
             model_fields=own | config.model_fields,
-            image_size=config.image_size or sees["size"][0],
+            head_fields=heads | config.head_fields,
+            image_size=config.image_size or (height if height == width else (height, width)),
             crop_pct=config.crop_pct or sees["crop_pct"],
             resize=config.resize or sees["mode"],
         )
-    name = config.model or DEFAULT_MODEL
-    if (head := models.parse_name(name)[0]) is not None:
-        raise InputError(
-            f"{name} does the task {head.task!r}, but vitrail train trains classifiers: give a name without "
-            "a slash"
-        )
-    return replace(config, model=name, out=config.out or f"runs/{name}")
+    config = replace(config, model=model_name(config))
+    config = replace(config, out=config.out or f"runs/{config.model.replace('/', '-')}")
+    _, settings = task_and_settings(config)
+    return replace(config, task=to_dict(settings))
+
+
+def _own(fields: Mapping[str, Any], default: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in fields.items() if value != default.get(key)}
+
+
+def task_and_settings(config: TrainConfig) -> tuple[Task, Any]:
+    """The task of a configuration's model, and its settings. Raises InputError for one that it has not."""
+    task = task_of_model(model_name(config))
+    return task, from_dict(task.settings, config.task, where=f"settings of the task {task.name!r}")
 
 
 def check_place(config: TrainConfig) -> None:
@@ -69,13 +76,16 @@ def check_place(config: TrainConfig) -> None:
 
 
 def build_model(config: TrainConfig, classes: tuple[str, ...]) -> Any:
-    """The model of a configuration, with its starting weights, for pictures of the configured size."""
+    """The model of a configuration, with its starting weights, for images of the configured size."""
     extra = model_fields(config)
     weights = config.weights and starting_weights(config.weights, classes)
-    model: Any = models.create_model(config.model, classes=classes, weights=weights, **extra)
+    head = config.head_fields or None
+    model: Any = models.create_model(
+        config.model, classes=classes, weights=weights, head=head, **extra
+    )
     changes: dict[str, Any] = {}
-    if config.image_size is not None:
-        changes["size"] = (config.image_size, config.image_size)
+    if config.size is not None:
+        changes["size"] = config.size
     if config.crop_pct is not None:
         changes["crop_pct"] = config.crop_pct
     if config.resize is not None:
@@ -100,7 +110,7 @@ def check_parts(
 ) -> None:
     """Raise InputError where BatchNorm would have one value a channel, of which there is no variance.
 
-    batches: pictures of an update by their (height, width). A part of one picture is tried without numbers.
+    batches: images of an update by their (height, width). A part of one image is tried without numbers.
     """
     for size, count in batches.items():
         share = count // world
@@ -109,15 +119,14 @@ def check_parts(
             continue
         with torch.device("meta"):
             model = build_model(replace(config, weights=None), classes)
-            model.train()
-            if config.train_only == "head":
-                model.backbone.eval()
+            freeze(model, config.train_only)
+            train_mode(model)
             try:
                 model(torch.empty(1, 3, *size))
             except ValueError as error:
                 parts = f" in {config.accumulate} parts" if config.accumulate > 1 else ""
                 raise InputError(
-                    f"{config.model} has BatchNorm, which cannot learn from one picture of {size[0]} x "
+                    f"{config.model} has BatchNorm, which cannot learn from one image of {size[0]} x "
                     f"{size[1]} at a time ({count} an update{parts}); give a larger --batch-size, such as "
                     f"{2 * config.batch_size}"
                 ) from error
@@ -125,10 +134,13 @@ def check_parts(
 
 def model_fields(config: TrainConfig) -> dict[str, Any]:
     """Fields of the paper's config that the run sets, as that config's types: YAML knows lists only."""
-    default = backbone_entry(config.model).config
+    default = models.parse_name(config.model)[1].config
     given = dict(config.model_fields)
-    if config.image_size is not None and any(f.name == "image_size" for f in fields(default)):
-        given["image_size"] = config.image_size
+    takes = {f.name: f.type for f in fields(default)}
+    if config.size is not None and "image_size" in takes:
+        # Where it is one number, it tells what the network is meant for, and any size works.
+        one = takes["image_size"] is int
+        given["image_size"] = max(config.size) if one else config.image_size
     where = f"model_fields of {config.model}"
     kind = config_class(type(default), given)
     full = from_dict(kind, to_dict(default) | given, where=where)

@@ -1,19 +1,20 @@
 """What a training run is: one frozen dataclass, torch-free, every field a flag of `vitrail train`."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import yaml
 
-from vitrail.configuration import from_dict, to_dict
+from vitrail.configuration import Range, check_ranges, from_dict, to_dict
 from vitrail.data.augmentation import Augmentation
 from vitrail_runtime.errors import InputError
 
+DEFAULT_MODEL = "efficientvit_m0"
+
 # Fields that change how a run is carried out, not what it computes: a resumed run may differ in them.
-OUTWARD = frozenset(
+EXECUTION = frozenset(
     {
         "data",
         "out",
@@ -29,32 +30,8 @@ OUTWARD = frozenset(
 )
 
 
-class Range(NamedTuple):
-    """The numbers that make sense: from `low` to `high`, both included unless `above` or `below` is set."""
-
-    low: float
-    high: float = math.inf
-    above: bool = False
-    below: bool = False
-    hint: str = ""  # what to give instead
-
-    def holds(self, value: float) -> bool:
-        if math.isinf(value):
-            return False
-        if value == self.low:
-            return not self.above
-        return self.low < value < self.high or (value == self.high and not self.below)
-
-    def __str__(self) -> str:
-        low = f"above {self.low}" if self.above else f"at least {self.low}"
-        if self.high == math.inf:
-            return low
-        return f"{low} and " + (f"below {self.high}" if self.below else f"at most {self.high}")
-
-
 RANGES = {
     "val_fraction": Range(0, 1, above=True, below=True),
-    "image_size": Range(1),
     "crop_pct": Range(0, 1, above=True),
     "epochs": Range(1),
     "max_steps": Range(1),
@@ -71,7 +48,6 @@ RANGES = {
     "warmup_lr": Range(0),
     "min_lr": Range(0),
     "clip_grad": Range(0, above=True, hint="None is off"),  # to a norm of 0 nothing would be learnt
-    "label_smoothing": Range(0, 1, below=True, hint="0 is off"),
     "ema": Range(0, 1, below=True, hint="0 is off, 0.9999 is usual"),  # 1 would keep the start
     "seed": Range(0, 2**63 - 1),  # what torch's generators take
     "eval_every": Range(1),
@@ -90,9 +66,9 @@ class TrainConfig:
     """A training run. `vitrail train --help` shows the fields; a run folder's config.yaml repeats it."""
 
     data: str = ""
-    """Where the pictures are: class folders, tar shards or a CSV file."""
+    """Where the images are: class folders, tar shards or a CSV file."""
     val_fraction: float = 0.2
-    """Share of the training pictures held out for validation, where the data has no val split."""
+    """Share of the training images held out for validation, where the data has no val split."""
     model: str = ""
     """A name from `vitrail models`; empty: the model of --weights, else efficientvit_m0."""
     out: str = ""
@@ -103,16 +79,20 @@ class TrainConfig:
     """"head" freezes the backbone, its BatchNorm statistics included."""
     model_fields: dict[str, Any] = field(default_factory=dict)
     """Fields of the paper's config, such as drop_path_rate."""
-    image_size: int | None = None
-    """Height and width in pixels of training and evaluation; none: the model's own."""
+    head_fields: dict[str, Any] = field(default_factory=dict)
+    """Fields of the head's config, where the model's name has one."""
+    task: dict[str, Any] = field(default_factory=dict)
+    """Settings of what the model does, such as label_smoothing."""
+    image_size: int | tuple[int, int] | None = None
+    """Side in pixels, or height and width, of training and evaluation; none: the model's own."""
     crop_pct: float | None = None
-    """Evaluation: the share of the resized picture that the centre crop keeps; none: the model's own."""
+    """Evaluation: the share of the resized image that the centre crop keeps; none: the model's own."""
     resize: Literal["crop", "squash", "fit", "native"] | None = None
-    """Evaluation: "crop" cuts the centre, "squash" and "fit" keep all of the picture; none: the model's
+    """Evaluation: "crop" cuts the centre, "squash" and "fit" keep all of the image; none: the model's
     own.
     """
     skip_broken: bool = False
-    """Train without the pictures that cannot be read, instead of stopping."""
+    """Train without the images that cannot be read, instead of stopping."""
 
     epochs: int = 30
     """Passes over the data."""
@@ -124,10 +104,8 @@ class TrainConfig:
     """Pictures per update, over all processes and accumulated parts together."""
     accumulate: int = 1
     """Parts that a batch is computed in, one after another, for less memory."""
-    sampling: Literal["uniform", "balanced"] = "uniform"
-    """"balanced" draws every class equally often."""
     repeats: int = 1
-    """Repeated augmentation: differently augmented copies of a picture in one batch."""
+    """Repeated augmentation: differently augmented copies of a image in one batch."""
     sizes: tuple[int, ...] = ()
     """Multi-scale batches: a size is drawn per update, pixels per update stay about constant."""
 
@@ -157,8 +135,6 @@ class TrainConfig:
     """"norm" limits that of the whole gradient; "agc" (adaptive) that of each row or filter to --clip-grad
     times the norm of its weights, the classifier's aside: 0.02 is usual.
     """
-    label_smoothing: float = 0.1
-    """Probability spread over all classes."""
     ema: float = 0.0
     """Decay of the weights' moving average, which is then evaluated and saved; 0 is off."""
     augmentation: Augmentation = field(default_factory=Augmentation)
@@ -193,28 +169,44 @@ class TrainConfig:
     of them as a trial at the start of a run finds fastest.
     """
 
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """image_size as (height, width)."""
+        side = self.image_size
+        return side if side is None or isinstance(side, tuple) else (side, side)
+
     def __post_init__(self) -> None:
         if self.clip_mode == "agc" and self.parallel == "fsdp":
             raise InputError(
                 "clip_mode 'agc' needs whole weights, but parallel 'fsdp' shards them; take --parallel data, "
                 "or --clip-mode norm"
             )
-        for name, allowed in RANGES.items():
-            value = getattr(self, name)
-            if value is not None and not allowed.holds(value):  # so is NaN refused
-                hint = allowed.hint or ("give a finite number" if math.isinf(value) else "")
-                hint = f" ({hint})" if hint else ""
-                raise InputError(f"{name} must be {allowed}, but is {value}{hint}")
+        check_ranges(self, RANGES)
+        if self.size is not None and not all(map(Range(1).holds, self.size)):
+            raise InputError(f"image_size must be at least 1, but is {self.image_size}")
         if not all(side >= 1 for side in self.sizes):
             raise InputError(f"sizes must be at least 1 pixel, but are {self.sizes}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise InputError(f"betas must be from 0 to below 1, but are {self.betas}")
 
 
+def model_name(config: TrainConfig) -> str:
+    """The model of a configuration: as named, else that of the folder it starts from, else the default."""
+    if config.model:
+        return config.model
+    if config.weights:
+        from vitrail import models  # and with it torch
+
+        folder = models.model_folder(config.weights)
+        if (folder / "config.json").is_file():
+            return models.read_config(folder)["name"]
+    return DEFAULT_MODEL
+
+
 def differences(ours: TrainConfig, theirs: TrainConfig) -> list[str]:
     """What makes two configurations different runs: "lr: 0.001 here, 0.002 there" lines."""
     a, b = to_dict(ours), to_dict(theirs)
-    return _differences({k: v for k, v in a.items() if k not in OUTWARD}, b)
+    return _differences({k: v for k, v in a.items() if k not in EXECUTION}, b)
 
 
 def _differences(ours: Mapping[str, Any], theirs: Mapping[str, Any], inside: str = "") -> list[str]:

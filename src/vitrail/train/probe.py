@@ -9,11 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitrail.data import ImageData
-from vitrail.data.images import hold_out
+from vitrail.data.examples import Examples
 from vitrail.data.loader import eval_batches
+from vitrail.data.opening import hold_out
 from vitrail.features import Features
 from vitrail.modes import eval_mode
+from vitrail.tasks.classify import scores_of
+from vitrail.tasks.task import Scores
 from vitrail_runtime.errors import InputError
 from vitrail_runtime.preprocess import Preprocessing
 
@@ -26,10 +28,10 @@ def probe_scores(
     test: tuple[Tensor, Tensor],
     classes: tuple[str, ...],
     digests: Sequence[str],
-) -> dict[str, Any]:
+) -> Scores:
     """Scores as of `evaluate`, from (features (N, D), labels (N,)) of training and test images.
 
-    kind: "knn" or "linear". digests: of the training images' content (`ImageData.digests`).
+    kind: "knn" or "linear". digests: of the training images' content (`Images.digests`).
     """
     from vitrail.metrics import ClassificationMetrics  # torchmetrics takes seconds to import
 
@@ -39,16 +41,13 @@ def probe_scores(
         logits = linear_logits(*train, test[0], len(classes), digests)
     metrics = ClassificationMetrics(len(classes), logits.device)
     metrics.update(logits, test[1])
-    scores = metrics.compute()
-    scores["classes"] = list(classes)
-    scores["per_class"] = dict(zip(classes, scores["per_class"], strict=True))
-    return scores
+    return scores_of(metrics.compute(), classes)
 
 
 @torch.no_grad()
 def extract_features(
     backbone: Any,
-    data: ImageData,
+    data: Examples,
     preprocessing: Preprocessing,
     *,
     batch_size: int = 64,
@@ -65,7 +64,7 @@ def extract_features(
             rows.append(pooled(backbone(batch.images.to(device)), backbone.config).float())
             indices.append(batch.indices)
     order = torch.cat(indices).argsort().to(device)
-    return torch.cat(rows)[order], torch.as_tensor(data.labels, device=device)
+    return torch.cat(rows)[order], torch.as_tensor(data.truth.labels, device=device)
 
 
 def pooled(features: Features, config: Any) -> Tensor:

@@ -50,7 +50,7 @@ class Progress:
             self.bar.stop()
 
     def step(self, step: int, epoch: str, images: int, loss: float, seconds: float) -> None:
-        """One update more: its number, pictures seen by it, its loss, training seconds of the whole run."""
+        """One update more: its number, images seen by it, its loss, training seconds of the whole run."""
         if not self.speaks:
             return
         now = time.monotonic()

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from vitrail.data.loader import TrainBatch
+from vitrail.adapt.freeze import freeze, train_mode
+from vitrail.data.batch import Batch
 from vitrail.train.config import read_config
 from vitrail.train.folder import RunFolder, explained
-from vitrail.train.losses import loss_of
 from vitrail.train.state import newest_whole, whole
 from vitrail.weights.files import read_metadata, read_safetensors, write_state
 from vitrail_runtime.errors import InputError
 
 if TYPE_CHECKING:
-    from vitrail.train.setup import Run
+    from vitrail.train.run import Run
 
 NAME = "nonfinite.safetensors"
 HELPS = (
@@ -28,12 +28,12 @@ HELPS = (
 )
 
 
-def keep_batch(run: "Run", batch: TrainBatch, images: Tensor, targets: Tensor) -> InputError:
+def keep_batch(run: "Run", batch: Batch) -> InputError:
     """Write the batch of every process, and the weights that met it; returns the error to raise."""
     at, accelerator = run.at, run.accelerator
     model = {f"model.{k}": whole(v) for k, v in run.model.state_dict().items()}
-    indices = torch.as_tensor(batch.indices).to(images.device)
-    met = {"images": images, "targets": targets, "indices": indices}
+    indices = batch.indices.to(batch.images.device)
+    met = {"images": batch.images, "targets": batch.targets, "indices": indices}
     gathered: Any = accelerator.gather(met)
     tensors = {key: value.cpu() for key, value in gathered.items()}
     path = run.folder.path / NAME
@@ -44,7 +44,8 @@ def keep_batch(run: "Run", batch: TrainBatch, images: Tensor, targets: Tensor) -
             "epoch": at.epoch,
             "world": run.world,
             "classes": list(run.train_data.classes),
-            "pictures": keys,
+            "images": keys,
+            "model_options": run.task.model_options(run.settings, run.train_data.truth),
         }
         with explained(run.folder):
             write_state(tensors | model, path, metadata={"vitrail": json.dumps(about)})
@@ -64,7 +65,7 @@ def not_finite(run: "Run") -> InputError:
     models = run.folder.models()
     before = f"{' and '.join(models)} in {run.folder.path} are from before it; " if models else ""
     return InputError(
-        f"after step {run.at.step} (epoch {run.epochs_done:.1f}) the loss on the validation pictures is "
+        f"after step {run.at.step} (epoch {run.epochs_done:.1f}) the loss on the validation images is "
         f"not finite; weights that are not: {some(weights)}\n{before}{HELPS}"
     )
 
@@ -85,11 +86,12 @@ def replay(path: str | Path) -> dict[str, Any]:
     """Run the kept batch of a stopped run again, on the CPU, share by share as it was trained.
 
     Returns the number of the update (`step`, from 1), the `loss` and `gradient_norm` as trained and the
-    `loss_fp32` in full precision, names of `weights` that are not finite, and `pictures` whose own loss is
-    not, of `num_pictures`. Raises InputError when the folder keeps no batch.
+    `loss_fp32` in full precision, names of `weights` that are not finite, and `images` of which the model's
+    answer is not, of `num_images`. Raises InputError when the folder keeps no batch.
     """
-    from vitrail.train.build import build_model
-    from vitrail.train.setup import seed_update
+    from vitrail.data.batch import Dense
+    from vitrail.train.build import build_model, task_and_settings
+    from vitrail.train.run import seed_update
 
     folder = RunFolder(path)
     file = folder.path / NAME
@@ -105,40 +107,55 @@ def replay(path: str | Path) -> dict[str, Any]:
         ) from error
     weights = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
     model = build_model(config, tuple(about["classes"]))
-    count = about["world"]
+    freeze(model, config.train_only)
+    task, settings = task_and_settings(config)
+    for name, value in about["model_options"].items():
+        setattr(model, name, value)
+    shares = [
+        Dense(images, targets, indices)
+        for images, targets, indices in zip(
+            *(tensors[name].chunk(about["world"]) for name in ("images", "targets", "indices")),
+            strict=True,
+        )
+    ]
+    weight = float(sum(model.weight(share.targets) for share in shares)) or 1.0
 
-    def losses(bf16: bool) -> Tensor:
+    def answers(bf16: bool, ask: Callable[[Dense], Any]) -> list[Any]:
+        """Of `ask`, part by part as it was trained."""
         model.load_state_dict(weights)  # a forward pass moves running statistics
-        model.train()
-        if config.train_only == "head":
-            model.backbone.eval()
+        train_mode(model)
         out = []
-        shares = zip(tensors["images"].chunk(count), tensors["targets"].chunk(count), strict=True)
-        for rank, (images, targets) in enumerate(shares):
+        for rank, share in enumerate(shares):
             seed_update(config, about["step"], rank)
-            parts = zip(
-                images.chunk(config.accumulate), targets.chunk(config.accumulate), strict=True
-            )
-            for x, y in parts:
+            for part in share.split(config.accumulate):
                 with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-                    logits = model(x)
-                out.append(loss_of(logits, y, config, reduction="none"))
-        return torch.cat(out)
+                    out.append(ask(part))
+        return out
 
-    each = losses(config.precision == "bf16")
-    each.mean().backward()
+    def loss_of(part: Dense) -> Tensor:
+        losses = model.losses(part.images, part.targets, **task.options(settings))
+        return torch.stack(list(losses.values())).sum() / weight
+
+    def finite(part: Dense) -> Tensor:
+        outputs = model.forward_tensors(part.images)
+        return torch.stack([o.flatten(1).isfinite().all(1) for o in outputs.values()]).all(0)
+
+    bf16 = config.precision == "bf16"
+    loss = torch.stack(answers(bf16, loss_of)).sum()
+    loss.backward()
     gradients = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
     with torch.no_grad():
-        full = losses(False).mean().item() if config.precision == "bf16" else each.mean().item()
-    bad = (~each.isfinite()).nonzero().flatten().tolist()
+        full = torch.stack(answers(False, loss_of)).sum() if bf16 else loss
+        good = torch.cat(answers(bf16, finite))
+    bad = (~good).nonzero().flatten().tolist()
     return {
         "step": about["step"] + 1,
-        "loss": each.mean().item(),
+        "loss": loss.item(),
         "gradient_norm": torch.cat(gradients).norm().item(),
-        "loss_fp32": full,
+        "loss_fp32": full.item(),
         "weights": _broken(weights),
-        "pictures": [about["pictures"][i] for i in bad],
-        "num_pictures": len(about["pictures"]),
+        "images": [about["images"][i] for i in bad],
+        "num_images": len(about["images"]),
     }
 
 
@@ -146,15 +163,13 @@ def verdict(found: Mapping[str, Any]) -> str:
     """What the numbers of `replay` say about the cause, and what to do."""
     if found["weights"]:
         return (
-            "the weights were broken before this batch: an earlier update was too large, and the pictures "
+            "the weights were broken before this batch: an earlier update was too large, and the images "
             "are not to blame; a lower --lr, a longer --warmup-epochs or --clip-grad 1"
         )
     if math.isfinite(found["loss_fp32"]) and not math.isfinite(found["loss"]):
         return "full precision helps: --precision fp32"
-    if 0 < len(found["pictures"]) < found["num_pictures"]:
-        return (
-            "look at these pictures; if they are as they should be, a lower --lr or --clip-grad 1"
-        )
+    if 0 < len(found["images"]) < found["num_images"]:
+        return "look at these images; if they are as they should be, a lower --lr or --clip-grad 1"
     return (
         "the numbers grew too large for this batch: a lower --lr, a longer --warmup-epochs or "
         "--clip-grad 1"

@@ -43,7 +43,7 @@ class Position:
     step: int = 0  # updates done
     epoch: int = 0
     batch: int = 0  # batches of this epoch done
-    images: int = 0  # pictures seen
+    images: int = 0  # images seen
     seconds: float = 0.0  # spent training, over all starts
     rows: int = 0  # of metrics.jsonl
     losses: tuple[float, ...] = ()  # since the last row

@@ -15,7 +15,6 @@ import torch
 
 from vitrail.data.plan import BatchPlan
 from vitrail.train.config import TrainConfig
-from vitrail.train.losses import loss_of
 from vitrail.train.state import read_header
 
 LARGEST_TRIAL = 32  # images
@@ -23,7 +22,7 @@ ROUNDS = 3  # the first one warms up
 WORTH_IT = 50  # updates of a run, fewer of which are over sooner than a trial
 
 
-def settle_threads(
+def choose_threads(
     config: TrainConfig, model: Any, plan: BatchPlan, *, updates: int, saved: Path | None
 ) -> None:
     """Take fewer threads than there are free cores for where the run began so, or where fewer are faster.
@@ -45,26 +44,23 @@ def fastest(model: Any, config: TrainConfig, plan: BatchPlan, most: int) -> int:
     trial = copy.deepcopy(model).train()
     count = min(LARGEST_TRIAL, plan.batch_size // config.accumulate)
     images = torch.rand(count, 3, *plan.size, generator=torch.Generator().manual_seed(0))
-    labels = torch.zeros(count, dtype=torch.int64)
     numbers = [most >> halved for halved in range(most.bit_length())]
     taken: dict[int, float] = {}
     with torch.random.fork_rng(devices=[]):  # dropout draws
         for _ in range(ROUNDS):
             for number in numbers:  # in turn, so that a machine that slows down slows all alike
                 torch.set_num_threads(number)
-                seconds = seconds_of(trial, images, labels, config)
+                seconds = seconds_of(trial, images, config)
                 taken[number] = min(seconds, taken.get(number, seconds))
     torch.set_num_threads(most)
     return min(numbers, key=taken.__getitem__)
 
 
-def seconds_of(
-    trial: Any, images: torch.Tensor, labels: torch.Tensor, config: TrainConfig
-) -> float:
+def seconds_of(trial: Any, images: torch.Tensor, config: TrainConfig) -> float:
     """Of one forward and backward pass."""
     begun = time.perf_counter()
     with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16"):
-        logits = trial(images)
-    loss_of(logits, labels, config).backward()
+        outputs = trial.forward_tensors(images)
+    torch.stack([output.float().mean() for output in outputs.values()]).sum().backward()
     trial.zero_grad()
     return time.perf_counter() - begun

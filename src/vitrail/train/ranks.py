@@ -1,32 +1,36 @@
-"""One process or many: what a run asks of Accelerate and torch.distributed.
+"""One process or many: all that is agreed between the ranks of a run, and what is asked of Accelerate.
 
 The same command runs alone, under `torchrun -m vitrail train ...` and under `accelerate launch`. Data
 parallel on CPU (gloo) and GPU: gradients are averaged, so a global batch gives the same update however many
 share it. BatchNorm normalises by the whole batch on GPUs (SyncBatchNorm); on a CPU every process normalises
 by its own share, and rank 0's running statistics are kept, because torch has no synchronised form there.
+
+An error that one rank meets must end all of them, with one message: whoever waits for a rank that has gone
+waits for ever.
 """
 
 import atexit
 import os
+import socket
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 
 from vitrail.data.plan import BatchPlan
 from vitrail.device import choose_device
-from vitrail.train.agreement import told_once
 from vitrail.train.config import TrainConfig
 from vitrail.train.optim import is_block
 from vitrail.train.progress import counted
 from vitrail_runtime.errors import InputError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator  # seconds to import, like what shards weights
 
 T = TypeVar("T")
 
@@ -35,8 +39,10 @@ atexit.register(_left_groups.clear)
 
 
 @contextmanager
-def processes(config: TrainConfig) -> Iterator[Accelerator]:
+def processes(config: TrainConfig) -> Iterator["Accelerator"]:
     """Join the other processes, where a launcher started some, settle device and threads; part at the end."""
+    from accelerate import Accelerator
+
     accelerator = Accelerator(cpu=choose_device(config.device).type == "cpu")
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -63,7 +69,7 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
-def choose_workers(config: TrainConfig, accelerator: Accelerator) -> int:
+def choose_workers(config: TrainConfig, accelerator: "Accelerator") -> int:
     """Reading processes: as configured; else some cores beside a GPU, and none beside the math of a CPU."""
     if config.workers is not None:
         return config.workers
@@ -87,19 +93,18 @@ def check_world(config: TrainConfig, world: int) -> None:
         )
 
 
-def check_shares(config: TrainConfig, plan: BatchPlan, world: int) -> None:
-    """Raise InputError unless the processes can share the batches of every size.
-
-    MixUp and CutMix pair neighbours of a share, so odd shares would make other pairs than one process does.
-    """
-    mixes = config.augmentation.mixup > 0 or config.augmentation.cutmix > 0
-    odd = _not_shared(plan, world, mixes)
+def check_shares(config: TrainConfig, plan: BatchPlan, world: int, multiple: int = 1) -> None:
+    """Raise InputError unless the processes can share the batches of every size in multiples of `multiple`
+    images."""
+    odd = _not_shared(plan, world, multiple)
     if not odd:
         return
     batches = ", ".join(f"{counted(n, 'picture')} of {h} x {w}" for (h, w), n in odd.items())
-    how = "in even shares, as the pairs of MixUp and CutMix need" if mixes else "equally"
-    nearest = _nearest_batch_size(config, plan, world, mixes)
-    fewer = next(w for w in range(world - 1, 0, -1) if not _not_shared(plan, w, mixes))
+    how = (
+        "equally" if multiple == 1 else f"in shares of a multiple of {multiple}, as the task needs"
+    )
+    nearest = _nearest_batch_size(config, plan, world, multiple)
+    fewer = next(w for w in range(world - 1, 0, -1) if not _not_shared(plan, w, multiple))
     they_can = f"--batch-size {nearest}, the nearest that they can, or " if nearest else ""
     raise InputError(
         f"{world} processes cannot share batches of {batches} {how}; take {they_can}"
@@ -107,14 +112,14 @@ def check_shares(config: TrainConfig, plan: BatchPlan, world: int) -> None:
     )
 
 
-def _not_shared(plan: BatchPlan, world: int, mixes: bool) -> dict[tuple[int, int], int]:
-    """The batches, by size, of which the processes cannot have equal shares, and even ones to mix."""
-    unit = 1 if world == 1 else 2 * world if mixes else world
+def _not_shared(plan: BatchPlan, world: int, multiple: int) -> dict[tuple[int, int], int]:
+    """The batches, by size, of which the processes cannot have such shares."""
+    unit = 1 if world == 1 else multiple * world
     return {size: n for size, n in plan.batch_sizes().items() if n % unit}
 
 
 def _nearest_batch_size(
-    config: TrainConfig, plan: BatchPlan, world: int, mixes: bool
+    config: TrainConfig, plan: BatchPlan, world: int, multiple: int
 ) -> int | None:
     shares = world * config.accumulate
     sizes = range(shares, 2 * config.batch_size + 1, shares)
@@ -123,25 +128,43 @@ def _nearest_batch_size(
             other = replace(plan, batch_size=size, weights=None, strata=None)
         except InputError:  # too large for the data, or too small for a scale
             continue
-        if not _not_shared(other, world, mixes):
+        if not _not_shared(other, world, multiple):
             return size
     return None
 
 
-def distribute(model: Any, config: TrainConfig, accelerator: Accelerator) -> nn.Module:
-    """The model as this process trains it. Parameters must be on the device already."""
-    if accelerator.num_processes == 1:
-        return model
-    if config.parallel == "data":
-        return accelerator.prepare(model)
-    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-    for name, module in list(model.named_modules()):
-        if is_block(name):  # gathered one block at a time, so no process ever holds the whole
-            fully_shard(module, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+class Objective(nn.Module):
+    """What the processes wrap: a model whose forward gives its losses."""
+
+    def __init__(self, model: Any, options: dict[str, Any]) -> None:
+        super().__init__()
+        self.model = model
+        self.options = options
+
+    def forward(self, images: Tensor, targets: Any) -> dict[str, Tensor]:
+        """{name: sum over the batch}; all of them, over the model's `weight` of the targets, are the loss."""
+        return self.model.losses(images, targets, **self.options)
 
 
-def synchronised_batchnorm(model: Any, accelerator: Accelerator) -> Any:
+def distribute(
+    model: Any, options: dict[str, Any], config: TrainConfig, accelerator: "Accelerator"
+) -> nn.Module:
+    """The objective as this process trains it. Parameters must be on the device already."""
+    if accelerator.num_processes > 1 and config.parallel == "fsdp":
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+        mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+        for name, module in list(model.named_modules()):
+            if is_block(name):  # gathered one block at a time, so no process ever holds the whole
+                fully_shard(module, mesh=mesh)
+        register_fsdp_forward_method(fully_shard(model, mesh=mesh), "losses")
+        return Objective(model, options)
+    objective = Objective(model, options)
+    return accelerator.prepare(objective) if accelerator.num_processes > 1 else objective
+
+
+def synchronised_batchnorm(model: Any, accelerator: "Accelerator") -> Any:
     """BatchNorm over the whole global batch where the device has it: on GPUs."""
     if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -155,7 +178,7 @@ def share_buffers(model: nn.Module) -> None:
             dist.broadcast(buffer, src=0)
 
 
-def on_main(accelerator: Accelerator, action: Callable[[], T]) -> T:
+def on_rank_zero(accelerator: "Accelerator", action: Callable[[], T]) -> T:
     """What rank 0 gets from doing something that only it may do, on every rank.
 
     An InputError there ends every process: rank 0 tells, the others leave quietly.
@@ -170,11 +193,11 @@ def on_main(accelerator: Accelerator, action: Callable[[], T]) -> T:
         dist.broadcast_object_list(answer, src=0)
     result, message = answer
     if message is not None:
-        raise told_once(InputError(message))
+        raise report_once(InputError(message))
     return result
 
 
-def mean_over_processes(accelerator: Accelerator, *values: float | Tensor) -> list[float]:
+def mean_over_ranks(accelerator: "Accelerator", *values: float | Tensor) -> list[float]:
     """The mean of each value over all processes, so that all of them decide alike. NaN stays NaN."""
     stacked = torch.stack(
         [torch.as_tensor(v).to(accelerator.device, torch.float64) for v in values]
@@ -183,3 +206,68 @@ def mean_over_processes(accelerator: Accelerator, *values: float | Tensor) -> li
         dist.all_reduce(stacked)
         stacked /= accelerator.num_processes
     return stacked.tolist()
+
+
+class SharedError(InputError):
+    """An InputError that every process raises at the same point: they may still act together."""
+
+
+def together(action: Callable[[], T]) -> T:
+    """What each process gets from its own `action`, in which none waits for another.
+
+    An InputError of any ends all: the first process tells it, the others leave with exit code 2.
+    """
+    result: T | None = None
+    problem: InputError | None = None
+    try:
+        result = action()
+    except InputError as error:
+        problem = error
+    shared = share(problem)
+    if shared is not None:
+        raise report_once(shared) from problem
+    return cast(T, result)
+
+
+def share(problem: InputError | None) -> SharedError | None:
+    """One error for all processes of what any of them met; None where none did. All must call it."""
+    if not _many():
+        return None if problem is None else SharedError(str(problem))
+    mine = None if problem is None else (str(problem), socket.gethostname())
+    met: list[tuple[str, str] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(met, mine)
+    if not any(met):
+        return None
+    texts = {m and m[0] for m in met}
+    if len(texts) == 1:
+        return SharedError(*texts)
+    return SharedError(
+        "\n".join(f"process {i} on {m[1]}: {m[0]}" for i, m in enumerate(met) if m is not None)
+    )
+
+
+def report_once(error: InputError) -> InputError | SystemExit:
+    """What to raise on every process for an error that all have: the first tells, the others are quiet."""
+    return SystemExit(2) if _many() and dist.get_rank() else error
+
+
+def report_alone(error: InputError) -> InputError | SystemExit:
+    """What to raise for an error that this process may be alone with, while the others wait for it.
+
+    Whatever its rank, it tells: nobody else can. Once it has ended, so does the launcher end the others.
+    """
+    if not _many():
+        return error
+    where = f"process {dist.get_rank()} on {socket.gethostname()}"
+    print(f"vitrail: {where}: {error}", file=sys.stderr, flush=True)
+    return SystemExit(2)
+
+
+def peer_lost(error: Exception) -> bool:
+    """Whether a collective failed because another process has ended: in the words of gloo, or of NCCL."""
+    signs = ("closed by peer", "reset by peer", "remote process exited")
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+
+
+def _many() -> bool:
+    return dist.is_initialized() and dist.get_world_size() > 1

@@ -1,0 +1,171 @@
+"""The contract of a task, and the table of those that there are.
+
+A task joins what is true of images (`vitrail.data.examples.Truth`) to a model that says it: its settings,
+what changes a whole batch, how good answers are, what a report shows. Importing this, or a task, does not
+import torch.
+"""
+
+import importlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from vitrail.registry import unknown
+from vitrail_runtime.errors import InputError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+    from vitrail.data.batch import Batch
+    from vitrail.data.examples import Examples
+
+TASKS = {"classify": "vitrail.tasks.classify", "segment": "vitrail.tasks.segment"}
+DEFAULT = "classify"  # of a model that is called by its backbone alone
+
+
+@dataclass(frozen=True)
+class Table:
+    """Figures for a person: a float is shown with three decimals."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[Any, ...], ...]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How good a model is on a data set.
+
+    values: by name, in the order they are shown. headline: the one that chooses best/; higher is better.
+    details: plain data beside them for JSON. notes: lines for a person. said: where it was asked for, what
+    the model said of every image, as arrays in the data's order with `keys`.
+    """
+
+    values: dict[str, float]
+    headline: str
+    tables: tuple[Table, ...] = ()
+    details: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    said: "Mapping[str, np.ndarray] | None" = None
+
+    @property
+    def best(self) -> float:
+        return self.values[self.headline]
+
+    def __getitem__(self, name: str) -> Any:
+        return self.values[name] if name in self.values else self.details[name]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return self.values | self.details
+
+
+class Evaluator(Protocol):
+    """Collects the answers of a model, batch by batch; never holds more than one batch of images."""
+
+    def update(self, outputs: "Mapping[str, Tensor]", batch: "Batch") -> None:
+        """outputs: of the model's `forward_tensors`. batch: of evaluation, on the model's device."""
+        ...
+
+    def said(self) -> "dict[str, np.ndarray]":
+        """What was said of each image so far: rows of arrays, with `indices` into the data."""
+        ...
+
+    def compute(self) -> Scores:
+        """Over all processes, on each. Raises NotFinite, on every process, where an answer is NaN."""
+        ...
+
+
+class Task(Protocol):
+    """What the rest of the house asks of a task.
+
+    truth: the kind of truth that it learns from. settings: a frozen dataclass, its own group of flags.
+    shown: how its headline is called in a line.
+    """
+
+    name: str
+    truth: str
+    headline: str
+    shown: str
+    settings: type
+
+    def options(self, settings: Any) -> dict[str, Any]:
+        """Keywords for the model's `losses`."""
+        ...
+
+    def model_options(self, settings: Any, truth: Any) -> dict[str, Any]:
+        """Attributes of the model that the training data decides, such as the weights of classes."""
+        ...
+
+    def prepare(
+        self, batch: "Batch", key: tuple[int, int, int], settings: Any, num_classes: int
+    ) -> "Batch":
+        """What changes a whole batch on its device, by key (seed, epoch, step): the same on every process."""
+        ...
+
+    def multiple(self, settings: Any) -> int:
+        """A process's share of a batch must be a multiple of this many images."""
+        ...
+
+    def weights(self, settings: Any, truth: Any) -> "np.ndarray | None":
+        """(N,) how often each example is drawn, relative to the others; None: each once an epoch."""
+        ...
+
+    def evaluator(self, model: Any, data: "Examples") -> Evaluator:
+        """Raises InputError where the data's classes are not the model's."""
+        ...
+
+    def sections(self, found: Any) -> list[Any]:
+        """Of the report (`vitrail.tasks.section`)."""
+        ...
+
+
+def task_of(name: str) -> Task:
+    """The task of this name, such as `model.task`."""
+    if name not in TASKS:
+        raise unknown("task", name, TASKS)
+    return importlib.import_module(TASKS[name]).TASK
+
+
+def task_of_model(name: str) -> Task:
+    """The task of the models of this name: "HEAD/BACKBONE" says it by its head."""
+    if "/" not in name:
+        return task_of(DEFAULT)
+    from vitrail.models import parse_name  # and with it torch
+
+    head, _ = parse_name(name)
+    return task_of(DEFAULT if head is None else head.task)
+
+
+def check_truth(task: Task, data: "Examples", model: str) -> None:
+    """Raise InputError unless the data says what this task learns from."""
+    if data.truth.kind != task.truth:
+        fitting = [name for name in TASKS if task_of(name).truth == data.truth.kind]
+        names = " or ".join(map(repr, fitting))
+        raise InputError(
+            f"{model} does the task {task.name!r}, which learns from {task.truth}, but "
+            f"{data.images.source.name} holds {data.truth.kind}, for the task {names}; "
+            "take a model for that (vitrail models --task NAME), or other data"
+        )
+
+
+def label_map(data_classes: Sequence[str], model_classes: Sequence[str]) -> list[int]:
+    """The model's label of each of the data's labels, by name.
+
+    Raises InputError showing both lists when the data has a class that the model does not know.
+    """
+    place = {name: i for i, name in enumerate(model_classes)}
+    strange = [name for name in data_classes if name not in place]
+    if strange:
+        raise InputError(
+            f"the data has classes that the model does not know: {_some(strange)}\n"
+            f"  the model's {len(model_classes)}: {_some(model_classes)}\n"
+            f"  the data's {len(data_classes)}: {_some(data_classes)}\n"
+            "rename the folders to the model's names, or train a model on these classes"
+        )
+    return [place[name] for name in data_classes]
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:20]) + (f", ... ({len(names)} in all)" if len(names) > 20 else "")
