@@ -290,7 +290,7 @@ def test_progress_of_a_check_is_shown_on_a_terminal_alone(class_folders, monkeyp
 def test_the_finding_as_plain_data_has_every_field(class_folders):
     found = check(class_folders({"": {"a": 3, "b": 3}}))
     plain = json.loads(json.dumps(found.to_dict()))
-    assert list(plain) == ["source", "classes", "splits", "errors", "warnings"]
+    assert list(plain) == ["source", "classes", "splits", "errors", "warnings", "notes"]
     assert plain["source"].endswith("set")
     assert plain["splits"][0]["per_class"] == {"a": 3, "b": 3}
     assert list(plain["warnings"]) == ["pictures with a side under 32 pixels"]

@@ -90,6 +90,22 @@ def test_a_target_is_the_whole_map_or_what_a_view_shows_of_it(tmp_path):
     assert not maps.every_class_needed
 
 
+@pytest.mark.parametrize("told", ["ignore\na\nb\nc", "1 a\n2 b\n3 c"])
+def test_zero_without_a_class_is_mmsegmentations_reduce_zero_label(tmp_path, told):
+    ids = random_ids(3, (20, 30), 4)
+    ids[5] = 255
+    root = tmp_path / "set"
+    write_pair(root, "x", ids)
+    (root / "classes.txt").write_text(told)
+    reduced = ids.copy()  # mmseg.datasets.transforms.LoadAnnotations
+    reduced[reduced == 0] = 255
+    reduced = reduced - 1
+    reduced[reduced == 254] = 255
+    maps, problems, _ = class_maps(MaskFolders(root))
+    assert problems == {}
+    assert np.array_equal(maps.read(0), reduced)
+
+
 def test_one_class_alone_is_refused(tmp_path):
     root = mask_set(tmp_path / "set", {"train": 2}, classes=1)
     with pytest.raises(
@@ -281,6 +297,16 @@ def test_a_mask_is_turned_with_its_image_where_it_lies_over_the_stored_pixels(
     assert maps.select([0]).read(0).shape == (36, 24)
 
 
+def test_an_orientation_that_does_not_exist_turns_nothing(tmp_path):
+    ids = random_ids(3, (20, 30))
+    root = mask_set(tmp_path / "set", {"train": 1})
+    write_pair(root, "a", ids, exif=exif(9))
+    Image.fromarray(ids).save(root / "masks/train/a.png", exif=exif(9))
+    maps, problems, notes = class_maps(MaskFolders(root))
+    assert (problems, notes) == ({}, ())
+    assert np.array_equal(maps.read(1), ids)
+
+
 @pytest.mark.parametrize("orientation", [2, 3, 4, 8])
 def test_a_mask_with_an_orientation_of_its_own_is_turned_by_it(tmp_path, orientation):
     root, ids = tmp_path / "set", marked()
@@ -423,6 +449,8 @@ def test_balanced_weights_are_the_median_frequency_over_each():
     f = [200 / 300, 30 / 200, 70 / 200]  # pixels of a class / pixels of the images that contain it
     expected = [0.35 / f[0], 0.35 / f[1], 1.0, 0.0]
     np.testing.assert_allclose(class_weights(counts), expected, rtol=1e-6)
+    one = class_weights(np.array([[1, 3], [0, 4]]))  # f is 1 / 4 and 7 / 8
+    np.testing.assert_allclose(one, [0.5625 / 0.25, 0.5625 / 0.875], rtol=1e-6)
     assert class_weights(counts).dtype == np.float32
     assert class_weights(np.zeros((2, 3), np.int64)).tolist() == [0, 0, 0]
 

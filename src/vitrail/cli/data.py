@@ -18,7 +18,8 @@ HELP = """usage: vitrail data make digits DIR      write the embedded digits (--
        vitrail data check SOURCE         find broken files, duplicates, leaks and missing classes
        vitrail data show SOURCE          draw a contact sheet
 
-A SOURCE is a folder of class folders or of tar shards, a .csv of file and label, or hf:owner/name@revision.
+A SOURCE is a folder of class folders, of images with masks or of tar shards, a .csv of file and label, or
+hf:owner/name@revision.
 vitrail data ACTION --help tells an action's options."""
 
 SHOWN = 10  # places named for each finding
@@ -38,23 +39,23 @@ class MakeFlags:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckFlags:
-    """Decode every picture once; report broken files, duplicates, leaks, imbalance and missing classes.
+    """Decode every image once; report broken files and masks, duplicates, leaks, imbalance, missing classes.
 
     Exit code 0: nothing that spoils a training; 1: something does.
     """
 
     sources: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="SOURCE")]
-    """A folder of class folders or of tar shards, a .csv of file and label, or hf:owner/name@revision."""
+    """A folder of class folders, of images with masks or of tar shards, a .csv, or hf:owner/name@revision."""
     json: bool = False
     """The whole finding as JSON, on stdout."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShowFlags:
-    """Draw a contact sheet: class names, counts, sizes, and pictures of the first split."""
+    """Draw a contact sheet: class names, counts, sizes, and images (with class maps) of the first split."""
 
     sources: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="SOURCE")]
-    """A folder of class folders or of tar shards, a .csv of file and label, or hf:owner/name@revision."""
+    """A folder of class folders, of images with masks or of tar shards, a .csv, or hf:owner/name@revision."""
     out: Path = Path("sheet.png")
     """Where to write it."""
     split: str | None = None
@@ -114,13 +115,24 @@ def show(argv: list[str]) -> None:
     from vitrail.data.opening import open_data, open_source
     from vitrail.data.sheet import contact_sheet, names_without_font
 
-    have = open_source(source).splits()
+    opened = open_source(source)
+    have = opened.splits()
     wanted = [flags.split] if flags.split else ["all"] if have == ("",) else []
     # As a training sees them: without a val split, a part of train is val.
     splits_there = ("train", "val", "test") if "train" in have else have
     wanted += [s for s in splits_there if s in (*have, "val") and s and s not in wanted]
-    classes = open_source(source).classes()
-    splits = [open_data(source, s, classes=classes, skip_broken=True) for s in wanted]
+    unread: dict[str, str] = {}
+    for split in have:  # such as a test split whose files are still in an archive
+        try:
+            opened.count(split)
+        except InputError as error:
+            unread[split] = str(error)
+    if first := unread.get("" if wanted[0] == "all" else wanted[0]):
+        raise InputError(first)
+    classes = opened.classes()
+    splits = [
+        open_data(source, s, classes=classes, skip_broken=True) for s in wanted if s not in unread
+    ]
     sheet = contact_sheet(splits, Path(source).name or str(source), seed=flags.seed)
     try:
         flags.out.parent.mkdir(parents=True, exist_ok=True)
@@ -129,6 +141,8 @@ def show(argv: list[str]) -> None:
         raise InputError(f"{flags.out} cannot be written: {error}") from error
     for note in dict.fromkeys(n for data in splits for n in data.notes):
         print(note)
+    for split, problem in unread.items():
+        print(f"{split} cannot be read: {problem}")
     for data in splits:
         print(f"{data.split}: {len(data):,} pictures of {len(data.classes)} classes")
         for where, what in data.broken[:SHOWN]:
@@ -147,6 +161,7 @@ def report(found: "Checkup") -> list[str]:
     lines = [f"{found.source}: {classes} {'class' if classes == 1 else 'classes'}"]
     for split in found.splits:
         lines += _split_lines(split)
+    lines += [f"note: {note}" for note in found.notes]
     for mark, findings in (("ERROR", found.errors), ("warning", found.warnings)):
         for what, places in findings.items():
             lines.append(f"{mark}: {what}: {len(places):,}")
@@ -159,14 +174,32 @@ def report(found: "Checkup") -> list[str]:
 
 
 def _split_lines(split: "SplitSummary") -> list[str]:
+    if split.pixels:
+        return _mask_lines(split)
     counts = sorted(split.per_class.values())
     each = f"{counts[0]:,}" + (f" to {counts[-1]:,}" if counts[-1] > counts[0] else "")
-    sizes = " / ".join(f"{h} x {w}" for h, w in (split.smallest, split.median, split.largest))
-    return [
-        f"  {split.name}: {split.pictures:,} pictures, {each} a class",
-        f"    height x width, smallest / median / largest: {sizes}; "
-        f"longest shape {split.most_elongated:.1f} : 1",
+    return [f"  {split.name}: {split.pictures:,} pictures, {each} a class", _size_line(split)]
+
+
+def _mask_lines(split: "SplitSummary") -> list[str]:
+    """Of every class, in how many images and which share of all pixels it is."""
+    total = max(1, sum(split.pixels.values()) + split.ignored)
+    wide = max(len(name) for name in (*split.pixels, "no class"))
+    lines = [
+        f"    {name:{wide}}  in {split.per_class[name]:>7,} images {count / total:>7.2%} of pixels"
+        for name, count in split.pixels.items()
     ]
+    if split.ignored:
+        lines.append(f"    {'no class':{wide}}  {'':17} {split.ignored / total:>7.2%} of pixels")
+    return [f"  {split.name}: {split.pictures:,} images", _size_line(split), *lines]
+
+
+def _size_line(split: "SplitSummary") -> str:
+    sizes = " / ".join(f"{h} x {w}" for h, w in (split.smallest, split.median, split.largest))
+    return (
+        f"    height x width, smallest / median / largest: {sizes}; "
+        f"longest shape {split.most_elongated:.1f} : 1"
+    )
 
 
 def _one_source(names: Sequence[str], action: str) -> str:

@@ -2,8 +2,8 @@
 
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,7 @@ import scipy.spatial
 from PIL import Image
 
 from vitrail.data.index import Index, Place, Source, digest, read_index
+from vitrail.data.masks import ClassMaps, MaskSource, read_class_maps
 from vitrail.data.opening import hold_out, open_source
 from vitrail_runtime.errors import ImageError, InputError
 from vitrail_runtime.preprocess import decode
@@ -25,7 +26,11 @@ LOOK_APART = 4.0  # and look the same up to this mean difference of 255
 
 @dataclass(frozen=True)
 class SplitSummary:
-    """Counts and sizes of one split. Sizes are (height, width) in pixels."""
+    """Counts and sizes of one split. Sizes are (height, width) in pixels.
+
+    per_class: images of each class; of masks, images that contain it, and `pixels` counts its pixels;
+    `ignored` are those without a class.
+    """
 
     name: str
     pictures: int
@@ -34,6 +39,8 @@ class SplitSummary:
     median: tuple[int, int]
     largest: tuple[int, int]
     most_elongated: float  # long side over short side
+    pixels: dict[str, int] = field(default_factory=dict)
+    ignored: int = 0
 
 
 @dataclass(frozen=True)
@@ -45,6 +52,7 @@ class Checkup:
     splits: tuple[SplitSummary, ...]
     errors: dict[str, list[str]]  # what -> where
     warnings: dict[str, list[str]]
+    notes: tuple[str, ...] = ()  # what was taken as what
 
     def to_dict(self) -> dict:
         """Plain data for JSON."""
@@ -56,7 +64,7 @@ class _Seen:
     """One picture, as far as comparing needs it."""
 
     split: str
-    label: str
+    label: str  # or the mask's digest
     where: str
     digest: str
     look: bytes = b""  # thumbnail
@@ -72,12 +80,27 @@ def check(source: str | Path) -> Checkup:
     errors: dict[str, list[str]] = defaultdict(list)
     warnings: dict[str, list[str]] = defaultdict(list)
     summaries, seen = [], []
-    indexes = {split: read_index(opened, split) for split in opened.splits()}
+    notes: tuple[str, ...] = ()
+    masks = opened if isinstance(opened, MaskSource) else None
+    indexes = {}
+    for split in opened.splits():
+        try:
+            indexes[split] = read_index(opened, split)
+        except InputError as error:
+            if masks is None:
+                raise
+            errors["splits that cannot be read"].append(f"{split}: {error}")
     for split, index in indexes.items():
-        pictures = list(_look_through(opened, split, index, errors))
-        seen += pictures
-        summaries.append(_summary(split, index, classes))
-        _check_classes(summaries[-1], classes, errors, warnings)
+        if masks is None:
+            truths, summary = index.names, _summary(split, index, classes)
+            _check_classes(summary, classes, errors, warnings)
+        else:
+            maps = read_class_maps(masks, split)
+            truths, summary = maps.digests, _mask_summary(split, index, maps)
+            notes = maps.legend.notes
+            _check_maps(summary.name, maps, errors, warnings)
+        summaries.append(summary)
+        seen += _look_through(opened, split, index, truths, errors)
         small = np.flatnonzero((index.sizes.min(1) < SMALL) & (index.sizes.min(1) > 0))
         if len(small):
             warnings[f"pictures with a side under {SMALL} pixels"] += [
@@ -85,15 +108,19 @@ def check(source: str | Path) -> Checkup:
                 f"{index.sizes[i][0]} x {index.sizes[i][1]}"
                 for i in small.tolist()
             ]
-    _check_splits(indexes, errors)
+    _check_splits(indexes, errors, by_class=masks is None)
     if len(classes) < 2:
         errors["one class only; a classifier needs at least two"].append(", ".join(classes))
-    _compare(seen, errors, warnings)
-    return Checkup(str(source), classes, tuple(summaries), dict(errors), dict(warnings))
+    _compare(seen, errors, warnings, "labels" if masks is None else "masks")
+    return Checkup(str(source), classes, tuple(summaries), dict(errors), dict(warnings), notes)
 
 
 def _look_through(
-    source: Source, split: str, index: Index, errors: dict[str, list[str]]
+    source: Source,
+    split: str,
+    index: Index,
+    truths: Sequence[str],
+    errors: dict[str, list[str]],
 ) -> Iterator[_Seen]:
     positions: Iterable[int] = range(len(index))
     if sys.stderr.isatty():
@@ -119,7 +146,7 @@ def _look_through(
             errors["broken pictures"].append(f"{where}: {problem}")
             continue
         look = Image.fromarray(pixels).resize((LOOK_SIDE, LOOK_SIDE), Image.Resampling.BOX)
-        yield _Seen(split, index.names[i], where, index.digests[i], look.tobytes())
+        yield _Seen(split, truths[i], where, index.digests[i], look.tobytes())
 
 
 def _summary(split: str, index: Index, classes: tuple[str, ...]) -> SplitSummary:
@@ -146,6 +173,30 @@ def _summary(split: str, index: Index, classes: tuple[str, ...]) -> SplitSummary
     )
 
 
+def _mask_summary(split: str, index: Index, maps: ClassMaps) -> SplitSummary:
+    there, pixels = (maps.counts > 0).sum(0).tolist(), maps.counts.sum(0).tolist()
+    return replace(
+        _summary(split, index, ()),
+        per_class=dict(zip(maps.classes, there, strict=True)),
+        pixels=dict(zip(maps.classes, pixels, strict=True)),
+        ignored=int(maps.ignored.sum()),
+    )
+
+
+def _check_maps(
+    split: str,
+    maps: ClassMaps,
+    errors: dict[str, list[str]],
+    warnings: dict[str, list[str]],
+) -> None:
+    for where, problem in maps.problems.values():
+        errors["masks that cannot be used"].append(f"{where}: {problem}")
+    for name in maps.missing():
+        warnings["classes without a pixel"].append(f"{split}: {name}")
+    for note in maps.notes[len(maps.legend.notes) :]:
+        warnings["masks to look at"].append(f"{split}: {note}")
+
+
 def _check_classes(
     summary: SplitSummary,
     classes: tuple[str, ...],
@@ -169,11 +220,13 @@ def _check_classes(
         )
 
 
-def _check_splits(indexes: dict[str, Index], errors: dict[str, list[str]]) -> None:
+def _check_splits(
+    indexes: dict[str, Index], errors: dict[str, list[str]], *, by_class: bool
+) -> None:
     """A training needs pictures of every class to learn from, and others to be measured on."""
     if not {"train", ""} & indexes.keys():
         errors["no train split; a model is trained on one"].append(f"there is {', '.join(indexes)}")
-    elif "val" not in indexes:
+    elif "val" not in indexes and by_class:
         (learnt,) = (index for split, index in indexes.items() if split in ("train", ""))
         good = [i for i in range(len(learnt)) if i not in learnt.problems]
         names = np.array([learnt.names[i] for i in good])
@@ -186,26 +239,36 @@ def _check_splits(indexes: dict[str, Index], errors: dict[str, list[str]]) -> No
 
 
 def _compare(
-    seen: list[_Seen], errors: dict[str, list[str]], warnings: dict[str, list[str]]
+    seen: list[_Seen],
+    errors: dict[str, list[str]],
+    warnings: dict[str, list[str]],
+    truths: str,
 ) -> None:
     exact: dict[str, list[_Seen]] = defaultdict(list)
     for picture in seen:
         exact[picture.digest].append(picture)
     for group in exact.values():
         if len(group) > 1:
-            _file_group(group, "the same bytes", errors, warnings)
+            _file_group(group, "the same bytes", errors, warnings, truths)
     # Thumbnails that agree are a reason to look, not a proof: plain textures agree as well.
     for group in _looking_the_same([group[0] for group in exact.values()]):
-        _file_group(group, "pictures that look the same", warnings, warnings)
+        if truths == "masks":  # those of two frames of a film differ, and both are right
+            group = [replace(picture, label="") for picture in group]
+        _file_group(group, "pictures that look the same", warnings, warnings, truths)
 
 
 def _file_group(
-    group: list[_Seen], what: str, errors: dict[str, list[str]], warnings: dict[str, list[str]]
+    group: list[_Seen],
+    what: str,
+    errors: dict[str, list[str]],
+    warnings: dict[str, list[str]],
+    truths: str = "labels",
 ) -> None:
     line = "  =  ".join(p.where for p in group)
     if len({p.label for p in group}) > 1:
         labels = ", ".join(sorted({p.label for p in group}))
-        errors[f"{what} under different labels"].append(f"{line} ({labels})")
+        told = f" ({labels})" if truths == "labels" else ""
+        errors[f"{what} under different {truths}"].append(line + told)
     if len({p.split for p in group}) > 1:
         errors[f"leaks: {what} in different splits"].append(line)
     elif len({p.label for p in group}) == 1:

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 import numpy as np
 
@@ -93,10 +93,18 @@ class Truth(Protocol):
 
     kind: what it is called in messages; a task says which kind it learns from.
     every_class_needed: whether a class without an example in train or val is an error.
+    problems: position -> (name, what is wrong) where nothing can be said of an image, which is broken then.
+    notes: what a person should know. Both are of a whole split, as its source gives it.
     """
 
     kind: str
     every_class_needed: bool
+
+    @property
+    def problems(self) -> dict[int, tuple[str, str]]: ...
+
+    @property
+    def notes(self) -> tuple[str, ...]: ...
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -139,6 +147,8 @@ class Labels:
     labels: np.ndarray
     kind = "labels"
     every_class_needed = True
+    problems: ClassVar[dict[int, tuple[str, str]]] = {}
+    notes: ClassVar[tuple[str, ...]] = ()
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -20,12 +20,11 @@ from typing import Any
 
 import numpy as np
 
-from vitrail_runtime.errors import InputError
+from vitrail_runtime.errors import InputError, listed
 
 IGNORE = 255  # in class maps: a pixel without a class
 IGNORE_NAME = "ignore"
 MOST_CLASSES = 255  # 0 to 254
-SHOWN = 5  # values in one message
 
 RGB = tuple[int, int, int]
 
@@ -71,8 +70,8 @@ class Legend:
         strangers = [name for name in self.classes if name not in names]
         if strangers:
             raise InputError(
-                f"masks of {source} have classes that are not among those to be learnt: {shown(strangers)}; "
-                f"known are {shown(names)}"
+                f"masks of {source} have classes that are not among those to be learnt: {listed(strangers)}; "
+                f"known are {listed(names)}"
             )
         to = {i: list(names).index(name) for i, name in enumerate(self.classes)}
         # A class that is not among these masks has no colour of theirs.
@@ -91,7 +90,7 @@ class Legend:
             return f"{self.origin} gives {len(self.colours)} colours"
         taught = sorted(v for v, k in self.values.items() if k != IGNORE)
         ignored = sorted(v for v, k in self.values.items() if k == IGNORE)
-        without = f", without a class are {shown(ignored)}" if ignored else ""
+        without = f", without a class are {listed(map(str, ignored))}" if ignored else ""
         return f"classes are {ranges(taught)}{without} ({self.origin})"
 
 
@@ -110,7 +109,7 @@ def read_legend(folder: Path) -> Legend | None:
         mine = [name for _, name, _ in entries if name != IGNORE_NAME]
         if entries and names is not None and [n for n in names if n != IGNORE_NAME] != mine:
             raise InputError(
-                f"{path} and {origin} beside it name other classes: {shown(names)}; and {shown(mine)}; "
+                f"{path} and {origin} beside it name other classes: {listed(names)}; and {listed(mine)}; "
                 "keep one of the files"
             )
         if not entries and names is not None:
@@ -191,7 +190,7 @@ def _legend(entries: list[_Entry], path: Path, told: dict[str, Any]) -> Legend:
     same = sorted({name for name in names if names.count(name) > 1})
     if same:
         raise InputError(
-            f"{path} names classes twice: {shown(same)}; each class needs its own name"
+            f"{path} names classes twice: {listed(same)}; each class needs its own name"
         )
     if len(names) > MOST_CLASSES:
         raise InputError(f"{path} has {len(names)} classes, but at most {MOST_CLASSES} are read")
@@ -207,7 +206,7 @@ def _legend(entries: list[_Entry], path: Path, told: dict[str, Any]) -> Legend:
     twice = {v for v in places if places.count(v) > 1} | (ignored & taught)
     if twice:
         raise InputError(
-            f"{path} gives a value two meanings: {shown(sorted(twice))}; each needs one"
+            f"{path} gives a value two meanings: {listed(map(str, sorted(twice)))}; each needs one"
         )
     values, colours, classes, palette = {}, {}, [], []
     given = told.get("palette")
@@ -257,8 +256,9 @@ def inferred_from_values(values: Iterable[int], source: str) -> Legend:
         )
     if not present or present[-1] < 1:
         raise InputError(
-            f"masks of {source} have one class only: values are {shown(sorted(set(values))) or 'none'}, and "
-            "255 is ignored; if 255 is a class, write classes.txt with the lines `0 background` and "
+            f"masks of {source} have one class only: values are "
+            f"{listed(map(str, sorted(set(values)))) or 'none'}, and 255 is ignored; if 255 is a class, "
+            "write classes.txt with the lines `0 background` and "
             "`255 NAME`"
         )
     count = present[-1] + 1
@@ -295,7 +295,7 @@ def inferred_from_colours(colours: Iterable[int], source: str) -> Legend:
         "colours of the masks",
         (
             f"masks of {source} are RGB and no classes.txt gives their colours: each colour is a class "
-            f"({shown(told)}); name them by lines `NAME R G B`, with `ignore R G B` for what has no class",
+            f"({listed(told)}); name them by lines `NAME R G B`, with `ignore R G B` for what has no class",
         ),
     )
 
@@ -314,13 +314,7 @@ def ranges(values: Sequence[int]) -> str:
     """Sorted values in short: "0 to 10, 12"."""
     cuts = [i for i in range(1, len(values)) if values[i] != values[i - 1] + 1]
     runs = [values[a:b] for a, b in zip([0, *cuts], [*cuts, len(values)], strict=True)]
-    return shown([f"{r[0]} to {r[-1]}" if len(r) > 1 else f"{r[0]}" for r in runs if len(r)])
-
-
-def shown(names: Sequence[Any]) -> str:
-    """The first few of a list, and how many there are."""
-    more = f", ... ({len(names)} in all)" if len(names) > 2 * SHOWN else ""
-    return ", ".join(str(n) for n in names[: 2 * SHOWN]) + more
+    return listed([f"{r[0]} to {r[-1]}" if len(r) > 1 else f"{r[0]}" for r in runs if len(r)])
 
 
 def _is_byte(word: Any) -> bool:

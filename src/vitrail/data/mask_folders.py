@@ -17,9 +17,9 @@ from pathlib import Path
 
 from vitrail.data.folders import SPLIT_NAMES
 from vitrail.data.index import Index, Place, Sample
-from vitrail.data.legend import Legend, read_legend, shown
+from vitrail.data.legend import Legend, read_legend
 from vitrail.data.masks import ClassMaps, infer_legend, read_class_maps
-from vitrail_runtime.errors import InputError
+from vitrail_runtime.errors import InputError, listed
 from vitrail_runtime.preprocess import IMAGE_SUFFIXES
 
 IMAGE_FOLDERS = ("images", "img_dir", "imgs")
@@ -69,7 +69,7 @@ class MaskFolders:
     def pairs(self, split: str) -> list[tuple[str, str]]:
         if split not in self._pairs:
             if self._lists:
-                self._pairs[split] = _listed(self.root, self.name, self._lists[split], split)
+                self._pairs[split] = _by_list(self.root, self.name, self._lists[split])
             else:
                 self._pairs[split] = _paired(self.root, self.name, *self._folders[split])
         return self._pairs[split]
@@ -144,7 +144,7 @@ def _words(line: str) -> list[str]:
     return [w.strip() for w in line.split("\t")] if "\t" in line.strip() else line.split()
 
 
-def _listed(root: Path, name: str, path: Path, split: str) -> list[tuple[str, str]]:
+def _by_list(root: Path, name: str, path: Path) -> list[tuple[str, str]]:
     pairs: list[tuple[str, str]] = []
     seen: dict[str, int] = {}
     try:
@@ -175,7 +175,7 @@ def _listed(root: Path, name: str, path: Path, split: str) -> list[tuple[str, st
             hint = f"; {archive} lies beside it: unpack it there" if archive.is_file() else ""
             raise InputError(
                 f"{path} lists {len(missing)} of {len(pairs)} {what} that do not exist below {name}: "
-                f"{shown(missing)}{hint}"
+                f"{listed(missing)}{hint}"
             )
     return pairs
 
@@ -190,7 +190,7 @@ def _split_folders(root: Path, name: str) -> dict[str, tuple[str, str]]:
     if of_images.keys() != of_masks.keys():
         raise InputError(
             f"{name} has splits in one of its folders only: {images} has "
-            f"{shown(list(of_images)) or 'none'}, {masks} has {shown(list(of_masks)) or 'none'}; give both "
+            f"{listed(list(of_images)) or 'none'}, {masks} has {listed(list(of_masks)) or 'none'}; give both "
             "the same"
         )
     return {s: (f"{images}/{of_images[s]}", f"{masks}/{of_masks[s]}") for s in of_images}
@@ -232,7 +232,7 @@ def _paired(root: Path, name: str, images: str, masks: str) -> list[tuple[str, s
             folder = images if one == "images" else masks
             raise InputError(
                 f"{len(alone)} of {len(its)} {one} in {Path(name) / folder} have no {other} in "
-                f"{Path(name) / there}: {shown([its[stem] for stem in alone])}; the two have the same name "
+                f"{Path(name) / there}: {listed([its[stem] for stem in alone])}; the two have the same name "
                 "up to the ending: add what is missing, or move these away"
             )
     return [(f"{images}/{of_images[s]}", f"{masks}/{of_masks[s]}") for s in sorted(of_images)]

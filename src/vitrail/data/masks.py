@@ -11,7 +11,7 @@ import zipfile
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -24,11 +24,13 @@ from vitrail.data.legend import (
     Legend,
     inferred_from_colours,
     inferred_from_values,
-    shown,
     unpacked,
 )
-from vitrail_runtime.errors import ImageError, InputError
+from vitrail_runtime.errors import ImageError, InputError, listed
 from vitrail_runtime.preprocess import read_size
+
+if TYPE_CHECKING:
+    from vitrail.data.view import View
 
 VERSION = 1  # of the stored index of masks
 NOWHERE = (0, 0, 0)  # the place of a key that is a file
@@ -159,8 +161,8 @@ class ClassMaps:
         values, colour, _ = decode_mask(payload, where)
         return _turned(self.legend.class_map(values, colour), int(self.turns[i]))
 
-    def target(self, i: int, view: Any) -> np.ndarray:
-        """The class map that a `View` of image i shows; without one, that of the whole image."""
+    def target(self, i: int, view: "View | None") -> np.ndarray:
+        """The class map that a view of image i shows; without one, that of the whole image."""
         return self.read(i) if view is None else view.class_map(self.read(i))
 
     def where(self, i: int) -> str:
@@ -193,7 +195,7 @@ def read_class_maps(
     legend = source.legend()
     if len(legend.classes) < 2:
         raise InputError(
-            f"{source.name} has one class only ({shown(legend.classes)}); a segmenter needs at least two: "
+            f"{source.name} has one class only ({listed(legend.classes)}); a segmenter needs at least two: "
             "name the background too"
         )
     if classes is not None:
@@ -252,13 +254,13 @@ def _notes(maps: ClassMaps, index: "MaskIndex", problems: dict) -> list[str]:
     if len(empty):
         notes.append(
             f"{len(empty)} of {len(maps)} masks are all ignored, so their images teach nothing: "
-            f"{shown([maps.where(int(i)) for i in empty])}"
+            f"{listed([maps.where(int(i)) for i in empty])}"
         )
     unsure = np.flatnonzero(good & index.unsure)
     if len(unsure):
         notes.append(
             f"{len(unsure)} images are turned by EXIF and their masks fit both ways; the masks are taken to "
-            f"be upright: {shown([maps.where(int(i)) for i in unsure])}"
+            f"be upright: {listed([maps.where(int(i)) for i in unsure])}"
         )
     return notes
 

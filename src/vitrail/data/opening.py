@@ -12,6 +12,7 @@ from vitrail.data import hub
 from vitrail.data.examples import Examples, Images, shown
 from vitrail.data.folders import ClassFolders
 from vitrail.data.index import Index, Source, read_index
+from vitrail.data.mask_folders import MaskFolders, is_mask_folder
 from vitrail.data.shards import Shards, is_shard, split_of
 from vitrail.data.tables import Table, is_table
 from vitrail_runtime.errors import InputError
@@ -33,6 +34,7 @@ def open_data(
 
     Args:
         source: class folders (ROOT/train/CLASS/*.jpg with val and test beside train, or ROOT/CLASS/*.jpg);
+            images with masks (ROOT/images/train/*.jpg and ROOT/masks/train/*.png, or lists of both);
             a folder of tar shards (train-*.tar, train-*.tar.gz, ...); a .csv or .tsv of file and label; or
             a data set of the hub, hf:owner/name@revision; or what `open_source` gave for one of these, whose
             files are then listed once for all splits.
@@ -84,6 +86,8 @@ def open_data(
                 f"{unsure} pictures stand under several labels with the same content, and stay in train; "
                 f"vitrail data check {source} names them"
             )
+    if split == "train":
+        notes += _not_learnt(data, source)
     data = dataclasses.replace(data, split=split, notes=tuple(notes))
     # A user who gives the names may measure on a part of them, but train and val must cover all.
     _check_every_class(data, source, strict=classes is None or split in ("train", "val"))
@@ -108,6 +112,8 @@ def open_source(source: str | Path) -> Source:
             f"{source} is a file, but neither a table (.csv, .tsv) nor a shard (.tar, .tar.gz); "
             "give a folder of class folders or shards, or a table of file and label"
         )
+    if is_mask_folder(path):
+        return MaskFolders(path)
     entries = sorted(p for p in path.iterdir() if not p.name.startswith("."))
     shards = [p.name for p in entries if is_shard(p)]
     if not shards:
@@ -174,17 +180,24 @@ def _examples(
     source: Source, part: str, classes: tuple[str, ...], skip_broken: bool, notes: list[str]
 ) -> Examples:
     index = read_index(source, part)
-    broken = [
-        (source.where(index.keys[i], _place(index, i)), what) for i, what in index.problems.items()
-    ]
+    truth = source.truth(part, index, classes)
+    problems = {
+        **truth.problems,
+        **{
+            i: (source.where(index.keys[i], _place(index, i)), what)
+            for i, what in index.problems.items()
+        },
+    }
+    broken = [problems[i] for i in sorted(problems)]
     if broken and not skip_broken:
         raise InputError(broken_message(broken, len(index)))
     images = Images(index.keys, index.sizes, index.digests, index.places, source)
-    data = Examples(images, source.truth(part, index, classes), part, tuple(broken))
+    data = Examples(images, truth, part, tuple(broken))
     if broken:
         are = "is" if len(broken) == 1 else "are"
         notes.append(f"{len(broken)} of {len(index)} pictures {are} broken and left out")
-    return data.subset([i for i in range(len(index)) if i not in index.problems])
+    notes += [note for note in truth.notes if note not in notes]  # of parts of one source
+    return data.subset([i for i in range(len(index)) if i not in problems])
 
 
 def broken_message(broken: Sequence[tuple[str, str]], total: int) -> str:
@@ -220,6 +233,16 @@ def _check_every_class(data: Examples, source: str | Path, *, strict: bool) -> N
             f"{data.split} of {source} has no picture of {len(empty)} of {len(data.classes)} classes: "
             f"{shown(empty)}; add some, or remove these classes from every split"
         )
+
+
+def _not_learnt(data: Examples, source: str | Path) -> list[str]:
+    absent = data.truth.missing()
+    if data.truth.every_class_needed or not absent:  # it is an error, or there is nothing to say
+        return []
+    return [
+        f"no example of {len(absent)} of {len(data.classes)} classes in train of {source}, so nothing is "
+        f"learnt of them: {shown(absent)}"
+    ]
 
 
 def _place(index: Index, i: int) -> tuple[int, int, int]:

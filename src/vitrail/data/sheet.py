@@ -9,6 +9,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from vitrail.data.examples import Examples
+from vitrail.data.legend import IGNORE
+from vitrail.data.masks import ClassMaps
+from vitrail_runtime.drawing import colour_of
 
 WIDTH, MARGIN, GAP = 1600, 56, 6  # pixels
 ROW = 92  # height of a row of pictures
@@ -16,19 +19,21 @@ LABELS = 190  # width of the column of class names
 MOST_ROWS = 24  # classes up to which each has a row of its own
 MOST_CELLS = 77  # else one picture a class, in a grid
 CELLS_ACROSS, CELL = 11, 128
+PAIRS_ACROSS, MOST_PAIRS, PAIR_GAP = 3, 12, 18  # images beside their class maps
+ENTRIES, ENTRY, SWATCH = 4, 46, 24  # legend: classes in a row, height of an entry and of its colour
+OPACITY = 0.6  # of classes laid over an image
 PAPER, INK, SOFT, RULE, ACCENT = "#fbfaf7", "#22252b", "#7d8390", "#e4e1d8", "#3f7f8c"
 
 
 def contact_sheet(splits: Sequence[Examples], title: str, *, seed: int = 0) -> Image.Image:
-    """Class names, counts, sizes and pictures of a data set, drawn from its first split.
+    """Class names, counts, sizes and images of a data set, drawn from its first split.
 
-    Up to 24 classes have a row each, filled with pictures in their own shapes; of more, up to 77 show one
-    picture each. `seed` chooses the pictures.
+    Of labels, up to 24 classes have a row each, filled with images in their own shapes; of more, up to 77
+    show one image each. Of class maps, a legend with colours and shares of pixels, and up to 12 images beside
+    their class maps. `seed` chooses the images.
     """
     data = splits[0]
-    counts = np.bincount(data.truth.labels, minlength=len(data.classes))
-    rows = len(data.classes) <= MOST_ROWS
-    body = _rows(data, counts, seed) if rows else _grid(data, seed)
+    body = BODIES[data.truth.kind](data, seed)
     header = _header(splits, title)
     sheet = Image.new("RGB", (WIDTH, header.height + body.height + MARGIN), PAPER)
     sheet.paste(header, (0, 0))
@@ -77,6 +82,11 @@ def _size_plot(
         draw.ellipse((x - 1.5, y - 1.5, x + 1.5, y + 1.5), ACCENT)
     draw.text((right, bottom + 4), "width", SOFT, _font(12), anchor="ra")
     draw.text((left - 6, top), "height", SOFT, _font(12), anchor="ra")
+
+
+def _labels(data: Examples, seed: int) -> Image.Image:
+    counts = np.bincount(data.truth.labels, minlength=len(data.classes))
+    return _rows(data, counts, seed) if len(data.classes) <= MOST_ROWS else _grid(data, seed)
 
 
 def _rows(data: Examples, counts: np.ndarray, seed: int) -> Image.Image:
@@ -132,13 +142,110 @@ def _grid(data: Examples, seed: int) -> Image.Image:
 
 def _chosen(data: Examples, label: int, seed: int) -> list[int]:
     mine = np.flatnonzero(data.truth.labels == label).tolist()
+    return _by_content(data, mine, seed)[:60]
+
+
+def _by_content(data: Examples, indices: Iterable[int], seed: int) -> list[int]:
+    digests = data.images.digests
 
     def rank(i: int) -> str:
-        return hashlib.blake2b(
-            f"{seed}:{data.images.digests[i]}".encode(), digest_size=8
-        ).hexdigest()
+        return hashlib.blake2b(f"{seed}:{digests[i]}".encode(), digest_size=8).hexdigest()
 
-    return sorted(mine, key=rank)[:60]
+    return sorted(indices, key=rank)
+
+
+def _maps(data: Examples, seed: int) -> Image.Image:
+    """Colours, names and shares of all classes, and up to 12 images beside their class maps."""
+    legend, pairs = _legend(data), _pairs(data, _every_class(data, seed))
+    body = Image.new("RGB", (WIDTH, legend.height + pairs.height), PAPER)
+    body.paste(legend, (0, 0))
+    body.paste(pairs, (0, legend.height))
+    return body
+
+
+def _colours(truth: ClassMaps) -> np.ndarray:
+    """(K, 3) uint8: the data set's palette, else colours that are far apart."""
+    own = truth.palette or [colour_of(k) for k in range(len(truth.classes))]
+    return np.array(own, np.uint8).reshape(-1, 3)
+
+
+def _every_class(data: Examples, seed: int) -> list[int]:
+    """Images by a hash of seed and content; first those that a class is waiting for, the rarest first."""
+    there = data.truth.counts > 0
+    order = _by_content(data, range(len(data)), seed)
+    picked: list[int] = []
+    for k in np.argsort(there.sum(0), kind="stable").tolist():
+        holds = [i for i in order if there[i, k]]
+        if holds and not there[picked, k].any() and len(picked) < MOST_PAIRS:
+            picked.append(holds[0])
+    return (picked + [i for i in order if i not in picked])[:MOST_PAIRS]
+
+
+def _legend(data: Examples) -> Image.Image:
+    truth = data.truth
+    counts = [*truth.counts.sum(0).tolist(), int(truth.ignored.sum())]
+    total = max(1, sum(counts))
+    images = [*(truth.counts > 0).sum(0).tolist(), int((truth.ignored > 0).sum())]
+    names = [*truth.classes, *["no class"] * bool(counts[-1])]
+    inks = [*map(tuple, _colours(truth).tolist()), None]
+    column = (WIDTH - 2 * MARGIN + 24) // ENTRIES
+    rows = -(-len(names) // ENTRIES)
+    image = Image.new("RGB", (WIDTH, rows * ENTRY + 24), PAPER)
+    draw = ImageDraw.Draw(image)
+    for at, (name, count, of, ink) in enumerate(zip(names, counts, images, inks, strict=False)):
+        left, top = MARGIN + at % ENTRIES * column, 8 + at // ENTRIES * ENTRY
+        box = (left, top, left + SWATCH, top + SWATCH)
+        draw.rounded_rectangle(box, 5, ink, RULE if ink else SOFT, 1 if ink else 2)
+        told = f"{count / total:.1%}"
+        room = column - 24 - SWATCH - 10
+        wide = _font(15).getlength(told)
+        _write(draw, (left + SWATCH + 10, top - 2), name, 17, room - wide - 12, INK)
+        draw.text((left + SWATCH + 10 + room - wide, top), told, SOFT, _font(15))
+        draw.text((left + SWATCH + 10, top + 18), f"in {of:,} images", SOFT, _font(12))
+    return image
+
+
+def _pairs(data: Examples, indices: Sequence[int]) -> Image.Image:
+    pair = (WIDTH - 2 * MARGIN - (PAIRS_ACROSS - 1) * PAIR_GAP) // PAIRS_ACROSS
+    side = (pair - 2) // 2
+    rows: list[list[tuple[Image.Image, Image.Image]]] = []
+    for n, i in enumerate(indices):
+        if n % PAIRS_ACROSS == 0:
+            rows.append([])
+        rows[-1].append(_image_and_overlay(data, i, side))
+    heights = [max(image.height for image, _ in row) for row in rows]
+    body = Image.new("RGB", (WIDTH, sum(heights) + PAIR_GAP * len(rows)), PAPER)
+    top = 0
+    for row, height in zip(rows, heights, strict=True):
+        for n, (image, overlay) in enumerate(row):
+            left = MARGIN + n * (pair + PAIR_GAP)
+            body.paste(image, (left, top))
+            body.paste(overlay, (left + image.width + 2, top))
+        top += height + PAIR_GAP
+    return body
+
+
+def _image_and_overlay(data: Examples, i: int, side: int) -> tuple[Image.Image, Image.Image]:
+    """Both within `side` x `side`, in their own shape."""
+    height, width = data.images.sizes[i].tolist()
+    scale = side / max(height, width)
+    high, wide = max(1, round(height * scale)), max(1, round(width * scale))
+    shown = Image.fromarray(data.images.read(i, (high, wide)))
+    shown = shown.resize((wide, high), Image.Resampling.LANCZOS)
+    ids = Image.fromarray(data.truth.read(i)).resize((wide, high), Image.Resampling.NEAREST)
+    return shown, _overlay(shown, np.asarray(ids), _colours(data.truth))
+
+
+def _overlay(image: Image.Image, ids: np.ndarray, palette: np.ndarray) -> Image.Image:
+    """The colours of classes laid over an image of the same size; ignored pixels stay as they are."""
+    pixels = np.asarray(image).astype(np.float32)
+    known = ids != IGNORE
+    pixels[known] += OPACITY * (palette[ids[known]] - pixels[known])
+    return Image.fromarray(np.rint(pixels).astype(np.uint8))
+
+
+# Kind of truth -> what is drawn below the header.
+BODIES = {"labels": _labels, "class maps": _maps}
 
 
 def _thumbnail(data: Examples, i: int, size: tuple[int, int]) -> Image.Image:
