@@ -7,6 +7,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils.data._utils.pin_memory import pin_memory
 from torchvision.transforms.v2 import functional as oracle
 
 from vitrail.data.batch import Dense, Padded, collate
@@ -176,3 +178,17 @@ def test_targets_of_any_form_go_to_the_device():
     (moved_map, label) = Dense(torch.zeros(2, 3, 4, 4), said, torch.arange(2)).to(meta, PRE).targets
     assert moved_map is said[0]
     assert label == 7
+
+
+@pytest.mark.parametrize("kind", ["dense", "padded"])
+def test_a_loader_can_pin_a_batch_with_its_targets(monkeypatch, kind):
+    """torch pins objects that have the method, and leaves others where they are."""
+    pinned = []
+    monkeypatch.setattr(Tensor, "pin_memory", lambda self: pinned.append(self) or self.clone())
+    images, targets = torch.zeros(2, 3, 4, 4), {"a": torch.ones(2), "b": (torch.zeros(1), "name")}
+    more = {} if kind == "dense" else {"sizes": ((4, 4), (2, 3))}
+    batch = (Dense if kind == "dense" else Padded)(images, targets, torch.arange(2), **more)
+    found = pin_memory(batch)
+    assert [id(t) for t in pinned] == [id(images), id(targets["a"]), id(targets["b"][0])]
+    assert torch.equal(found.images, images)
+    assert found.targets["b"][1] == "name"

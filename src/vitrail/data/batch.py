@@ -3,7 +3,7 @@
 Behind one protocol: whoever trains or measures need not know how images of several sizes are put together.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, Self
 
@@ -66,6 +66,10 @@ class Dense:
         images = normalised(self.images.to(device, non_blocking=True), preprocessing)
         return replace(self, images=images, targets=_moved(self.targets, device))
 
+    def pin_memory(self) -> "Dense":
+        """In memory from which a GPU copies by itself; a loader asks for it."""
+        return replace(self, images=self.images.pin_memory(), targets=_pinned(self.targets))
+
     def split(self, parts: int) -> list["Dense"]:
         return [
             replace(
@@ -101,6 +105,10 @@ class Padded:
             image[:, height:] = 0
             image[:, :, width:] = 0
         return replace(self, images=images, targets=_moved(self.targets, device))
+
+    def pin_memory(self) -> "Padded":
+        """As `Dense.pin_memory`."""
+        return replace(self, images=self.images.pin_memory(), targets=_pinned(self.targets))
 
     def split(self, parts: int) -> list["Padded"]:
         """A part is as small as its own images allow."""
@@ -151,12 +159,21 @@ def normalised(images: Tensor, preprocessing: Preprocessing) -> Tensor:
 
 
 def _moved(targets: Any, device: torch.device) -> Any:
+    return _each(targets, lambda tensor: tensor.to(device, non_blocking=True))
+
+
+def _pinned(targets: Any) -> Any:
+    return _each(targets, lambda tensor: tensor.pin_memory())
+
+
+def _each(targets: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Every tensor within, changed; all else as it is."""
     if isinstance(targets, Tensor):
-        return targets.to(device, non_blocking=True)
+        return change(targets)
     if isinstance(targets, dict):
-        return {key: _moved(value, device) for key, value in targets.items()}
+        return {key: _each(value, change) for key, value in targets.items()}
     if isinstance(targets, tuple):
-        return tuple(_moved(value, device) for value in targets)
+        return tuple(_each(value, change) for value in targets)
     return targets
 
 

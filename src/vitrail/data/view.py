@@ -61,74 +61,71 @@ class View:
     def class_map(self, ids: np.ndarray) -> np.ndarray:
         """Class of every pixel of the original, (H, W) -> (height, width): that of the nearest pixel;
         NO_CLASS where the image is padded."""
-        geometry = self.geometry
-        rows, columns = (
-            np.floor(
-                (np.arange(self.size[axis]) + 0.5 + geometry.offset[axis]) / geometry.scale[axis]
-            )
-            for axis in (0, 1)
-        )
+        rows, columns = (axis.nearest(n) for axis, n in zip(self._axes(), self.size, strict=True))
         height, width = self.original
         inside = ((rows >= 0) & (rows < height))[:, None] & ((columns >= 0) & (columns < width))
-        picked = ids[
-            rows.clip(0, height - 1).astype(np.int64)[:, None],
-            columns.clip(0, width - 1).astype(np.int64),
-        ]
+        picked = ids[rows.clip(0, height - 1)[:, None], columns.clip(0, width - 1)]
         seen = np.where(inside, picked, np.asarray(NO_CLASS, ids.dtype))
         return seen[:, ::-1].copy() if self.flip else seen
 
     @property
     def geometry(self) -> Geometry:
         """Where the view lies on the original, before it is mirrored."""
+        y, x = self._axes()
+        offset = (y.start * y.scale + y.offset, x.start * x.scale + x.offset)
+        return Geometry(self.original, (y.scale, x.scale), offset)
+
+    def _axes(self) -> tuple["_Axis", "_Axis"]:
         if self.cut is None:
             top, left, height, width = self.crop
-            scale = self.size[0] / height, self.size[1] / width
-            return Geometry(self.original, scale, (top * scale[0], left * scale[1]))
-        (height, width), (u_top, u_left) = self.original, self.cut
-        covering = self._covering(height, width)
+            return _Axis(top, height, self.size[0]), _Axis(left, width, self.size[1])
+        covering = self._covering()
         if covering is None:
-            top, left, keep_h, keep_w = self._kept(height, width)
-            scale = self.size[0] / keep_h, self.size[1] / keep_w
-            return Geometry(self.original, scale, (top * scale[0], left * scale[1]))
-        pad = self._pad(covering)
-        offset = (
-            int(u_top * (covering[0] + 2 * pad - self.size[0] + 1)) - pad,
-            int(u_left * (covering[1] + 2 * pad - self.size[1] + 1)) - pad,
+            top, left, height, width = self._kept()
+            return _Axis(top, height, self.size[0]), _Axis(left, width, self.size[1])
+        top, left, pad = self._corner(covering)
+        height, width = self.original
+        return (
+            _Axis(0, height, covering[0], top - pad),
+            _Axis(0, width, covering[1], left - pad),
         )
-        return Geometry(self.original, (covering[0] / height, covering[1] / width), offset)
 
     def _simple(self, pixels: Tensor) -> Tensor:
-        _, height, width = pixels.shape
-        assert self.cut is not None
-        covering = self._covering(height, width)
+        covering = self._covering()
         if covering is None:
-            top, left, keep_h, keep_w = self._kept(height, width)
-            return self._resize(pixels[:, top : top + keep_h, left : left + keep_w], self.size)
+            top, left, height, width = self._kept()
+            top, height = _scaled(top, height, pixels.shape[1], self.original[0])
+            left, width = _scaled(left, width, pixels.shape[2], self.original[1])
+            return self._resize(pixels[:, top : top + height, left : left + width], self.size)
         pixels = self._resize(pixels, covering)
-        pad = self._pad(covering)
+        top, left, pad = self._corner(covering)
         if pad > 0:
             pixels = F.pad(pixels[None], (pad, pad, pad, pad), mode="reflect")[0]
-        top = int(self.cut[0] * (pixels.shape[1] - self.size[0] + 1))
-        left = int(self.cut[1] * (pixels.shape[2] - self.size[1] + 1))
         return pixels[:, top : top + self.size[0], left : left + self.size[1]]
 
-    def _covering(self, height: int, width: int) -> tuple[int, int] | None:
+    def _corner(self, covering: tuple[int, int]) -> tuple[int, int, int]:
+        """(top, left) of the cut on the padded image, and by how much that is padded."""
+        assert self.cut is not None
+        pad = max(0, min(self.padding, min(covering) - 1))  # reflection needs more than it adds
+        top = int(self.cut[0] * (covering[0] + 2 * pad - self.size[0] + 1))
+        return top, int(self.cut[1] * (covering[1] + 2 * pad - self.size[1] + 1)), pad
+
+    def _covering(self) -> tuple[int, int] | None:
         """The size at which the image covers the result; None where that is far larger than the result: an
         image of 1 x 5000 must not grow to its full length."""
+        height, width = self.original
         scale = max(self.size[0] / height, self.size[1] / width)
         covering = max(self.size[0], round(height * scale)), max(self.size[1], round(width * scale))
         return None if covering[0] * covering[1] > LARGE * self.size[0] * self.size[1] else covering
 
-    def _kept(self, height: int, width: int) -> Box:
+    def _kept(self) -> Box:
         """What is kept of an elongated image, before it is resized."""
         assert self.cut is not None
+        height, width = self.original
         scale = max(self.size[0] / height, self.size[1] / width)
         keep_h, keep_w = math.ceil(self.size[0] / scale), math.ceil(self.size[1] / scale)
         top = int(self.cut[0] * (height - keep_h + 1))
         return top, int(self.cut[1] * (width - keep_w + 1)), keep_h, keep_w
-
-    def _pad(self, covering: tuple[int, int]) -> int:
-        return max(0, min(self.padding, min(covering) - 1))  # reflection needs more than it adds
 
     def _resize(self, pixels: Tensor, size: tuple[int, int]) -> Tensor:
         # torch resizes 8-bit channels-last pixels with antialiasing by vector instructions: six times as
@@ -137,6 +134,26 @@ class View:
             return pixels
         mode = self.interpolation
         return F.interpolate(pixels[None], size, mode=mode, align_corners=False, antialias=True)[0]
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """Rows or columns of a view: `length` of the original from `start` on become `pixels`, shown from the one
+    at `offset` on."""
+
+    start: int
+    length: int
+    pixels: int
+    offset: int = 0
+
+    @property
+    def scale(self) -> float:
+        return self.pixels / self.length
+
+    def nearest(self, count: int) -> np.ndarray:
+        """The original's pixel that the centre of each of `count` pixels lies in; in whole numbers, exact."""
+        centres = 2 * (np.arange(count) + self.offset) + 1
+        return self.start + centres * self.length // (2 * self.pixels)
 
 
 def draw_view(
