@@ -124,6 +124,15 @@ def read_predictions(path: Path, data: Examples) -> dict[str, np.ndarray]:
     )
 
 
+def read_scores(path: Path) -> dict[str, Any]:
+    """metrics.json of a model folder; nothing where it is gone or damaged: not all reports need it."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def curves(history: Sequence[dict[str, Any]], headline: str) -> str:
     """Losses, score and learning rate by step; the page is about the model of the ringed evaluation."""
     drawn = []

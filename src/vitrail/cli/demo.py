@@ -52,7 +52,8 @@ def run(argv: list[str]) -> int:
     scores = evaluate(model, test, predictions=True)
     seen = scores.said
     assert seen is not None
-    report = write_report(flags.out / "report.html", model, test, seen, run=out, split="test")
+    about = {"scores": scores.to_dict(), "run": out, "split": "test"}
+    report = write_report(flags.out / "report.html", model, test, seen, **about)
 
     print("4/4  predict three pictures", flush=True)
     # One wrong answer among the three, where there is one: a demo should show those too.

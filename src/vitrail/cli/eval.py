@@ -109,7 +109,8 @@ def measure(flags: EvalFlags, folder: Path) -> "Scores":
         from vitrail.analysis.report import write_report
 
         assert scores.said is not None
-        write_report(flags.report, model, data, scores.said, run=flags.run, split=flags.split)
+        about: dict[str, Any] = {"run": flags.run, "split": flags.split}
+        write_report(flags.report, model, data, scores.said, scores=scores.to_dict(), **about)
         print(f"vitrail: wrote {flags.report}", file=sys.stderr)
     return scores
 

@@ -69,7 +69,7 @@ def model_to_show(folder: Path) -> str:
 
 def report_run(config: Any, folder: Path, name: str = "best") -> Path:
     """The page about a run's best model, from what it said of the validation images."""
-    from vitrail.analysis.report import read_predictions, write_report
+    from vitrail.analysis.report import read_predictions, read_scores, write_report
     from vitrail.data import open_data
     from vitrail.models import load
 
@@ -77,7 +77,9 @@ def report_run(config: Any, folder: Path, name: str = "best") -> Path:
     how: dict[str, Any] = {"skip_broken": config.skip_broken, "val_fraction": config.val_fraction}
     data = open_data(config.data, "val", classes=model.classes, **how)
     predictions = read_predictions(folder / name / "predictions.npz", data)
-    return write_report(folder / "report.html", model, data, predictions, run=folder)
+    scores = read_scores(folder / name / "metrics.json")
+    page = folder / "report.html"
+    return write_report(page, model, data, predictions, scores=scores, run=folder)
 
 
 def start_flags(argv: list[str]) -> argparse.Namespace:
