@@ -248,7 +248,7 @@ def test_maps_of_any_integers_keep_their_type():
         assert set(np.unique(seen)) - {NO_CLASS} <= set(range(1000, 1576))
 
 
-@pytest.mark.parametrize("name", ["random_resized", "simple", "whole"])
+@pytest.mark.parametrize("name", ["random_resized", "simple, unpadded", "whole"])
 def test_an_image_decoded_reduced_shows_the_regions_of_the_whole_class_map(name):
     """Away from borders between regions: of a reduced image a part begins at a whole pixel."""
     wrong = total = 0
