@@ -116,7 +116,7 @@ def read_predictions(path: Path, data: Examples) -> dict[str, np.ndarray]:
         keys = found.get("keys", np.array(0)).tolist()
         if rows == {len(data)} and keys == list(data.keys):
             return found
-        problem = "is about other images"
+        problem = "is about other images" if "keys" in found else "is damaged (it has no keys)"
     name = data.images.source.name
     raise InputError(
         f"{path} {problem}; measure the model anew: vitrail eval {path.parent} --data {name} "

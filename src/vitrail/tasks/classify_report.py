@@ -24,6 +24,7 @@ from vitrail.tasks.section import (
     isolated,
     span,
 )
+from vitrail_runtime.errors import InputError
 
 MANY_CLASSES = 30  # above this a confusion matrix is unreadable and only its worst cells are shown
 
@@ -54,10 +55,8 @@ class Scored:
 
 def sections(found: Found) -> list[Section]:
     """found.said: probabilities (N, K), labels and predicted (N,)."""
-    probabilities = np.asarray(found.said["probabilities"], np.float64)
-    labels, predicted = (np.asarray(found.said[key]) for key in ("labels", "predicted"))
-    names = tuple(map(as_text, found.model.classes))
-    scored = Scored(probabilities, labels, predicted, names)
+    scored = checked(found)
+    labels, names = scored.labels, scored.classes
     said = [
         Section("", (tiles(found.model, scored),), opening=True),
         Section(
@@ -78,6 +77,21 @@ def sections(found: Found) -> list[Section]:
     classes = ("classes", f"{len(names)}, {span(counts)} pictures each")
     said.append(Section(f"Pictures of {found.split}", (data_rows(found.data, [classes]),)))
     return said
+
+
+def checked(found: Found) -> Scored:
+    """What was said, once it has the form of a classifier's answers; else raises InputError."""
+    names = tuple(map(as_text, found.model.classes))
+    anew = "measure the model anew: vitrail eval RUN --data DATA --report FILE.html"
+    for key in ("probabilities", "labels", "predicted"):
+        if key not in found.said:
+            raise InputError(f"predictions.npz is damaged (it has no {key}); {anew}")
+    probabilities = np.asarray(found.said["probabilities"], np.float64)
+    labels, predicted = (np.asarray(found.said[key]) for key in ("labels", "predicted"))
+    count = len(labels)
+    if probabilities.shape != (count, len(names)) or predicted.shape != (count,):
+        raise InputError(f"predictions.npz is about other images or classes; {anew}")
+    return Scored(probabilities, labels, predicted, names)
 
 
 def tiles(model: Any, scored: Scored) -> Tiles:
