@@ -5,7 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageColor
 
 from tests.data.masks import mask_set, random_ids, write_pair
 from vitrail.cli import main
@@ -178,6 +178,9 @@ def test_a_sheet_shows_a_legend_and_images_beside_their_class_maps(plain):
     shown = body[top : top + high, left + side + 2 : left + 2 * side + 2]
     mixed = {n: [round(sheet.OPACITY * c) for c in rgb] for n, rgb in COLOURS.items()}
     assert of_colour(shown[: high // 2 - 4, : side // 2 - 4], mixed["a"]).mean() > 0.98
+    between = body[5 : high // 2 - 5, left + side : left + side + 3]
+    paper = of_colour(between, ImageColor.getrgb(sheet.PAPER)).all(0)
+    assert paper.tolist() == [True, True, False], "two pixels apart"
     second = [of_colour(shown[: high // 2 - 4, side // 2 + 4 :], mixed[n]).mean() for n in "bc"]
     assert max(second) > 0.98
     assert of_colour(shown[high // 2 + 4 :], (0, 0, 0)).mean() > 0.98, "no class: the image itself"
@@ -214,3 +217,42 @@ def test_the_sheet_of_masks_is_written_and_what_is_left_out_is_told(root, tmp_pa
     assert "train: 2 pictures of 3 classes" in said
     assert f"broken: {root}/masks/train/001.png: is not a picture" in said
     assert Image.open(out).width == sheet.WIDTH
+
+
+def test_a_legend_tells_colour_name_share_and_images_of_every_class_in_columns(
+    tmp_path, monkeypatch
+):
+    """Six classes and no class: two rows of four columns, whose last one ends at the margin."""
+    root, names = tmp_path / "set", "abcdef"
+    for i in range(3):
+        ids = np.zeros((10, 20), np.uint8)
+        ids[:5] = 255 if i == 0 else 0
+        for k in range(1, 6 - i):
+            ids[9, k] = k
+        write_pair(root, f"{i}", ids)
+    (root / "classes.txt").write_text("\n".join(names))
+    told, titles = {}, {}
+    monkeypatch.setattr(
+        "PIL.ImageDraw.ImageDraw.text",
+        lambda self, at, text, ink, font: told.setdefault(at, (text, font.getlength(text))),
+    )
+    monkeypatch.setattr(
+        sheet,
+        "_write",
+        lambda draw, at, name, size, width, ink: titles.setdefault(name, (at, width)),
+    )
+    body = sheet._legend(open_data(root, "all"))
+    assert body.size == (1600, 2 * 46 + 24)
+    counts = {"a": 600 - 100 - 5 - 4 - 3, "b": 3, "c": 3, "d": 3, "e": 2, "f": 1, "no class": 100}
+    images = {"a": 3, "b": 3, "c": 3, "d": 3, "e": 2, "f": 1, "no class": 1}
+    assert list(titles) == list(counts)
+    for k, (name, count) in enumerate(counts.items()):
+        left, top = 56 + k % 4 * 378, 8 + k // 4 * 46
+        (share, wide), place = next(
+            ((text, at) for at, text in told.items() if at[1] == top and left < at[0] < left + 378)
+        )
+        assert share == f"{count / 600:.1%}"
+        assert place[0] + wide == pytest.approx(left + 378 - 24)
+        assert titles[name][0] == (left + 34, top - 2)
+        assert titles[name][1] == pytest.approx(378 - 24 - 34 - wide - 12)
+        assert told[left + 34, top + 18][0] == f"in {images[name]:,} images"
