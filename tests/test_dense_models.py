@@ -262,19 +262,22 @@ def test_predictions_have_a_class_for_every_pixel_of_the_original(upernet, tmp_p
         assert np.array_equal(again.segmentation, p.segmentation)
 
 
-def test_what_is_for_classifiers_refuses_a_segmenter(upernet, tmp_path, capsys):
+def test_labels_of_whole_images_teach_and_measure_no_segmenter(upernet, tmp_path, capsys):
     from vitrail.cli import main
 
     vitrail.save(upernet, tmp_path / "model")
     data = tmp_path / "data"
     for name in NAMES:
-        (data / "val" / name).mkdir(parents=True)
-        Image.new("RGB", (20, 20)).save(data / "val" / name / "a.png")
-    for argv, said in (
-        (["train", "--data", str(data), "--model", "linear/resnet18"], "does the task 'segment'"),
-        (["eval", str(tmp_path / "model"), "--data", str(data)], "does the task 'segment'"),
+        for split in ("train", "val"):
+            (data / split / name).mkdir(parents=True)
+            Image.new("RGB", (20, 20)).save(data / split / name / "a.png")
+    out = ["--out", str(tmp_path / "run")]
+    for argv in (
+        ["train", "--data", str(data), "--model", "linear/resnet18", *out],
+        ["eval", str(tmp_path / "model"), "--data", str(data)],
     ):
         assert main(argv) == 2
+        said = "does the task 'segment', which learns from class maps, but"
         assert said in capsys.readouterr().err
 
 
