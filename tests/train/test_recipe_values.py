@@ -360,6 +360,20 @@ def swin(size: str, drop_path: float) -> Table:
     return named(SWIN, f"swin_{size}_patch4_window7") | told
 
 
+SEGMENT: Table = FINETUNE | {
+    "batch_size": (16, OURS),
+    "lr": (1e-3, OURS),
+    "layer_decay": (1.0, OURS),
+    "warmup_epochs": (1, OURS),
+    "eval_every": (5, OURS),
+    "log_every": (10, OURS),
+    "augmentation.scale": ((0.3, 1.0), OURS),
+    "augmentation.ratio": ((0.9, 1.8), OURS),
+    "augmentation.interpolation": ("bilinear", OURS),
+    "augmentation.random_erasing": (0.0, "noise would stand over pixels with a class"),
+}
+
+
 TABLES: dict[str, Table] = {
     "deit_tiny": named(DEIT, "deit_tiny_patch16"),
     "deit_small": named(DEIT, "deit_small_patch16"),
@@ -384,6 +398,7 @@ TABLES: dict[str, Table] = {
     "mobilenetv3_large": MOBILENETV3,
     "efficientnet_b0": EFFICIENTNET,
     "finetune_small": FINETUNE,
+    "segment_small": SEGMENT,
     "digits": DIGITS,
     "cifar10_efficientvit_m0": CIFAR_M0,
     "cifar10_vit_tiny": CIFAR_VIT,

@@ -65,33 +65,40 @@ def open_data(
     found = [_examples(opened, part, names, skip_broken, notes) for part in parts]
     data = found[0] if len(found) == 1 else _joined(found)
     if cut:
-        strata, digests = data.truth.strata(), data.images.digests
-        held_out = hold_out(strata, digests, val_fraction, seed)
-        unsure = int(contradictory(strata, digests).sum())
-        kept = data.subset(np.flatnonzero(held_out if split == "val" else ~held_out))
-        few = [name for name in kept.truth.missing() if name not in data.truth.missing()]
-        if few and data.truth.every_class_needed:
-            raise InputError(
-                f"{source} has no val split, and {len(few)} of {len(names)} classes have too few pictures to "
-                f"hold out some of them: {shown(few)}; add some, or give a val split"
-            )
-        data = kept
-        part = "the training pictures" if have != ("",) else "the pictures"
-        notes.append(
-            f"{source} has no val split: {val_fraction:.0%} of {part} of each class are held out as val "
-            f"(seed {seed})"
-        )
-        if unsure:
-            notes.append(
-                f"{unsure} pictures stand under several labels with the same content, and stay in train; "
-                f"vitrail data check {source} names them"
-            )
+        data = _cut(data, source, split, val_fraction, seed, whole=have == ("",))
+        notes += data.notes
     if split == "train":
         notes += _not_learnt(data, source)
     data = dataclasses.replace(data, split=split, notes=tuple(notes))
     # A user who gives the names may measure on a part of them, but train and val must cover all.
     _check_every_class(data, source, strict=classes is None or split in ("train", "val"))
     return data
+
+
+def _cut(
+    data: Examples, source: str, split: str, fraction: float, seed: int, *, whole: bool
+) -> Examples:
+    """The part of train (or of the `whole` set) that is val, or what is left; its `notes` tell."""
+    strata, digests = data.truth.strata(), data.images.digests
+    held_out = hold_out(strata, digests, fraction, seed)
+    unsure = int(contradictory(strata, digests).sum())
+    kept = data.subset(np.flatnonzero(held_out if split == "val" else ~held_out))
+    few = [name for name in kept.truth.missing() if name not in data.truth.missing()]
+    if few and data.truth.every_class_needed:
+        raise InputError(
+            f"{source} has no val split, and {len(few)} of {len(data.classes)} classes have too few pictures "
+            f"to hold out some of them: {shown(few)}; add some, or give a val split"
+        )
+    part = "the pictures" if whole else "the training pictures"
+    notes = [
+        f"{source} has no val split: {fraction:.0%} of {part} of each class are held out as val (seed {seed})"
+    ]
+    if unsure:
+        notes.append(
+            f"{unsure} pictures stand under several labels with the same content, and stay in train; "
+            f"vitrail data check {source} names them"
+        )
+    return dataclasses.replace(kept, notes=tuple(notes))
 
 
 def open_source(source: str | Path) -> Source:

@@ -17,6 +17,7 @@ from vitrail.data.shards import is_shard
 from vitrail.registry import config_class
 from vitrail.tasks.task import Task, task_of_model
 from vitrail.train.config import TrainConfig, model_name
+from vitrail.weights import RELEASED_WEIGHTS
 from vitrail_runtime.errors import InputError
 
 
@@ -26,7 +27,8 @@ def resolve(config: TrainConfig) -> TrainConfig:
     Without a model, a run that starts from a model folder of ours trains that model: its name, its paper's
         fields and how it sees images, except where the configuration says otherwise.
     """
-    folder = models.model_folder(config.weights) if config.weights else None
+    released = config.weights in RELEASED_WEIGHTS
+    folder = models.model_folder(config.weights) if config.weights and not released else None
     if not config.model and folder is not None and (folder / "config.json").is_file():
         saved = models.read_config(folder)
         head, entry = models.parse_name(saved["name"])
@@ -153,6 +155,8 @@ def starting_weights(source: str, classes: tuple[str, ...]) -> Any:
 
     A head of as many classes with other names would load, and start out calling everything by a wrong name.
     """
+    if source in RELEASED_WEIGHTS:
+        return source
     folder = models.model_folder(source)
     if not (folder / "config.json").is_file():
         return source

@@ -74,7 +74,9 @@ class TrainConfig:
     out: str = ""
     """The run folder; empty: runs/MODEL. A run that stands there is continued."""
     weights: str | None = None
-    """Start from a file, a model folder, a run folder (its best model) or hf:owner/name@revision."""
+    """Start from "pretrained" (the released weights of the model's name; "auto": where they can be had), a
+    file, a model folder, a run folder (its best model) or hf:owner/name@revision.
+    """
     train_only: Literal["full", "head"] = "full"
     """"head" freezes the backbone, its BatchNorm statistics included."""
     model_fields: dict[str, Any] = field(default_factory=dict)
@@ -196,7 +198,10 @@ def model_name(config: TrainConfig) -> str:
         return config.model
     if config.weights:
         from vitrail import models  # and with it torch
+        from vitrail.weights import RELEASED_WEIGHTS
 
+        if config.weights in RELEASED_WEIGHTS:
+            return DEFAULT_MODEL
         folder = models.model_folder(config.weights)
         if (folder / "config.json").is_file():
             return models.read_config(folder)["name"]

@@ -38,8 +38,8 @@ def introduce(run: Run) -> None:
     if report is not None:
         run.progress.say(str(report))
     elif config.weights is None and not at.step and len(run.train_data) < SMALL:
-        known = weight_sources(config.model)
-        known = f", such as --weights {known[0]}" if known else ""
+        known = weight_sources(config.model.rpartition("/")[2])
+        known = f": --weights pretrained takes {known[0]}" if known else ""
         run.progress.say(
             f"starting from random weights; on {len(run.train_data)} images, weights trained on many "
             f"do far better{known}"

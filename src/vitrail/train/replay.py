@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vitrail.adapt.freeze import freeze, train_mode
 from vitrail.data.batch import Batch
-from vitrail.train.config import read_config
+from vitrail.train.config import TrainConfig, read_config
 from vitrail.train.folder import RunFolder, explained
 from vitrail.train.state import newest_whole, whole
 from vitrail.weights.files import read_metadata, read_safetensors, write_state
@@ -93,18 +93,7 @@ def replay(path: str | Path) -> dict[str, Any]:
     from vitrail.train.build import build_model, task_and_settings
     from vitrail.train.run import seed_update
 
-    folder = RunFolder(path)
-    file = folder.path / NAME
-    if not file.is_file():
-        raise InputError(f"{folder.path} keeps no batch: there is no {NAME} in it")
-    config = replace(read_config(folder.config), weights=None)
-    try:
-        tensors = read_safetensors(file)
-        about = json.loads(read_metadata(file)["vitrail"])
-    except (OSError, KeyError, ValueError) as error:
-        raise InputError(
-            f"{file} is not whole ({error}); train again to keep the batch anew"
-        ) from error
+    config, tensors, about = _kept(RunFolder(path))
     weights = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
     model = build_model(config, tuple(about["classes"]))
     freeze(model, config.train_only)
@@ -157,6 +146,20 @@ def replay(path: str | Path) -> dict[str, Any]:
         "images": [about["images"][i] for i in bad],
         "num_images": len(about["images"]),
     }
+
+
+def _kept(folder: RunFolder) -> tuple[TrainConfig, dict[str, Tensor], dict[str, Any]]:
+    """The configuration of a run, and what `keep_batch` wrote."""
+    file = folder.path / NAME
+    if not file.is_file():
+        raise InputError(f"{folder.path} keeps no batch: there is no {NAME} in it")
+    config = replace(read_config(folder.config), weights=None)
+    try:
+        return config, read_safetensors(file), json.loads(read_metadata(file)["vitrail"])
+    except (OSError, KeyError, ValueError) as error:
+        raise InputError(
+            f"{file} is not whole ({error}); train again to keep the batch anew"
+        ) from error
 
 
 def verdict(found: Mapping[str, Any]) -> str:

@@ -44,6 +44,7 @@ from vitrail.train.state import (
 )
 from vitrail.train.threads import choose_threads
 from vitrail_runtime.errors import InputError
+from vitrail_runtime.preprocess import Preprocessing
 
 
 def set_up(config: TrainConfig, accelerator: Accelerator, folder: RunFolder) -> Run:
@@ -69,30 +70,11 @@ def set_up(config: TrainConfig, accelerator: Accelerator, folder: RunFolder) -> 
     position = Position()
     if saved is not None:
         position = together(lambda: restored(saved, model, optimizer, ema))
-        position.rows, lost = on_rank_zero(accelerator, lambda: folder.keep_rows(position.rows))
+        position.rows, lost = on_rank_zero(accelerator, lambda: mended(folder, config, position))
         notes += lost
-        if not on_rank_zero(accelerator, lambda: folder.config_is(config)):
-            on_rank_zero(accelerator, lambda: folder.write_config(config))
-            notes.append(f"{folder.config} was not that of this run any more, and is written anew")
-
-    per_epoch = [plan.steps(epoch) for epoch in range(config.epochs)]
-    total = min(sum(per_epoch), config.max_steps or sum(per_epoch))
-    warmup = min(round(config.warmup_epochs * sum(per_epoch) / config.epochs), total // 2)
+    total, warmup = count_updates(config, plan)
     if accelerator.num_processes == 1:
         choose_threads(config, model, plan, updates=total, saved=saved)
-    progress = Progress(total, minutes=config.max_minutes, speaks=accelerator.is_main_process)
-    augmentation = replace(
-        config.augmentation, mean=model.preprocessing.mean, std=model.preprocessing.std
-    )
-    loader = TrainLoader(
-        train_data,
-        plan,
-        augmentation,
-        rank=accelerator.process_index,
-        world=accelerator.num_processes,
-        workers=choose_workers(config, accelerator),
-        pin_memory=accelerator.device.type == "cuda",
-    )
     run = Run(
         config=config,
         accelerator=accelerator,
@@ -102,12 +84,12 @@ def set_up(config: TrainConfig, accelerator: Accelerator, folder: RunFolder) -> 
         train_data=train_data,
         val_data=val_data,
         plan=plan,
-        loader=loader,
+        loader=build_loader(config, train_data, plan, model.preprocessing, accelerator),
         model=model,
         objective=objective,
         optimizer=optimizer,
         ema=ema,
-        progress=progress,
+        progress=Progress(total, minutes=config.max_minutes, speaks=accelerator.is_main_process),
         at=position,
         total_steps=total,
         warmup_steps=warmup,
@@ -119,6 +101,42 @@ def set_up(config: TrainConfig, accelerator: Accelerator, folder: RunFolder) -> 
         with explained(folder):
             run.scalars = Scalars(folder.path / "tensorboard", position.step)
     return run
+
+
+def mended(folder: RunFolder, config: TrainConfig, position: Position) -> tuple[int, list[str]]:
+    """Bring the folder's rows and config.yaml to where the run goes on; how many rows there are, and what a
+    person should know."""
+    rows, notes = folder.keep_rows(position.rows)
+    if not folder.config_is(config):
+        folder.write_config(config)
+        notes.append(f"{folder.config} was not that of this run any more, and is written anew")
+    return rows, notes
+
+
+def count_updates(config: TrainConfig, plan: BatchPlan) -> tuple[int, int]:
+    """Of the whole run, and of the warm-up."""
+    per_epoch = [plan.steps(epoch) for epoch in range(config.epochs)]
+    total = min(sum(per_epoch), config.max_steps or sum(per_epoch))
+    return total, min(round(config.warmup_epochs * sum(per_epoch) / config.epochs), total // 2)
+
+
+def build_loader(
+    config: TrainConfig,
+    data: Examples,
+    plan: BatchPlan,
+    preprocessing: Preprocessing,
+    accelerator: Accelerator,
+) -> TrainLoader:
+    """Of this process's share of every batch."""
+    return TrainLoader(
+        data,
+        plan,
+        replace(config.augmentation, mean=preprocessing.mean, std=preprocessing.std),
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+        workers=choose_workers(config, accelerator),
+        pin_memory=accelerator.device.type == "cuda",
+    )
 
 
 def open_splits(config: TrainConfig, world: int) -> tuple[Examples, Examples]:
