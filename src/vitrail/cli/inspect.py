@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from tyro.conf import FlagCreatePairsOff, Positional, arg
+
 from vitrail.cli.flags import parse_flags
 from vitrail_runtime.errors import InputError
 
@@ -23,6 +25,82 @@ A MODEL is a run folder, a model folder or a name of `vitrail models` (with --we
 vitrail inspect ACTION --help tells an action's options."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class CollapseFlags:
+    """Compare the attention maps of a model's blocks, on pictures, and write a page.
+
+    A block whose maps are those of the block before adds little: as depth grows, plain ViTs have more and
+    more of them (DeepViT, 2021). Several models are drawn side by side.
+    """
+
+    models: Annotated[Positional[tuple[str, ...]], arg(metavar="MODEL...")]
+    """Run folders, model folders or names."""
+    images: Path
+    """A picture, or a folder of them."""
+    out: Path = Path("collapse.html")
+    """The page."""
+    threshold: float = 0.9
+    """From which similarity on a block counts as similar."""
+    within: int = 1
+    """How many blocks before it a block is compared with for the count."""
+    count: int = 8
+    """How many pictures are taken, evenly from all."""
+    weights: str | None = None
+    """Weights for a model given by name: pretrained, a file, a folder or hf:owner/name@revision."""
+    device: str = "auto"
+    """Where the model runs, such as cpu or cuda; auto: a GPU where there is one."""
+    json: bool = False
+    """The numbers as JSON on stdout."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadsFlags:
+    """Compare the heads of each attention layer, measure how far they reach, and write a page."""
+
+    models: Annotated[Positional[tuple[str, ...]], arg(metavar="MODEL...")]
+    """Run folders, model folders or names."""
+    images: Path
+    """A picture, or a folder of them."""
+    out: Path = Path("heads.html")
+    """The page."""
+    count: int = 8
+    """How many pictures are taken, evenly from all."""
+    weights: str | None = None
+    """Weights for a model given by name: pretrained, a file, a folder or hf:owner/name@revision."""
+    device: str = "auto"
+    """Where the model runs, such as cpu or cuda; auto: a GPU where there is one."""
+    json: bool = False
+    """The numbers as JSON on stdout."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportanceFlags:
+    """Weigh the channels of a trained model by stage and by Q, K, V and FFN, and write a page.
+
+    With --slim a model with fewer of them is written as well, ready to be fine-tuned: vitrail train
+    --weights OUT. Queries, keys and FFNs shrink; values keep their width (EfficientViT, 2023).
+    """
+
+    model: Annotated[Positional[Path], arg(metavar="RUN")]
+    """A run folder (its best model) or a model folder."""
+    data: str
+    """Labelled pictures: class folders, tar shards or a CSV file."""
+    split: Literal["train", "val", "test", "all"] = "train"
+    """Which of them."""
+    count: int = 256
+    """How many pictures are taken, evenly from all."""
+    batch_size: int = 16
+    """Pictures at a time."""
+    slim: float | None = None
+    """Share of the query, key and FFN channels that the slimmer model keeps, such as 0.5."""
+    out: Path = Path("importance")
+    """The folder for importance.html and, with --slim, the slimmer model."""
+    device: str = "auto"
+    """Where the model runs, such as cpu or cuda; auto: a GPU where there is one."""
+    skip_broken: bool = False
+    """Leave out pictures that cannot be read, instead of stopping."""
+
+
 def run(argv: list[str]) -> int | None:
     actions = {"collapse": collapse, "heads": heads, "importance": importance}
     if not argv or argv[0] in ("-h", "--help"):
@@ -34,35 +112,6 @@ def run(argv: list[str]) -> int | None:
 
 
 def collapse(argv: list[str]) -> None:
-    from tyro.conf import FlagCreatePairsOff, Positional, arg
-
-    @dataclass(frozen=True, kw_only=True)
-    class CollapseFlags:
-        """Compare the attention maps of a model's blocks, on pictures, and write a page.
-
-        A block whose maps are those of the block before adds little: as depth grows, plain ViTs have more and
-        more of them (DeepViT, 2021). Several models are drawn side by side.
-        """
-
-        models: Annotated[Positional[tuple[str, ...]], arg(metavar="MODEL...")]
-        """Run folders, model folders or names."""
-        images: Path
-        """A picture, or a folder of them."""
-        out: Path = Path("collapse.html")
-        """The page."""
-        threshold: float = 0.9
-        """From which similarity on a block counts as similar."""
-        within: int = 1
-        """How many blocks before it a block is compared with for the count."""
-        count: int = 8
-        """How many pictures are taken, evenly from all."""
-        weights: str | None = None
-        """Weights for a model given by name: pretrained, a file, a folder or hf:owner/name@revision."""
-        device: str = "auto"
-        """Where the model runs, such as cpu or cuda; auto: a GPU where there is one."""
-        json: bool = False
-        """The numbers as JSON on stdout."""
-
     flags = parse_flags(FlagCreatePairsOff[CollapseFlags], argv, prog="vitrail inspect collapse")
     if not -1 <= flags.threshold <= 1:
         raise InputError(
@@ -80,27 +129,6 @@ def collapse(argv: list[str]) -> None:
 
 
 def heads(argv: list[str]) -> None:
-    from tyro.conf import FlagCreatePairsOff, Positional, arg
-
-    @dataclass(frozen=True, kw_only=True)
-    class HeadsFlags:
-        """Compare the heads of each attention layer, measure how far they reach, and write a page."""
-
-        models: Annotated[Positional[tuple[str, ...]], arg(metavar="MODEL...")]
-        """Run folders, model folders or names."""
-        images: Path
-        """A picture, or a folder of them."""
-        out: Path = Path("heads.html")
-        """The page."""
-        count: int = 8
-        """How many pictures are taken, evenly from all."""
-        weights: str | None = None
-        """Weights for a model given by name: pretrained, a file, a folder or hf:owner/name@revision."""
-        device: str = "auto"
-        """Where the model runs, such as cpu or cuda; auto: a GPU where there is one."""
-        json: bool = False
-        """The numbers as JSON on stdout."""
-
     flags = parse_flags(FlagCreatePairsOff[HeadsFlags], argv, prog="vitrail inspect heads")
     from vitrail.analysis.attention_page import heads_page, heads_words
 
@@ -110,35 +138,6 @@ def heads(argv: list[str]) -> None:
 
 
 def importance(argv: list[str]) -> None:
-    from tyro.conf import FlagCreatePairsOff, Positional, arg
-
-    @dataclass(frozen=True, kw_only=True)
-    class ImportanceFlags:
-        """Weigh the channels of a trained model by stage and by Q, K, V and FFN, and write a page.
-
-        With --slim a model with fewer of them is written as well, ready to be fine-tuned: vitrail train
-        --weights OUT. Queries, keys and FFNs shrink; values keep their width (EfficientViT, 2023).
-        """
-
-        model: Annotated[Positional[Path], arg(metavar="RUN")]
-        """A run folder (its best model) or a model folder."""
-        data: str
-        """Labelled pictures: class folders, tar shards or a CSV file."""
-        split: Literal["train", "val", "test", "all"] = "train"
-        """Which of them."""
-        count: int = 256
-        """How many pictures are taken, evenly from all."""
-        batch_size: int = 16
-        """Pictures at a time."""
-        slim: float | None = None
-        """Share of the query, key and FFN channels that the slimmer model keeps, such as 0.5."""
-        out: Path = Path("importance")
-        """The folder for importance.html and, with --slim, the slimmer model."""
-        device: str = "auto"
-        """Where the model runs, such as cpu or cuda; auto: a GPU where there is one."""
-        skip_broken: bool = False
-        """Leave out pictures that cannot be read, instead of stopping."""
-
     prog = "vitrail inspect importance"
     flags = parse_flags(FlagCreatePairsOff[ImportanceFlags], argv, prog=prog)
     if flags.slim is not None and not 0 < flags.slim <= 1:
@@ -146,24 +145,37 @@ def importance(argv: list[str]) -> None:
     if flags.count < 1:
         raise InputError(f"--count must be at least 1 picture, but is {flags.count}")
 
-    import numpy as np
-    import torch
-
-    from vitrail.analysis.importance import importance as weigh
-    from vitrail.analysis.importance_page import changes, importance_page, importance_words
-    from vitrail.analysis.prune import propose, prune
-    from vitrail.data import open_data
-    from vitrail.data.loader import eval_batches
+    from vitrail.analysis.importance_page import importance_page, importance_words
     from vitrail.device import choose_device
-    from vitrail.models import load, model_folder, save
+    from vitrail.models import load, model_folder
 
-    device = choose_device(flags.device)
-    model = load(model_folder(flags.model)).to(device)
+    model = load(model_folder(flags.model)).to(choose_device(flags.device))
     if flags.slim is not None and flags.out.resolve() in (
         flags.model.resolve(),
         model_folder(flags.model).resolve(),
     ):
         raise InputError(f"--out {flags.out} holds the model itself; name another folder")
+    found = _weighed(model, flags)
+    name, page = str(flags.model), flags.out / "importance.html"
+    print(importance_words(name, found))
+    about = {} if flags.slim is None else _slimmed(model, found, flags.slim, flags.out)
+    _written(lambda: importance_page(page, name, found, **about))
+    print(f"page: {page}")
+    if flags.slim is not None:
+        out = flags.out
+        print(f"fine-tune it: vitrail train --weights {out} --data {flags.data} --out {out}-tuned")
+
+
+def _weighed(model: Any, flags: ImportanceFlags) -> Any:
+    """The importance of each channel, by the chosen images."""
+    import numpy as np
+    import torch
+
+    from vitrail.analysis.importance import importance as weigh
+    from vitrail.data import open_data
+    from vitrail.data.loader import eval_batches
+
+    device = next(model.parameters()).device
     data = open_data(flags.data, flags.split, classes=model.classes, skip_broken=flags.skip_broken)
     for note in data.notes:
         print(f"vitrail: {note}", file=sys.stderr)
@@ -172,35 +184,24 @@ def importance(argv: list[str]) -> None:
         (batch.images.to(device), torch.tensor(batch.targets, device=device))
         for batch in eval_batches(data.subset(taken), model.preprocessing, flags.batch_size)
     )
-    found = weigh(model, batches)
-    name = str(flags.model)
-    print(importance_words(name, found))
-    if flags.slim is None:
-        page = _written(lambda: importance_page(flags.out / "importance.html", name, found))
-        print(f"page: {page}")
-        return
-    plan = propose(model, found, flags.slim)
+    return weigh(model, batches)
+
+
+def _slimmed(model: Any, found: Any, share: float, out: Path) -> dict[str, Any]:
+    """Write the slimmer model; what the page tells of it."""
+    from vitrail.analysis.importance_page import changes
+    from vitrail.analysis.prune import propose, prune
+    from vitrail.models import save
+
+    plan = propose(model, found, share)
     slim = prune(model, plan)
     costs = [(what, _cost(model, what), _cost(slim, what)) for what in ("parameters", "MACs")]
     for field, before, after in changes(model.info.config, plan.config):
         print(f"{field}: {before} -> {after}")
     for what, before, after in costs:
         print(f"{what}: {before} -> {after}")
-    _written(lambda: save(slim, flags.out))
-    page = _written(
-        lambda: importance_page(
-            flags.out / "importance.html",
-            name,
-            found,
-            plan=plan,
-            costs=costs,
-            config=model.info.config,
-        )
-    )
-    print(f"page: {page}")
-    print(
-        f"fine-tune it: vitrail train --weights {flags.out} --data {flags.data} --out {flags.out}-tuned"
-    )
+    _written(lambda: save(slim, out))
+    return {"plan": plan, "costs": costs, "config": model.info.config}
 
 
 def _cost(model: Any, what: str) -> str:
