@@ -88,7 +88,7 @@ def test_predict_gives_its_flags_to_the_predictor(place, monkeypatch):
 def test_the_demo_trains_the_recipe_on_its_own_folder(tmp_path, monkeypatch):
     from vitrail.recipes import recipe_config
 
-    monkeypatch.setattr("vitrail.data.digits.make_digits", lambda folder: folder)
+    monkeypatch.setattr("vitrail.data.digits.make_digits", lambda folder, task: folder)
     monkeypatch.setattr("vitrail.train.trainer.train", reach)
     (config,), _ = reached(["demo", "--out", str(tmp_path), "--epochs", "5"])
     assert (config.data, config.out) == (str(tmp_path / "digits"), str(tmp_path / "run"))
@@ -104,7 +104,7 @@ def test_the_demo_trains_the_recipe_on_its_own_folder(tmp_path, monkeypatch):
 def test_a_demo_that_is_stopped_says_how_to_go_on_and_ends_as_its_signal(
     tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr("vitrail.data.digits.make_digits", lambda folder: folder)
+    monkeypatch.setattr("vitrail.data.digits.make_digits", lambda folder, task: folder)
     monkeypatch.setattr("vitrail.train.trainer.train", lambda config: SimpleNamespace(signal=2))
     assert main(["demo", "--out", str(tmp_path)]) == 130
     assert capsys.readouterr().out.endswith(f"vitrail demo --out {tmp_path} goes on from here\n")

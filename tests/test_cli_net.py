@@ -216,7 +216,7 @@ def test_one_model_is_told_with_its_weights(capsys):
         "top-1",
     ]
     assert rest[0].split()[0] == "mobilenetv1_125"
-    assert rest[1].startswith("1 models;")
+    assert rest[1] == "1 models; task classify; vitrail train --model NAME trains one"
     assert all(line.startswith("mobilenetv1_125: ") for line in rest[2:])
     assert len(rest) > 2
 

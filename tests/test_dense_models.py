@@ -292,4 +292,5 @@ def test_models_lists_a_segmenter_with_its_size_and_its_task(capsys):
     assert row["params_m"] == round(params / 1e6, 2)
     assert (row["task"], row["image_size"], row["paper_top1"]) == ("segment", 512, None)
     assert main(["models", "upernet/efficientvit_m[01]"]) == 0
-    assert "2 models; counts are for 150 classes; not trained" in capsys.readouterr().out
+    told = "2 models; task segment; counts with a dense head are for 150 classes; vitrail train"
+    assert told in capsys.readouterr().out

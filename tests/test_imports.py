@@ -124,7 +124,7 @@ def test_every_public_name_is_there():
 def test_measuring_a_model_imports_nothing_that_one_process_does_not_need():
     """Each takes seconds of a core, which `vitrail eval` would pay at every start."""
     code = (
-        "import sys, vitrail.cli.eval, vitrail.train.evaluate, vitrail.train.probe; "
+        "import sys, vitrail.cli.eval, vitrail.train.evaluate, vitrail.tasks.probe; "
         "heavy = {'torchmetrics', 'torch.distributed.tensor', 'transformers', 'accelerate'}; "
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
     )

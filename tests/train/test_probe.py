@@ -15,11 +15,11 @@ from torchvision import transforms
 
 from tests.train.conftest import VIT, tiny_config
 from vitrail.cli import main
-from vitrail.data import open_data
+from vitrail.data import digits, open_data
 from vitrail.data.opening import hold_out
 from vitrail.features import Features
 from vitrail.models import create_model
-from vitrail.train.probe import (
+from vitrail.tasks.probe import (
     DECAYS,
     choose_decay,
     extract_features,
@@ -180,7 +180,7 @@ def test_a_fifth_of_every_class_is_held_out_however_rare_it_is(monkeypatch):
         seen.append((len(x), torch.bincount(y, minlength=4)))
         return regression(x, y, num_classes, decay)
 
-    monkeypatch.setattr("vitrail.train.probe.regression", remember)
+    monkeypatch.setattr("vitrail.tasks.probe.regression", remember)
     linear_logits(features, labels, features[:2], 4, digests_of(features))
     counts = torch.bincount(labels, minlength=4)
     assert len(seen) == len(DECAYS) + 1
@@ -294,3 +294,12 @@ def test_eval_probes_a_model_by_its_name_and_says_that_its_weights_are_random(pi
 def test_a_probe_is_not_measured_on_the_pictures_that_it_learnt(split, capsys):
     assert main(["eval", "efficientvit_m0", "--data", "d", "--probe", "knn", "--split", split]) == 2
     assert f"--split {split} would measure it on what it has seen" in capsys.readouterr().err
+
+
+def test_a_probe_refuses_data_without_labels(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(digits, "SHEETS", {"train": 2, "val": 1, "test": 1})
+    data = digits.make_digits(tmp_path / "digits", task="semantic")
+    assert main(["eval", "efficientvit_m0", "--data", str(data), "--probe", "knn"]) == 2
+    assert (
+        "a probe does the task 'classify', which learns from labels, but" in capsys.readouterr().err
+    )

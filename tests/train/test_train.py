@@ -16,12 +16,12 @@ from tests.train.conftest import CLASSES, VIT, make_pictures, tiny_config
 from vitrail.cli import main
 from vitrail.data import open_data
 from vitrail.data.augmentation import Augmentation
+from vitrail.tasks.probe import extract_features
 from vitrail.tasks.task import label_map
 from vitrail.train import loop
 from vitrail.train.config import TrainConfig
 from vitrail.train.evaluate import evaluate
 from vitrail.train.folder import RunFolder
-from vitrail.train.probe import extract_features
 from vitrail.train.replay import replay, verdict
 from vitrail.train.setup import build_plan
 from vitrail.train.trainer import train

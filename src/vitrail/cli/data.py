@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from vitrail.cli.flags import parse_flags
+from vitrail.tasks.task import DEFAULT
 from vitrail_runtime.errors import InputError
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ class MakeFlags:
 
     what: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="digits DIR")]
     """The data set, and where it goes."""
-    task: str = "classify"
+    task: str = DEFAULT
     """What they are for: classify (class folders, a digit an image) or semantic (several, with a mask)."""
     seed: int = 0
     """Of the splits, and of colours, sizes and places."""
@@ -80,14 +81,12 @@ def make(argv: list[str]) -> None:
     if len(names) != 2 or names[0] != "digits":
         raise InputError("say what and where: vitrail data make digits DIR")
 
-    from vitrail.data.digits import make_digits
+    from vitrail.data.digits import SETS, make_digits
 
     folder = make_digits(names[1], task=flags.task, seed=flags.seed)
-    classify = flags.task == "classify"
-    what = "1,797 handwritten digits" if classify else "900 sheets of handwritten digits with masks"
-    model = "efficientvit_m0" if classify else "semantic_fpn/efficientvit_m0"
-    print(f"{folder}: {what} in train, val and test (UCI, CC BY 4.0)")
-    print(f"next: vitrail train --data {folder} --model {model} --out runs/digits")
+    made = SETS[flags.task]
+    print(f"{folder}: {made.what} in train, val and test (UCI, CC BY 4.0)")
+    print(f"next: vitrail train --data {folder} --model {made.model} --out runs/digits")
 
 
 def check(argv: list[str]) -> int:

@@ -2,83 +2,91 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from vitrail.cli.flags import parse_flags
+from vitrail.tasks.task import DEFAULT
+
+if TYPE_CHECKING:
+    from vitrail.tasks.demo import Demo
+    from vitrail.tasks.task import Scores
 
 
 @dataclass(frozen=True, kw_only=True)
 class DemoFlags:
-    """Make the digits, train EfficientViT on them, evaluate, predict, and write a report page."""
+    """Make digits, train a small model on them, evaluate, predict, and write a report page."""
 
-    out: Path = Path("vitrail-demo")
-    """Where everything is written. A demo that was interrupted there goes on."""
-    epochs: int = 24
-    """Passes over the digits."""
+    task: str = DEFAULT
+    """What is learnt: classify, or segment."""
+    out: Path | None = None
+    """Where everything is written; none: a folder here, named after the demo. One that was interrupted there
+    goes on."""
+    epochs: int | None = None
+    """Passes over the digits; none: the recipe's."""
 
 
 def run(argv: list[str]) -> int:
     flags = parse_flags(DemoFlags, argv, prog="vitrail demo")
-    import numpy as np
-
-    from vitrail.analysis.report import write_report
-    from vitrail.data import open_data
-    from vitrail.data.digits import make_digits
-    from vitrail.models import load
-    from vitrail.predictor import Predictor
+    from vitrail.data.digits import SETS, make_digits
     from vitrail.recipes import recipe_config
-    from vitrail.train.evaluate import evaluate
+    from vitrail.tasks.demo import demo_of
     from vitrail.train.trainer import train
 
-    pictures, out = flags.out / "digits", flags.out / "run"
-    print(f"1/4  handwritten digits on canvases of mixed sizes -> {pictures}", flush=True)
-    make_digits(pictures)
+    demo = demo_of(flags.task)
+    out = flags.out or Path(demo.folder)
+    images = out / "digits"
+    print(f"1/4  {SETS[demo.digits].what} -> {images}", flush=True)
+    make_digits(images, task=demo.digits)
 
-    print(f"2/4  train efficientvit_m0 from nothing, {flags.epochs} epochs -> {out}", flush=True)
-    result = train(
-        replace(
-            recipe_config("digits"),
-            data=str(pictures),
-            out=str(out),
-            epochs=flags.epochs,
-        )
-    )
+    config = recipe_config(demo.recipe)
+    config = replace(config, data=str(images), out=str(out / "run"))
+    config = replace(config, epochs=flags.epochs or config.epochs)
+    how = f"train {config.model} from nothing, {config.epochs} epochs"
+    print(f"2/4  {how} -> {config.out}", flush=True)
+    result = train(config)
     if result.signal:
-        print(f"stopped; vitrail demo --out {flags.out} goes on from here", flush=True)
+        print(f"stopped; {demo.command} --out {out} goes on from here", flush=True)
         return 128 + result.signal
 
     print("3/4  evaluate on digits that it has not seen", flush=True)
-    model = load(out / "best")
-    test = open_data(pictures, "test", classes=model.classes)
-    scores = evaluate(model, test, predictions=True)
-    seen = scores.said
-    assert seen is not None
-    about = {"scores": scores.to_dict(), "run": out, "split": "test"}
-    report = write_report(flags.out / "report.html", model, test, seen, **about)
-
-    print("4/4  predict three pictures", flush=True)
-    # One wrong answer among the three, where there is one: a demo should show those too.
-    right = seen["predicted"] == seen["labels"]
-    order = np.concatenate([np.flatnonzero(~right)[:1], np.flatnonzero(right)[::37]])[:3]
-    chosen = [pictures / test.keys[i] for i in order]
-    shown = []
-    for path, p in zip(chosen, Predictor(model)(chosen), strict=True):
-        print(f"     {path}: {p.names[0]} ({p.scores[0]:.2f})")
-        shown.append(p.draw())
-    sheet = side_by_side(shown)
-    sheet.save(flags.out / "predictions.png")
-
+    scores = show(demo, out)
     print(f"""
-report       {report}
-pictures     {flags.out / "predictions.png"}
-model        {out / "best"}
+report       {out / "report.html"}
+images       {out / "predictions.png"}
+model        {out / "run" / "best"}
 
-next, on your own pictures (a folder with one folder per class):
-  vitrail train --data YOUR/FOLDER --model efficientvit_m0 --out runs/mine
+next, on your own images ({demo.own}):
+  vitrail train --data YOUR/FOLDER --model {config.model} --out runs/mine
   vitrail eval runs/mine --data YOUR/FOLDER
-  vitrail predict runs/mine SOME/PICTURE.jpg
+  vitrail predict runs/mine SOME/IMAGE.jpg
 
-test accuracy {scores["top1"]:.2f}""")
+test {demo.score} {scores.best:.2f}""")
     return 0
+
+
+def show(demo: "Demo", out: Path) -> "Scores":
+    """Measure the model on the test images, write the report and three answers; the scores."""
+    from vitrail.analysis.report import write_report
+    from vitrail.data import open_data
+    from vitrail.models import load
+    from vitrail.predictor import Predictor
+    from vitrail.train.evaluate import evaluate
+
+    model = load(out / "run" / "best")
+    test = open_data(out / "digits", "test", classes=model.classes)
+    scores = evaluate(model, test, predictions=True)
+    assert scores.said is not None
+    about: dict[str, Any] = {"scores": scores.to_dict(), "run": out / "run", "split": "test"}
+    write_report(out / "report.html", model, test, scores.said, **about)
+
+    print("4/4  predict three images", flush=True)
+    chosen = [out / "digits" / test.keys[i] for i in demo.choose(scores.said)[:3]]
+    shown = []
+    for path, prediction in zip(chosen, Predictor(model)(chosen), strict=True):
+        print(f"     {path}: {demo.answer(prediction)}")
+        shown.append(prediction.draw())
+    side_by_side(shown).save(out / "predictions.png")
+    return scores
 
 
 def side_by_side(pictures: list, height: int = 320, gap: int = 16):

@@ -3,7 +3,6 @@ training.
 """
 
 import json
-import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,7 +120,7 @@ def probe(flags: EvalFlags, folder: Path) -> "Scores":
 
     from vitrail.device import choose_device
     from vitrail.models import create_model, load
-    from vitrail.train.probe import extract_features, probe_scores
+    from vitrail.tasks.probe import extract_features, probe_scores
 
     if flags.weights is not None and (folder / "config.json").is_file():
         raise InputError(f"{folder} has weights of its own; drop --weights, or name a model")
@@ -190,12 +189,4 @@ def show(scores: "Scores") -> None:
         console.print(table)
     for note in scores.notes:
         console.print(note)
-    console.print("  ".join(total(name, value) for name, value in scores.values.items()))
-
-
-def total(name: str, value: float) -> str:
-    """ "top-1 0.8123", "1000 images"."""
-    if name == "num_images":
-        return f"{value} images"
-    shown = re.sub(r"^top(\d)$", r"top-\1", name)
-    return f"{shown} {value:.4f}"
+    console.print(scores.line())

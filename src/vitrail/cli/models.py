@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vitrail.cli.flags import parse_flags
+from vitrail.tasks.task import DEFAULT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,7 +15,7 @@ class ModelsFlags:
     """List models: parameters, MACs, strides, tasks, papers' scores, where weights come from."""
 
     task: str | None = None
-    """Only models for this task (classify)."""
+    """Only models for this task (classify, segment)."""
     json: bool = False
     """One JSON object per line, on stdout."""
 
@@ -123,7 +124,7 @@ def row(name: str, counts: list[int]) -> dict[str, Any]:
     return {
         "name": name,
         "family": entry.family,
-        "task": "classify" if head is None else head.task,
+        "task": DEFAULT if head is None else head.task,
         "params_m": round(counts[0] / 1e6, 2),
         "macs_g": round(counts[1] / 1e9, 3),
         "image_size": paper_size(name),
@@ -159,12 +160,10 @@ def print_table(rows: list[dict[str, Any]]) -> None:
         table.add_row(r["name"], *numbers, strides_of(r), top1)
     console = Console() if sys.stdout.isatty() else Console(width=160)
     console.print(table)
-    if any(r["task"] != "classify" for r in rows):
-        print(
-            f"{len(rows)} models; counts are for {DENSE_CLASSES} classes; not trained by vitrail yet"
-        )
-    else:
-        print(f"{len(rows)} models; every one classifies; vitrail train --model NAME trains it")
+    tasks = ", ".join(dict.fromkeys(r["task"] for r in rows))
+    dense = any("/" in r["name"] for r in rows)
+    counts = f"counts with a dense head are for {DENSE_CLASSES} classes; " if dense else ""
+    print(f"{len(rows)} models; task {tasks}; {counts}vitrail train --model NAME trains one")
     if len(rows) > FEW:
         print("released weights: vitrail models NAME")
         return

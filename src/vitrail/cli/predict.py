@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TextIO
 
+from tyro.conf import FlagCreatePairsOff, Positional, arg
+
 from vitrail.cli.flags import parse_flags
 from vitrail_runtime.errors import InputError
 
@@ -17,43 +19,42 @@ if TYPE_CHECKING:
     from vitrail_runtime.prediction import Prediction
 
 
+@dataclass(frozen=True, kw_only=True)
+class PredictFlags:
+    """Say what is on pictures: vitrail predict RUN photo.jpg folder "holidays/*.jpg".
+
+    Prints a table, or JSON lines with --json; --out writes annotated pictures and predictions.jsonl.
+    A segmenter's scores are shares of the image, and --out also gets its masks.
+    """
+
+    model: Annotated[Positional[Path], arg(metavar="RUN")]
+    """The folder of a model, or of a training run (its best model is taken)."""
+    inputs: Annotated[Positional[tuple[str, ...]], arg(metavar="INPUT...")]
+    """Pictures, folders (searched at any depth) and glob patterns."""
+    json: bool = False
+    """One JSON object per picture on stdout, and nothing else there."""
+    out: Path | None = None
+    """A folder for annotated pictures and predictions.jsonl; of a segmenter also for masks/*.png, the
+    index of the class of every pixel, with a palette, 255 for none."""
+    top_k: int = 5
+    """How many classes to tell per picture."""
+    skip_broken: bool = False
+    """Leave out pictures that cannot be read, instead of ending with an error that lists them."""
+    device: str = "auto"
+    """Where the model runs, such as cpu or cuda; auto: a GPU where there is one."""
+    batch_size: int = 16
+    """Pictures per forward."""
+    window: int | None = None
+    """Of a segmenter: the side of square windows that slide over the image, in pixels of its input."""
+    stride: int | None = None
+    """With --window: pixels from one to the next; none: two thirds of it."""
+    scales: tuple[float, ...] = (1.0,)
+    """Of a segmenter: sizes, relative to its input, at which it sees an image; answers are averaged."""
+    flip: bool = False
+    """Of a segmenter: also ask of the mirrored image, and average."""
+
+
 def run(argv: list[str]) -> int:
-    from tyro.conf import FlagCreatePairsOff, Positional, arg
-
-    @dataclass(frozen=True, kw_only=True)
-    class PredictFlags:
-        """Say what is on pictures: vitrail predict RUN photo.jpg folder "holidays/*.jpg".
-
-        Prints a table, or JSON lines with --json; --out writes annotated pictures and predictions.jsonl.
-        A segmenter's scores are shares of the image, and --out also gets its masks.
-        """
-
-        model: Annotated[Positional[Path], arg(metavar="RUN")]
-        """The folder of a model, or of a training run (its best model is taken)."""
-        inputs: Annotated[Positional[tuple[str, ...]], arg(metavar="INPUT...")]
-        """Pictures, folders (searched at any depth) and glob patterns."""
-        json: bool = False
-        """One JSON object per picture on stdout, and nothing else there."""
-        out: Path | None = None
-        """A folder for annotated pictures and predictions.jsonl; of a segmenter also for masks/*.png, the
-        index of the class of every pixel, with a palette, 255 for none."""
-        top_k: int = 5
-        """How many classes to tell per picture."""
-        skip_broken: bool = False
-        """Leave out pictures that cannot be read, instead of ending with an error that lists them."""
-        device: str = "auto"
-        """Where the model runs, such as cpu or cuda; auto: a GPU where there is one."""
-        batch_size: int = 16
-        """Pictures per forward."""
-        window: int | None = None
-        """Of a segmenter: the side of square windows that slide over the image, in pixels of its input."""
-        stride: int | None = None
-        """With --window: pixels from one to the next; none: two thirds of it."""
-        scales: tuple[float, ...] = (1.0,)
-        """Of a segmenter: sizes, relative to its input, at which it sees an image; answers are averaged."""
-        flip: bool = False
-        """Of a segmenter: also ask of the mirrored image, and average."""
-
     flags = parse_flags(FlagCreatePairsOff[PredictFlags], argv, prog="vitrail predict")
 
     from vitrail_runtime.pictures import find_pictures
@@ -62,7 +63,7 @@ def run(argv: list[str]) -> int:
     if not flags.inputs:
         raise InputError("say which pictures: vitrail predict RUN photo.jpg folder '*.png'")
     pictures = list(dict.fromkeys(path for given in flags.inputs for path in find_pictures(given)))
-    targets = None if flags.out is None else annotated_paths(pictures, flags.out)
+    targets = {} if flags.out is None else annotated_paths(pictures, flags.out)
 
     from vitrail.segmenters.inference import Inference, inferred
 
@@ -79,35 +80,9 @@ def run(argv: list[str]) -> int:
         top_k=flags.top_k,
         skip_broken=flags.skip_broken,
     )
-    seen, log = [], None
-    try:
-        if flags.out is not None:
-            with writing_to(flags.out):
-                flags.out.mkdir(parents=True, exist_ok=True)
-                log = (flags.out / "predictions.jsonl").open("w", encoding="utf-8")
-        # Bar and lines would overwrite each other on one terminal.
-        quiet = flags.json and sys.stdout.isatty()
-        for prediction in watched(predict(pictures), len(pictures), bar=not quiet):
-            found = prediction.to_dict()
-            line = json.dumps(found)
-            if flags.out is not None and log is not None and targets is not None:
-                target = targets[str(prediction.source)]
-                with writing_to(flags.out):
-                    save_annotated(prediction, target)
-                    if prediction.segmentation is not None:
-                        mask = mask_path(target, flags.out)
-                        save_mask(prediction, mask)
-                        found["mask"] = mask.relative_to(flags.out).as_posix()
-                    print(json.dumps(found), file=log, flush=True)
-            if flags.json:
-                print(line)
-            else:
-                seen.append(prediction)
-    finally:  # also what was found before an error or an interruption is shown
-        if log is not None:
-            log.close()
-        if seen:
-            print_table(seen, sys.stdout)
+    # Bar and lines would overwrite each other on one terminal.
+    quiet = flags.json and sys.stdout.isatty()
+    tell(flags, watched(predict(pictures), len(pictures), bar=not quiet), targets)
     if predict.skipped:
         say(f"left out {len(predict.skipped)} of {len(pictures)} pictures:")
         for name, problem in predict.skipped:
@@ -117,6 +92,43 @@ def run(argv: list[str]) -> int:
     if flags.out is not None:
         say(f"annotated pictures and predictions.jsonl are in {flags.out}")
     return 0
+
+
+def tell(
+    flags: PredictFlags, predictions: Iterator["Prediction"], targets: dict[str, Path]
+) -> None:
+    """Print each prediction as it comes, or all in a table; write them where --out asks for it."""
+    seen, log = [], None
+    try:
+        if flags.out is not None:
+            with writing_to(flags.out):
+                flags.out.mkdir(parents=True, exist_ok=True)
+                log = (flags.out / "predictions.jsonl").open("w", encoding="utf-8")
+        for prediction in predictions:
+            line = json.dumps(prediction.to_dict())
+            if flags.out is not None and log is not None:
+                keep(prediction, targets[str(prediction.source)], flags.out, log)
+            if flags.json:
+                print(line)
+            else:
+                seen.append(prediction)
+    finally:  # also what was found before an error or an interruption is shown
+        if log is not None:
+            log.close()
+        if seen:
+            print_table(seen, sys.stdout)
+
+
+def keep(prediction: "Prediction", target: Path, out: Path, log: TextIO) -> None:
+    """Write the annotated image, the class map where there is one, and a line that names it."""
+    found = prediction.to_dict()
+    with writing_to(out):
+        save_annotated(prediction, target)
+        if prediction.segmentation is not None:
+            mask = mask_path(target, out)
+            save_mask(prediction, mask)
+            found["mask"] = mask.relative_to(out).as_posix()
+        print(json.dumps(found), file=log, flush=True)
 
 
 def annotated_paths(pictures: list[Path], out: Path) -> dict[str, Path]:

@@ -11,6 +11,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +38,7 @@ Changes: each 8 x 8 digit was upscaled, coloured and placed on a larger canvas. 
 
 
 def make_digits(folder: str | Path, *, task: str = "classify", seed: int = 0) -> Path:
-    """Write the digits for one of TASKS.
+    """Write the digits in one of the forms of SETS.
 
     "classify": class folders FOLDER/{train,val,test}/{0..9}/NNNN.jpg, 1,797 images in all.
     "semantic": FOLDER/images/{train,val,test}/NNNN.jpg, FOLDER/masks/{train,val,test}/NNNN.png with the class
@@ -47,8 +48,8 @@ def make_digits(folder: str | Path, *, task: str = "classify", seed: int = 0) ->
     digit, so none is on two sides. A folder that already holds this set is left as it is; one that holds
     anything else raises InputError. The set appears whole or not at all.
     """
-    if task not in TASKS:
-        raise InputError(f"digits are made for one of {', '.join(TASKS)}, but the task is {task!r}")
+    if task not in SETS:
+        raise InputError(f"digits are made for one of {', '.join(SETS)}, but the task is {task!r}")
     folder = Path(folder)
     if ".." in folder.parts:
         # To make the parents of MISSING/../x would make MISSING, through which another x then stands there.
@@ -72,7 +73,7 @@ def make_digits(folder: str | Path, *, task: str = "classify", seed: int = 0) ->
     except OSError as error:
         raise InputError(f"{folder} cannot be made: {error.strerror}: {error.filename}") from error
     try:
-        TASKS[task](partial, images, labels, seed)
+        SETS[task].write(partial, images, labels, seed)
         (partial / MARKER).write_text(about, encoding="utf-8")
         partial.chmod(0o755)
         if folder.exists():
@@ -110,10 +111,22 @@ def _write_sheets(folder: Path, images: np.ndarray, labels: np.ndarray, seed: in
             mask.save(folder / "masks" / split / f"{number:04d}.png")
 
 
-# What a set is made for -> what writes it.
-TASKS: dict[str, Callable[[Path, np.ndarray, np.ndarray, int], None]] = {
-    "classify": _write_alone,
-    "semantic": _write_sheets,
+@dataclass(frozen=True)
+class DigitSet:
+    """A form of the digits: what writes it, what it is called, and a model that learns it in minutes."""
+
+    write: Callable[[Path, np.ndarray, np.ndarray, int], None]
+    what: str
+    model: str
+
+
+SETS = {  # by what they are made for
+    "classify": DigitSet(_write_alone, "1,797 handwritten digits", "efficientvit_m0"),
+    "semantic": DigitSet(
+        _write_sheets,
+        "900 sheets of handwritten digits with masks",
+        "semantic_fpn/efficientvit_m0",
+    ),
 }
 
 

@@ -160,4 +160,5 @@ def scores_of(found: dict[str, Any], classes: tuple[str, ...]) -> Scores:
         (Table("", ("class", "images", "precision", "recall", "F1"), rows),),
         {"per_class": per_class, "confusion": found["confusion"], "classes": list(classes)},
         tuple(f"{count} x {truth} taken for {said}" for count, truth, said in wrong[:5]),
+        called={"top1": "top-1", "top5": "top-5"},
     )

@@ -1,5 +1,5 @@
-"""How good a frozen backbone is on a data set, before any training: k nearest neighbours and a linear
-probe.
+"""How good a frozen backbone is on a data set of labelled images, before any training: k nearest neighbours
+and a linear probe.
 """
 
 from collections.abc import Sequence
@@ -14,8 +14,8 @@ from vitrail.data.loader import eval_batches
 from vitrail.data.opening import hold_out
 from vitrail.features import Features
 from vitrail.modes import eval_mode
-from vitrail.tasks.classify import scores_of
-from vitrail.tasks.task import Scores
+from vitrail.tasks.classify import TASK, scores_of
+from vitrail.tasks.task import Scores, check_truth, task_of
 from vitrail_runtime.errors import InputError
 from vitrail_runtime.preprocess import Preprocessing
 
@@ -55,7 +55,10 @@ def extract_features(
 ) -> tuple[Tensor, Tensor]:
     """Features (N, D) float32 and labels (N,) of every picture, in the data's order, on the backbone's
     device.
+
+    Raises: InputError where the data holds no labels.
     """
+    check_truth(task_of(TASK.name), data, "a probe")
     device = next(backbone.parameters()).device
     rows: list[Tensor] = []
     indices: list[Tensor] = []

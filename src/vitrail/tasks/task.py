@@ -37,9 +37,10 @@ class Table:
 class Scores:
     """How good a model is on a data set.
 
-    values: by name, in the order they are shown. headline: the one that chooses best/; higher is better.
-    details: plain data beside them for JSON. notes: lines for a person. said: where it was asked for, what
-    the model said of every image, as arrays in the data's order with `keys`.
+    values: by name, in the order they are shown; called: what one is called in a line, where that is not its
+    name. headline: the one that chooses best/; higher is better. details: plain data beside them for JSON.
+    notes: lines for a person. said: where it was asked for, what the model said of every image, as arrays in
+    the data's order with `keys`.
     """
 
     values: dict[str, float]
@@ -48,6 +49,7 @@ class Scores:
     details: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     said: "Mapping[str, np.ndarray] | None" = None
+    called: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def best(self) -> float:
@@ -55,6 +57,16 @@ class Scores:
 
     def __getitem__(self, name: str) -> Any:
         return self.values[name] if name in self.values else self.details[name]
+
+    def line(self) -> str:
+        """The values for a person: "top-1 0.8123  loss 0.6012  1000 images"."""
+        shown = (
+            f"{value} images"
+            if name == "num_images"
+            else f"{self.called.get(name, name)} {value:.4f}"
+            for name, value in self.values.items()
+        )
+        return "  ".join(shown)
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""

@@ -1,0 +1,57 @@
+"""What `vitrail demo` does for each task: its digits, its recipe, and what it tells of them."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from vitrail.registry import unknown
+
+if TYPE_CHECKING:
+    from vitrail_runtime.prediction import Prediction
+
+
+@dataclass(frozen=True)
+class Demo:
+    """digits: a key of `vitrail.data.digits.SETS`. recipe: of `vitrail.recipes`. score: what the headline is
+    called in the last line. own: what a person's own data would be. choose: from what was said of all test
+    images, the order in which they are worth a look. answer: a prediction in a few words. command: how this
+    demo is started; folder: where it writes.
+    """
+
+    digits: str
+    recipe: str
+    score: str
+    own: str
+    choose: Callable[[Mapping[str, np.ndarray]], np.ndarray]
+    answer: Callable[["Prediction"], str]
+    command: str
+    folder: str
+
+
+def mistake_first(said: Mapping[str, np.ndarray]) -> np.ndarray:
+    """A wrong answer, where there is one, and right ones: a demo should show both."""
+    right = said["predicted"] == said["labels"]
+    return np.concatenate([np.flatnonzero(~right)[:1], np.flatnonzero(right)[::37]])
+
+
+DEMOS = {
+    "classify": Demo(
+        digits="classify",
+        recipe="digits",
+        score="accuracy",
+        own="a folder with one folder per class",
+        choose=mistake_first,
+        answer=lambda p: f"{p.names[0]} ({p.scores[0]:.2f})",
+        command="vitrail demo",
+        folder="vitrail-demo",
+    ),
+}
+
+
+def demo_of(task: str) -> Demo:
+    """The demo of a task, by its name."""
+    if task not in DEMOS:
+        raise unknown("task", task, DEMOS)
+    return DEMOS[task]

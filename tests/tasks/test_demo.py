@@ -1,0 +1,38 @@
+import numpy as np
+import pytest
+
+from vitrail.data.digits import SETS
+from vitrail.recipes import RECIPES
+from vitrail.tasks.demo import DEMOS, demo_of, mistake_first
+from vitrail.tasks.task import TASKS
+from vitrail_runtime.errors import InputError
+
+
+@pytest.mark.parametrize("task", DEMOS)
+def test_a_demo_is_made_of_what_there_is(task):
+    demo = demo_of(task)
+    assert task in TASKS
+    assert demo.digits in SETS
+    assert demo.recipe in RECIPES
+    assert demo.command.split()[:2] == ["vitrail", "demo"]
+
+
+def test_no_two_demos_share_a_folder():
+    assert len({demo.folder for demo in DEMOS.values()}) == len(DEMOS)
+
+
+def test_a_classifiers_first_mistake_comes_before_right_answers():
+    labels = np.arange(100) % 10
+    predicted = labels.copy()
+    predicted[[40, 70]] = 11
+    order = mistake_first({"labels": labels, "predicted": predicted})
+    assert order[0] == 40
+    assert (predicted[order[1:]] == labels[order[1:]]).all()
+    assert order[1:].tolist() == [0, 37, 76]
+    order = mistake_first({"labels": labels, "predicted": labels})
+    assert order.tolist() == [0, 37, 74]
+
+
+def test_a_demo_of_no_task_is_refused_with_those_that_there_are():
+    with pytest.raises(InputError, match=r"unknown task 'clasify'.*classify"):
+        demo_of("clasify")
