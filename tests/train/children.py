@@ -213,7 +213,7 @@ def _lose(unreadable: str) -> None:
         return real_update(*args)
 
     def read_bytes(self, i: int) -> bytes:
-        if left <= 0 and self.keys[i].startswith(f"{split}/"):
+        if left <= 0 and split in Path(self.keys[i]).parts:
             raise InputError(f"{self.where(i)} cannot be read")
         return real_read(self, i)
 

@@ -1,6 +1,11 @@
-"""A tiny set of pictures that a tiny model learns within seconds: bright squares on the left or the right."""
+"""Tiny sets that tiny models learn within seconds: bright squares on the left or the right, and shapes with
+their class maps. What holds for every task is tested with a `Tiny` of each.
+"""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +22,14 @@ VIT = {
     "model": "vit_tiny_patch16",
     "model_fields": {"depth": 2, "embed_dim": 32, "num_heads": 2, "patch_size": 8},
 }
+
+# A segmenter without BatchNorm: an image may be a part of a batch by itself.
+SEGMENTER = VIT | {
+    "model": "semantic_fpn/vit_tiny_patch16",
+    "head_fields": {"fpn_dim": 8, "dim": 8, "groups": 2},
+}
+SHAPES = ("ground", "disk", "box")
+IGNORED = 255  # in a mask: no class
 
 
 def draw(name: str, seed: int) -> Image.Image:
@@ -35,6 +48,71 @@ def make_pictures(root: Path, *, train: int = 8, val: int = 4) -> Path:
             for i in range(count):
                 draw(name, seed=1000 * c + 100 * (split == "val") + i).save(folder / f"{i}.png")
     return root
+
+
+def draw_shapes(seed: int, labelled: float) -> tuple[Image.Image, Image.Image]:
+    """A red disk and a green box on dark ground, and their mask, of which some columns on the left have a
+    class."""
+    rng = np.random.default_rng(seed)
+    height, width = 20 + seed % 3, 26 + seed % 5
+    pixels = rng.integers(0, 90, (height, width, 3), dtype=np.uint8)
+    ids = np.zeros((height, width), np.uint8)
+    rows, columns = np.ogrid[:height, :width]
+    y, x = rng.integers(5, height - 5), rng.integers(5, width - 5)
+    ids[(rows - y) ** 2 + (columns - x) ** 2 < 25] = 1
+    y, x = rng.integers(0, height - 6), rng.integers(0, width - 8)
+    ids[y : y + 6, x : x + 8] = 2
+    pixels[ids == 1, 0] += 150
+    pixels[ids == 2, 1] += 150
+    ids[:, round(labelled * width) :] = IGNORED
+    return Image.fromarray(pixels), Image.fromarray(ids)
+
+
+def make_masks(root: Path, *, train: int = 24, val: int = 12) -> Path:
+    """Every fourth image has no class at all, the next a column or two: a batch's parts are very unequal."""
+    for split, count in (("train", train), ("val", val)):
+        for kind in ("images", "masks"):
+            (root / kind / split).mkdir(parents=True)
+        for i in range(count):
+            image, mask = draw_shapes(100 * (split == "val") + i, (0, 0.06, 0.9, 1)[i % 4])
+            image.save(root / "images" / split / f"{i:02d}.png")
+            mask.save(root / "masks" / split / f"{i:02d}.png")
+    (root / "classes.txt").write_text("\n".join(SHAPES), encoding="utf-8")
+    return root
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """Settings of a model without BatchNorm, and how a set of 24 images to learn from and 12 to measure on
+    is made for it. headline: the score that chooses best/."""
+
+    make: Callable[[Path], Path]
+    settings: dict[str, Any]
+    headline: str
+    classes: tuple[str, ...]
+
+
+TINY = {
+    "classify": Tiny(make_pictures, VIT, "top1", CLASSES),
+    "segment": Tiny(make_masks, SEGMENTER, "mIoU", SHAPES),
+}
+
+
+@pytest.fixture(scope="session")
+def masks(tmp_path_factory) -> Path:
+    return make_masks(tmp_path_factory.mktemp("masks"))
+
+
+@pytest.fixture(scope="session", params=TINY)
+def tiny(request) -> Tiny:
+    """Of each task."""
+    return TINY[request.param]
+
+
+@pytest.fixture(scope="session")
+def examples(tiny, pictures, masks) -> Path:
+    """The data set of `tiny`."""
+    return masks if tiny is TINY["segment"] else pictures
 
 
 @pytest.fixture(scope="session")

@@ -15,10 +15,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from tests.train.conftest import VIT, tiny_config
 from vitrail.train import loop
 from vitrail.train.build import build_model
+from vitrail.train.config import TrainConfig
 from vitrail.train.evaluate import evaluate
 from vitrail.train.folder import RunFolder
 from vitrail.train.interrupt import Interrupt
@@ -39,14 +41,14 @@ def position(out: Path):
     return read_header(states(out / "state")[0])[0]
 
 
-def scored(monkeypatch, top1: list[float]) -> list[dict[str, Any]]:
+def scored(monkeypatch, best: list[float], name: str = "top1") -> list[dict[str, Any]]:
     """Let the evaluations of a run give these scores; what each was asked for, as it comes."""
     asked = []
 
     def evaluate_as_told(model, data, **how):
         asked.append(how | {"split": data.split})
         scores = evaluate(model, data, **how)
-        return replace(scores, values=scores.values | {"top1": top1[len(asked) - 1]})
+        return replace(scores, values=scores.values | {name: best[len(asked) - 1]})
 
     monkeypatch.setattr(loop, "evaluate", evaluate_as_told)
     return asked
@@ -66,28 +68,35 @@ def clock(monkeypatch) -> list[float]:
     return now
 
 
+def ten_updates(data: Path, out: Path, settings: dict[str, Any], **changes: Any) -> TrainConfig:
+    return tiny_config(data, out, **settings, batch_size=12, epochs=5, **changes)
+
+
 @pytest.fixture(scope="module")
 def each(pictures, tmp_path_factory) -> list[dict[str, Any]]:
     """The rows of a run of ten updates, one by one."""
     out = tmp_path_factory.mktemp("each") / "run"
-    train(tiny_config(pictures, out, **VIT, batch_size=12, epochs=5, log_every=1))
+    train(ten_updates(pictures, out, VIT, log_every=1))
     return rows(out, "train")
 
 
 def test_best_is_the_first_of_the_highest_scores_and_last_the_newest(
-    pictures, tmp_path, monkeypatch, capsys, each
+    tiny, examples, tmp_path, monkeypatch, capsys
 ):
-    out = tmp_path / "run"
+    train(ten_updates(examples, tmp_path / "each", tiny.settings, log_every=1))
+    capsys.readouterr()
+    each, out = rows(tmp_path / "each", "train"), tmp_path / "run"
     scores = [0.2, 0.5, 0.5, 0.4, 0.6]
-    asked = scored(monkeypatch, scores)
-    config = tiny_config(pictures, out, **VIT, batch_size=12, epochs=5, log_every=3, keep_every=2)
+    asked = scored(monkeypatch, scores, tiny.headline)
+    config = ten_updates(examples, out, tiny.settings, log_every=3, keep_every=2)
     result = train(config)
     assert (result.reason, result.steps, result.best, result.signal) == ("all epochs", 10, 0.6, 0)
-    said = [line for line in capsys.readouterr().err.splitlines() if "top-1" in line]
+    shown = f"  {result.shown} "
+    said = [line for line in capsys.readouterr().err.splitlines() if shown in line]
     assert [line.endswith("(best)") for line in said] == [True, True, False, False, True]
     evaluated = rows(out, "eval")
     assert [row["best"] for row in evaluated] == [0.2, 0.5, 0.5, 0.5, 0.6]
-    assert [row["top1"] for row in evaluated] == scores
+    assert [row[tiny.headline] for row in evaluated] == scores
     assert [(row["epoch"], row["step"], row["images"]) for row in evaluated] == [
         (e, 2 * e, 24 * e) for e in range(1, 6)
     ]
@@ -113,11 +122,12 @@ def test_best_is_the_first_of_the_highest_scores_and_last_the_newest(
     [([0.5, 0.5, 0.4], 3), ([0.2, 0.1, 0.3, 0.3, 0.2], 5), ([0.1, 0.2, 0.3, 0.4, 0.5, 0.6], 6)],
 )
 def test_early_stopping_counts_evaluations_since_the_best(
-    pictures, tmp_path, monkeypatch, scores, evaluations
+    tiny, examples, tmp_path, monkeypatch, scores, evaluations
 ):
     out = tmp_path / "run"
-    scored(monkeypatch, scores)
-    config = tiny_config(pictures, out, **VIT, batch_size=24, epochs=6, early_stopping=2)
+    scored(monkeypatch, scores, tiny.headline)
+    how = {"batch_size": 24, "epochs": 6, "early_stopping": 2}
+    config = tiny_config(examples, out, **tiny.settings, **how)
     result = train(config)
     assert len(rows(out, "eval")) == evaluations == result.steps
     stopped = "no better score in 2 evaluations"
@@ -318,12 +328,11 @@ def test_a_signal_is_a_wish_and_a_second_one_an_end():
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_a_batch_that_gave_no_number_replays_as_it_was_trained(
-    pictures, tmp_path, monkeypatch, what
+    tiny, examples, tmp_path, monkeypatch, what
 ):
-    dropping = VIT | {"model_fields": VIT["model_fields"] | {"drop_path_rate": 0.3}}
-    config = tiny_config(
-        pictures, tmp_path / "whole", **dropping, accumulate=2, log_every=1, epochs=1
-    )
+    fields = tiny.settings["model_fields"] | {"drop_path_rate": 0.3}
+    how = tiny.settings | {"model_fields": fields, "accumulate": 2, "log_every": 1, "epochs": 1}
+    config = tiny_config(examples, tmp_path / "whole", **how)
     train(config)
     out, real = tmp_path / "run", loop.backward
 
@@ -350,9 +359,10 @@ def test_a_batch_that_gave_no_number_replays_as_it_was_trained(
 
 
 def test_a_replay_names_the_images_and_the_weights_that_are_not_finite(
-    pictures, tmp_path, monkeypatch
+    tiny, examples, tmp_path, monkeypatch
 ):
-    config = tiny_config(pictures, tmp_path / "run", **VIT, precision="bf16", train_only="head")
+    how = tiny.settings | {"precision": "bf16", "train_only": "head"}
+    config = tiny_config(examples, tmp_path / "run", **how)
     real = Run.prepared
 
     def prepared(run, batch):
@@ -370,13 +380,17 @@ def test_a_replay_names_the_images_and_the_weights_that_are_not_finite(
     assert math.isnan(found["loss_fp32"])
 
 
+@pytest.mark.parametrize(
+    ("tiny", "task"),
+    [("classify", {"label_smoothing": 0.2}), ("segment", {"class_weights": "balanced"})],
+    indirect=["tiny"],
+)
 def test_the_shares_of_several_processes_replay_with_the_draws_of_each(
-    pictures, tmp_path, monkeypatch
+    tiny, examples, tmp_path, monkeypatch, task
 ):
-    dropping = VIT | {"model_fields": VIT["model_fields"] | {"drop_path_rate": 0.3}}
-    config = tiny_config(
-        pictures, tmp_path / "run", **dropping, accumulate=2, task={"label_smoothing": 0.2}
-    )
+    fields = tiny.settings["model_fields"] | {"drop_path_rate": 0.3}
+    how = tiny.settings | {"model_fields": fields, "accumulate": 2, "task": task}
+    config = tiny_config(examples, tmp_path / "run", **how)
     real = loop.backward
     monkeypatch.setattr(loop, "backward", lambda *given: real(*given) * math.inf)
     with pytest.raises(InputError, match=r"not finite at step 1 \(epoch 1, batch 1\)"):
@@ -386,20 +400,41 @@ def test_the_shares_of_several_processes_replay_with_the_draws_of_each(
     write_state(kept, file, metadata={"vitrail": json.dumps(about | {"world": 2})})
     model = build_model(config, tuple(about["classes"])).train()
     model.load_state_dict({k[6:]: v for k, v in kept.items() if k.startswith("model.")})
+    targets = kept["targets"]
+    if tiny.headline == "mIoU":
+        weight = balanced(examples)
+        labelled = targets[targets != 255]
+        total = weight[labelled.long()].sum()
+        how = {"weight": weight, "ignore_index": 255}
+        targets = targets.long()
+    else:
+        total, how = 6, {"label_smoothing": 0.2}
     losses = []
     for rank, images in enumerate((kept["images"][:3], kept["images"][3:])):
         key = np.random.SeedSequence([config.seed, 0, rank]).generate_state(1, np.uint64)[0]
         torch.manual_seed(int(key) // 2)
-        targets = kept["targets"][3 * rank : 3 * rank + 3]
-        for x, y in ((images[:2], targets[:2]), (images[2:], targets[2:])):
-            losses += F.cross_entropy(model(x), y, label_smoothing=0.2, reduction="none")
-    loss = torch.stack(losses).mean()
+        own = targets[3 * rank : 3 * rank + 3]
+        for x, y in ((images[:2], own[:2]), (images[2:], own[2:])):
+            losses.append(F.cross_entropy(model(x), y, **how, reduction="sum"))
+    loss = torch.stack(losses).sum() / total
     loss.backward()
     norm = math.sqrt(sum(p.grad.square().sum().item() for p in model.parameters()))
     found = replay(config.out)
     assert found["loss"] == pytest.approx(loss.item(), rel=1e-6)
     assert found["gradient_norm"] == pytest.approx(norm, rel=1e-5)
     assert (found["step"], found["num_images"]) == (1, 6)
+
+
+def balanced(root: Path) -> torch.Tensor:
+    """The weights of three classes: the median of their frequencies over each; a frequency is the share of
+    the pixels of those images that show the class."""
+    seen, whole = np.zeros(3), np.zeros(3)
+    for path in (root / "masks" / "train").iterdir():
+        counts = np.bincount(np.array(Image.open(path)).ravel(), minlength=256)[:3]
+        seen += counts
+        whole += counts.sum() * (counts > 0)
+    frequency = seen / whole
+    return torch.tensor(np.median(frequency) / frequency, dtype=torch.float32)
 
 
 def test_what_is_many_is_told_by_its_number_and_a_few():
@@ -412,7 +447,7 @@ def test_what_is_many_is_told_by_its_number_and_a_few():
 
 
 def test_what_is_evaluated_and_saved_is_the_average_and_training_goes_on_from_the_weights(
-    pictures, tmp_path, monkeypatch
+    tiny, examples, tmp_path, monkeypatch
 ):
     seen = []
 
@@ -421,7 +456,7 @@ def test_what_is_evaluated_and_saved_is_the_average_and_training_goes_on_from_th
         return evaluate(model, data, **how)
 
     monkeypatch.setattr(loop, "evaluate", evaluate_and_look)
-    config = tiny_config(pictures, tmp_path / "run", **VIT, epochs=2, ema=0.9)
+    config = tiny_config(examples, tmp_path / "run", **tiny.settings, epochs=2, ema=0.9)
     train(config)
     train(replace(config, out=str(tmp_path / "own"), ema=0.0))
     average, weights = seen[1], seen[3]

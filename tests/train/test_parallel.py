@@ -39,11 +39,12 @@ from vitrail.train.state import gather, read_header, restore, states
 from vitrail.train.trainer import train
 from vitrail_runtime.errors import InputError
 
+OFTEN = {"epochs": 10, "batch_size": 12, "log_every": 1, "eval_every": 5}
+
 
 def config_for(data: Path, out: Path, **changes):
     """20 updates of a ViT without drop rates."""
-    settings = VIT | {"epochs": 10, "batch_size": 12, "log_every": 1, "eval_every": 5}
-    return tiny_config(data, out, **(settings | changes))
+    return tiny_config(data, out, **(VIT | OFTEN | changes))
 
 
 def losses(out: Path) -> list[float]:
@@ -57,31 +58,45 @@ def alone(pictures, tmp_path_factory) -> Path:
     return out
 
 
+@pytest.fixture(scope="module")
+def alone_of_task(tiny, examples, tmp_path_factory) -> Path:
+    """The same of each task."""
+    out = tmp_path_factory.mktemp("alone") / "run"
+    train(tiny_config(examples, out, **tiny.settings, **OFTEN))
+    return out
+
+
 @pytest.mark.parametrize(
     ("world", "changes"),
     [
         (2, {}),
-        (2, {"accumulate": 2, "workers": 1}),
+        (2, {"accumulate": 6, "workers": 1}),
         pytest.param(4, {}, marks=pytest.mark.slow),
         pytest.param(2, {"parallel": "fsdp"}, marks=pytest.mark.slow),
     ],
 )
-def test_losses_do_not_depend_on_the_number_of_processes(pictures, tmp_path, alone, world, changes):
-    out = tmp_path / "run"
-    assert run_many(config_for(pictures, out, **changes), world) == [0] * world
+def test_losses_do_not_depend_on_the_number_of_processes(
+    tiny, examples, tmp_path, alone_of_task, world, changes
+):
+    """Though each has another number of labelled pixels."""
+    out, alone = tmp_path / "run", alone_of_task
+    config = tiny_config(examples, out, **tiny.settings, **OFTEN, **changes)
+    assert run_many(config, world) == [0] * world
     assert len(losses(out)) == 22
     assert losses(out) == pytest.approx(losses(alone), abs=1e-5)
     ours, theirs = (load_file(p / "last" / "model.safetensors") for p in (out, alone))
     for key in theirs:
         torch.testing.assert_close(ours[key], theirs[key], rtol=0, atol=1e-4)
+    scores, others = (RunFolder(p).rows()[-1][tiny.headline] for p in (out, alone))
+    assert scores == pytest.approx(others, abs=1e-2), "of all images"
     assert vitrail.load(out / "best").classes == vitrail.load(alone / "best").classes
 
 
 @pytest.mark.parametrize("parallel", ["data", pytest.param("fsdp", marks=pytest.mark.slow)])
-def test_a_run_of_two_goes_on_as_a_run_of_one_and_back(pictures, tmp_path, alone, parallel):
-    config = config_for(pictures, tmp_path / "run", save_every=0.0, parallel=parallel, ema=0.9)
-    whole = config_for(pictures, tmp_path / "whole", ema=0.9, parallel=parallel)
-    train(whole)
+def test_a_run_of_two_goes_on_as_a_run_of_one_and_back(tiny, examples, tmp_path, parallel):
+    how = tiny.settings | OFTEN | {"parallel": parallel, "ema": 0.9}
+    config = tiny_config(examples, tmp_path / "run", **how, save_every=0.0)
+    train(tiny_config(examples, tmp_path / "whole", **how))
     assert run(config, dies_at="rename:7") == -signal.SIGKILL
     assert 0 < read_header(states(tmp_path / "run" / "state")[0])[0].step < 20
     assert run_many(config, 2) == [0, 0]

@@ -15,7 +15,7 @@ import yaml
 from safetensors.torch import load_file
 
 from tests.train.children import ask_to_stop, kill_workers, run, run_and_kill
-from tests.train.conftest import VIT, tiny_config
+from tests.train.conftest import SEGMENTER, VIT, tiny_config
 from vitrail.configuration import to_dict
 from vitrail.train.folder import RunFolder
 from vitrail.train.state import read_header, read_state, states
@@ -30,6 +30,12 @@ def config_for(data: Path, out: Path, **changes):
 
 DROPPING = VIT | {"model_fields": VIT["model_fields"] | {"drop_path_rate": 0.3}}
 MIXING = {"task": {"mixup": 0.2, "cutmix": 1.0}}
+SEGMENTING = SEGMENTER | {
+    "model": "linear/vit_tiny_patch16",
+    "model_fields": DROPPING["model_fields"],
+    "head_fields": {"dropout": 0.3},
+    "task": {"class_weights": "balanced"},
+}
 
 
 def same(ours: Path, theirs: Path) -> bool:
@@ -53,40 +59,62 @@ def rows(out: Path) -> list[dict]:
     return [{k: v for k, v in r.items() if k not in clocks} for r in RunFolder(out).rows()]
 
 
-@pytest.fixture(scope="module", params=[DROPPING | MIXING, {}], ids=["vit", "efficientvit"])
+@pytest.fixture(
+    scope="module",
+    params=[DROPPING | MIXING, {}, SEGMENTING],
+    ids=["vit", "efficientvit", "segmenter"],
+)
 def changes(request) -> dict:
-    """A model that drops paths at random on mixed pictures; one with running statistics."""
+    """A model that drops paths at random on mixed pictures; one with running statistics; one with both, of
+    another task."""
     return request.param
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(pictures, tmp_path_factory, changes) -> Path:
+def data(changes, pictures, masks) -> Path:
+    return masks if changes is SEGMENTING else pictures
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(data, tmp_path_factory, changes) -> Path:
     out = tmp_path_factory.mktemp("whole") / "run"
-    assert run(config_for(pictures, out, **changes)) == 0
+    assert run(config_for(data, out, **changes)) == 0
     return out
 
 
 def test_a_run_that_dies_before_any_rename_of_a_checkpoint_ends_the_same(
-    pictures, tmp_path, changes, uninterrupted
+    data, tmp_path, changes, uninterrupted
 ):
     out = tmp_path / "run"
     died = 0
     for renames in (1, 2, 3, 5, 0):  # each start gets a little further and dies at another write
         died += (
-            run(config_for(pictures, out, **changes), dies_at=f"rename:{renames}")
-            == -signal.SIGKILL
+            run(config_for(data, out, **changes), dies_at=f"rename:{renames}") == -signal.SIGKILL
         )
     assert died == 5
-    assert run(config_for(pictures, out, **changes)) == 0
+    assert run(config_for(data, out, **changes)) == 0
     assert same(out, uninterrupted)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(3))
-def test_a_run_killed_at_random_moments_ends_the_same(
-    pictures, tmp_path, changes, uninterrupted, seed
+def test_a_run_that_dies_before_each_of_its_renames_ends_the_same(
+    data, tmp_path, changes, uninterrupted
 ):
-    out, config = tmp_path / "run", config_for(pictures, tmp_path / "run", **changes)
+    for renames in range(100):
+        out = tmp_path / str(renames)
+        code = run(config_for(data, out, **changes), dies_at=f"rename:{renames}")
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL
+        assert run(config_for(data, out, **changes)) == 0
+        assert same(out, uninterrupted)
+    assert 10 < renames < 99, "of all, each once"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_a_run_killed_at_random_moments_ends_the_same(data, tmp_path, changes, uninterrupted, seed):
+    out, config = tmp_path / "run", config_for(data, tmp_path / "run", **changes)
     draw = random.Random(seed)
     # By its own progress, not by the clock: a busy machine would let the run end, or never begin.
     codes = [
@@ -99,11 +127,9 @@ def test_a_run_killed_at_random_moments_ends_the_same(
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_the_run_which_then_goes_on(
-    pictures, tmp_path, changes, uninterrupted, number
-):
+def test_a_signal_saves_the_run_which_then_goes_on(data, tmp_path, changes, uninterrupted, number):
     out = tmp_path / "run"
-    config = config_for(pictures, out, **changes)
+    config = config_for(data, out, **changes)
     assert ask_to_stop(replace(config, save_every=60.0), number) == 128 + number
     assert len(states(out / "state")) == 1
     assert run(config) == 0
@@ -150,10 +176,10 @@ def test_the_command_stops_by_a_signal_to_its_group(pictures, tmp_path, number):
 
 @pytest.mark.parametrize("unreadable", ["train:5", "val:7"])
 def test_a_picture_that_cannot_be_read_leaves_the_run_saved(
-    pictures, tmp_path, changes, uninterrupted, unreadable
+    data, tmp_path, changes, uninterrupted, unreadable
 ):
     out = tmp_path / "run"
-    config = config_for(pictures, out, **changes)
+    config = config_for(data, out, **changes)
     assert run(replace(config, save_every=60.0), unreadable=unreadable) == 2
     said = Path(f"{out}.stderr").read_text()
     saved = 5 if unreadable == "train:5" else 8
@@ -163,8 +189,8 @@ def test_a_picture_that_cannot_be_read_leaves_the_run_saved(
     assert same(out, uninterrupted)
 
 
-def test_a_finished_run_is_left_as_it_is(pictures, changes, uninterrupted):
+def test_a_finished_run_is_left_as_it_is(data, changes, uninterrupted):
     before = {p: p.stat().st_mtime_ns for p in uninterrupted.rglob("*.safetensors")}
-    result = train(config_for(pictures, uninterrupted, **changes))
+    result = train(config_for(data, uninterrupted, **changes))
     assert result.reason == "all epochs"
     assert {p: p.stat().st_mtime_ns for p in uninterrupted.rglob("*.safetensors")} == before

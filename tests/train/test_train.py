@@ -103,17 +103,24 @@ def test_head_only_moves_no_weight_and_no_statistic_of_the_backbone(pictures, tm
 
 @pytest.mark.parametrize(
     "changes",
-    [{"accumulate": 2}, {"accumulate": 3}, {"grad_checkpointing": True}, {"workers": 2}],
+    [
+        {"accumulate": 2},
+        {"accumulate": 3},
+        {"accumulate": 6},
+        {"grad_checkpointing": True},
+        {"workers": 2},
+    ],
     ids=str,
 )
 def test_a_batch_in_parts_or_recomputed_or_read_by_workers_trains_the_same(
-    pictures, tmp_path, changes
+    tiny, examples, tmp_path, changes
 ):
-    plain = tiny_config(pictures, tmp_path / "plain", **VIT, log_every=1, epochs=1)
+    """Though each part has another number of labelled pixels, and some have none."""
+    plain = tiny_config(examples, tmp_path / "plain", **tiny.settings, log_every=1, epochs=2)
     train(plain)
     train(replace(plain, out=str(tmp_path / "other"), **changes))
     ours, theirs = (logged(tmp_path / n, "train", "loss") for n in ("other", "plain"))
-    assert len(ours) == 4
+    assert len(ours) == 8
     assert ours == pytest.approx(theirs, abs=1e-5)
 
 
@@ -149,13 +156,12 @@ def test_batchnorm_of_one_picture_is_refused_before_training(pictures, tmp_path)
     assert train(alone).steps == 2, "LayerNorm needs no company"
 
 
-def test_early_stopping_ends_after_evaluations_without_a_better_score(pictures, tmp_path):
-    config = tiny_config(
-        pictures, tmp_path / "run", **VIT, epochs=20, lr=0.0, warmup_lr=0.0, min_lr=0.0
-    )
+def test_early_stopping_ends_after_evaluations_without_a_better_score(tiny, examples, tmp_path):
+    still = {"lr": 0.0, "warmup_lr": 0.0, "min_lr": 0.0}
+    config = tiny_config(examples, tmp_path / "run", **tiny.settings, epochs=20, **still)
     result = train(replace(config, early_stopping=3))
     assert result.reason == "no better score in 3 evaluations"
-    assert len(logged(tmp_path / "run", "eval", "top1")) == 4
+    assert len(logged(tmp_path / "run", "eval", tiny.headline)) == 4
 
 
 def test_a_run_ends_after_max_steps_in_the_middle_of_an_epoch(pictures, tmp_path):
