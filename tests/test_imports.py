@@ -23,6 +23,7 @@ LEVELS: list[set[str]] = [
         "memory",
         "modes",
         "packing",
+        "rows",
         "boxes",
         "ops",
         "weights",

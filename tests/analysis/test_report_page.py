@@ -11,9 +11,10 @@ from PIL import Image
 
 from tests.analysis.test_report import answers, cells, rendered
 from vitrail.analysis import page, report
-from vitrail.analysis.report import configuration, explain, machine, read_history, write_report
+from vitrail.analysis.report import configuration, explain, machine, write_report
 from vitrail.data.examples import Labels
 from vitrail.models import ModelInfo, create_model, describe
+from vitrail.rows import read_rows
 from vitrail.tasks.classify_report import Scored, calibration_section, interval, looks, sections
 from vitrail.tasks.section import Found, data_rows
 from vitrail_runtime.preprocess import Preprocessing
@@ -110,7 +111,7 @@ def test_a_runs_curves_and_configuration_stand_on_the_page(tmp_path):
         '{"step": 2, "epoch": 1, "top1": 0.5, "loss": 2.25}\n{"step": 3, "lo',  # cut by a kill
         encoding="utf-8",
     )
-    assert read_history(run) == [
+    assert read_rows(run / "metrics.jsonl") == [
         {"step": 1, "loss": 2.5, "lr": 0.1},
         {"step": 2, "epoch": 1, "top1": 0.5, "loss": 2.25},
     ]
@@ -124,7 +125,7 @@ def test_a_runs_curves_and_configuration_stand_on_the_page(tmp_path):
 
 
 def test_a_run_without_log_or_configuration_has_none(tmp_path):
-    assert read_history(tmp_path) == []
+    assert read_rows(tmp_path / "metrics.jsonl") == []
     assert configuration(tmp_path) == []
     assert configuration(None) == []
 

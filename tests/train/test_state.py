@@ -22,7 +22,6 @@ from vitrail.train.folder import RunFolder
 from vitrail.train.optim import create_optimizer
 from vitrail.train.setup import find_state, restored
 from vitrail.train.state import (
-    NewerState,
     Position,
     gather,
     newest_whole,
@@ -35,7 +34,7 @@ from vitrail.train.state import (
 from vitrail.train.trainer import train
 from vitrail.weights import digest_of
 from vitrail.weights.files import DIGEST
-from vitrail_runtime.errors import InputError
+from vitrail_runtime.errors import InputError, NewerVersion
 
 # Every field a value of its own, none of them the default.
 AT = Position(7, 2, 3, 420, 12.5, 9, (0.5, 0.25), 0.75, 5, 4, "time limit")
@@ -271,7 +270,7 @@ def test_a_header_that_is_right_does_not_vouch_for_the_tensors(state):
 
 def test_a_state_of_a_newer_version_says_so(state):
     rewrite(state, schema_version=3)
-    with pytest.raises(NewerState, match=r"newer vitrail \(state schema 3, this one reads 2\)"):
+    with pytest.raises(NewerVersion, match=r"newer vitrail \(state schema 3, this one reads 2\)"):
         read_header(state)
 
 
@@ -436,7 +435,7 @@ def test_the_newest_whole_state_is_taken_and_the_damaged_ones_are_named(standing
 
 def test_a_newer_vitrails_state_is_not_passed_over(standing):
     rewrite(standing.states[0], schema_version=3)
-    with pytest.raises(NewerState, match="update vitrail"):
+    with pytest.raises(NewerVersion, match="update vitrail"):
         standing.find()
 
 

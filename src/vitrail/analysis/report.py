@@ -17,6 +17,7 @@ from PIL import Image
 from vitrail.analysis import page
 from vitrail.analysis.saliency import where_it_looks
 from vitrail.data.examples import Examples
+from vitrail.rows import read_rows
 from vitrail.tasks.section import Found
 from vitrail.tasks.task import task_of
 from vitrail_runtime.errors import InputError
@@ -43,7 +44,7 @@ def write_report(
     run: a run folder, for curves and configuration.
     """
     task = task_of(model.task)
-    history = read_history(Path(run)) if run is not None else []
+    history = read_rows(Path(run) / "metrics.jsonl") if run is not None else []
     found = Found(
         model,
         data,
@@ -186,17 +187,3 @@ def machine() -> str:
         f"python {platform.python_version()}, torch {torch.__version__}, {platform.system()} "
         f"{platform.machine()}, {torch.get_num_threads()} threads, GPU {gpu}"
     )
-
-
-def read_history(run: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl; a last line cut short by a kill is left out."""
-    path = run / "metrics.jsonl"
-    if not path.is_file():
-        return []
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return rows

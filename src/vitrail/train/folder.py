@@ -14,6 +14,7 @@ import yaml
 from safetensors import SafetensorError
 
 from vitrail.configuration import to_dict
+from vitrail.rows import read_lines, read_row, read_rows
 from vitrail.train.config import TrainConfig, differences, read_config
 from vitrail.train.state import newest_whole
 from vitrail.weights import write_text
@@ -124,14 +125,14 @@ class RunFolder:
 
     def rows(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl; one that is damaged, or cut off by a crash, is left out."""
-        return [row for line in self._lines() if (row := _row(line)) is not None]
+        return read_rows(self.metrics)
 
     def keep_rows(self, count: int) -> tuple[int, list[str]]:
         """Forget what was logged after the state that the run resumes from, of which there were `count` rows.
 
         Returns how many rows there are now, and what a person should know about the others.
         """
-        rows = [_row(line) for line in self._lines()[:count]]
+        rows = [read_row(line) for line in read_lines(self.metrics)[:count]]
         whole = [row for row in rows if row is not None]
         notes = []
         if len(whole) < count:
@@ -141,14 +142,6 @@ class RunFolder:
             )
         write_text(self.metrics, "".join(json.dumps(row) + "\n" for row in whole))
         return len(whole), notes
-
-    def _lines(self) -> list[bytes]:
-        try:
-            return self.metrics.read_bytes().splitlines()
-        except FileNotFoundError:
-            return []
-        except OSError as error:
-            raise InputError(f"{self.metrics} cannot be read: {error.strerror}") from error
 
     def add_row(self, row: Mapping[str, Any]) -> None:
         with open(self.metrics, "a", encoding="utf-8") as file:
@@ -192,14 +185,6 @@ class RunFolder:
             _remove(new)
         for partial in self.state.glob("*.partial"):
             partial.unlink()
-
-
-def _row(line: bytes) -> dict[str, Any] | None:
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return None
-    return row if isinstance(row, dict) else None
 
 
 def _remove(path: Path) -> None:

@@ -35,7 +35,6 @@ from vitrail.train.ranks import (
 from vitrail.train.run import Run, identity
 from vitrail.train.scalars import Scalars, check_tensorboard
 from vitrail.train.state import (
-    NewerState,
     Position,
     read_header,
     read_state,
@@ -43,7 +42,7 @@ from vitrail.train.state import (
     states,
 )
 from vitrail.train.threads import choose_threads
-from vitrail_runtime.errors import InputError
+from vitrail_runtime.errors import InputError, NewerVersion
 from vitrail_runtime.preprocess import Preprocessing
 
 
@@ -197,7 +196,7 @@ def find_state(
             position, about = read_header(path)
             _check_run(config, folder, position, about, identity(config, train_data, val_data))
             read_state(path)
-        except (NewerState, OtherRun):
+        except (NewerVersion, OtherRun):
             raise
         except InputError as error:
             problems.append(str(error))  # damaged after it was written; the one before will do

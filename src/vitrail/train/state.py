@@ -29,7 +29,7 @@ from vitrail.configuration import from_dict
 from vitrail.train.ema import Ema
 from vitrail.weights import digest_of
 from vitrail.weights.files import DIGEST
-from vitrail_runtime.errors import InputError
+from vitrail_runtime.errors import InputError, NewerVersion
 
 SCHEMA_VERSION = 2  # 1 had no digests
 ABOUT = {"config": dict, "data": str, "classes": list}  # beside the position
@@ -190,10 +190,6 @@ def write_state(
     return path
 
 
-class NewerState(InputError):
-    """A state that is whole, but of a schema that only a newer vitrail reads."""
-
-
 def read_state(path: Path) -> dict[str, Tensor]:
     """The tensors of a state file, as `gather` collected them. Raises InputError when it is damaged."""
     with _opened(path) as file:
@@ -209,7 +205,7 @@ def read_header(path: Path) -> tuple[Position, dict[str, Any]]:
     """Where the run of a state file stood, and what must agree to go on; no tensor is read.
 
     The second holds schema_version too. Raises InputError when the file is none, is damaged, or was written
-    by a newer version (NewerState).
+    by a newer version (NewerVersion).
     """
     with _opened(path) as file:
         return _header(file, path)
@@ -229,7 +225,7 @@ def _header(file: Any, path: Path) -> tuple[Position, dict[str, Any]]:
     if not isinstance(version, int):
         raise _Damage("its header lacks 'schema_version'")
     if version > SCHEMA_VERSION:
-        raise NewerState(
+        raise NewerVersion(
             f"{path} was written by a newer vitrail (state schema {version}, this one reads "
             f"{SCHEMA_VERSION}); update vitrail to go on with this run"
         )
