@@ -1,4 +1,4 @@
-"""What holds of the source as a whole: who may name a task."""
+"""What holds of the source as a whole: who may name a task, and how long a function may be."""
 
 import ast
 from collections.abc import Iterator
@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 
 import vitrail
+import vitrail_runtime
 from vitrail.tasks.task import TASKS, task_of
 
 SRC = Path(vitrail.__file__).parent
+RUNTIME = Path(vitrail_runtime.__file__).parent
 
 # These stand above the tasks and never ask which one they have (design, "Four axes").
 BLIND = sorted(
@@ -33,6 +35,10 @@ KNOWN = {  # what stands there all the same, and why
         "top1",
     ): "papers' ImageNet score of a backbone, which they give for all of them",
     ("cli/predict.py", "segmentation"): "a field of Prediction: what is there is written",
+}
+LINES = 60  # of a function, at most
+LONG = {  # (file, function): why it is longer
+    ("train/replay.py", "replay"): "its questions share one model, its shares, weights and seeds",
 }
 
 
@@ -134,3 +140,20 @@ def test_the_rule_sees_a_task_that_is_named(code):
 def test_the_rule_lets_sentences_and_the_tasks_own_protocol_pass(code):
     assert not named(ast.parse(code))
     assert not asked(ast.parse(code))
+
+
+def functions() -> Iterator[tuple[str, str, int]]:
+    """(file, function, lines from `def` to its end) of everything that is shipped."""
+    for top in (SRC, RUNTIME):
+        for path in sorted(top.rglob("*.py")):
+            for node in ast.walk(parsed(path)):
+                if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                    assert node.end_lineno is not None
+                    lines = node.end_lineno - node.lineno + 1
+                    yield path.relative_to(top).as_posix(), node.name, lines
+
+
+def test_a_function_fits_on_a_screen_or_says_why_not():
+    long = {(path, name): lines for path, name, lines in functions() if lines > LINES}
+    assert not {key: lines for key, lines in long.items() if key not in LONG}
+    assert set(LONG) <= set(long), "no longer long: strike it off the list"
