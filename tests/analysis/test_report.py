@@ -168,7 +168,7 @@ def test_the_fifteen_worst_cells_and_the_twelve_worst_mistakes_are_enough():
         (0, ""),
         (1, "'c5' in this"),
         (5, "'c1', 'c2', 'c3', 'c4', 'c5' in this"),
-        (6, "'c0', 'c1', 'c2', 'c3', 'c4' and 1 more in this"),
+        (6, "'c0', 'c1', 'c2', 'c3', 'c4', ... (6 in all) in this"),
     ],
 )
 def test_five_classes_without_images_are_named_and_the_others_counted(absent, said):

@@ -230,7 +230,7 @@ def test_images_are_named_as_the_table_is(table, tmp_path, monkeypatch):
         ("file,label\n" + rows() + "".join(f"{i}.png,a\n" for i in range(5)),
          r"lists 5 of 15 files .*: 0\.png, 1\.png, 2\.png, 3\.png, 4\.png$"),
         ("file,label\n" + rows() + "".join(f"{i}.png,a\n" for i in range(6)),
-         r"lists 6 of 16 files .* 3\.png, 4\.png, \.\.\.$"),
+         r"lists 6 of 16 files .* 3\.png, 4\.png, \.\.\. \(6 in all\)$"),
         ("file,label\n" + rows() + ",a\n", "line 12: no file$"),
         ("label,file\na,\n", "line 2: no file$"),
         ("label,file\n,x.jpg\n", "line 2: no label$"),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 import numpy as np
 
 from vitrail.data.index import Index, Source, digest
-from vitrail_runtime.errors import InputError
+from vitrail_runtime.errors import InputError, listed
 from vitrail_runtime.preprocess import decode
 
 if TYPE_CHECKING:
@@ -179,7 +179,7 @@ def labels_by_name(source: Source, split: str, index: Index, classes: tuple[str,
     """The `truth` of a source that says the name of a class of each image."""
     if len(classes) < 2:
         raise InputError(
-            f"{source.name} has one class only ({shown(classes)}); a classifier needs at least two"
+            f"{source.name} has one class only ({listed(classes)}); a classifier needs at least two"
         )
     label_of = {name: label for label, name in enumerate(classes)}
     strangers = sorted(set(index.names) - label_of.keys())
@@ -188,15 +188,9 @@ def labels_by_name(source: Source, split: str, index: Index, classes: tuple[str,
         hint = f" (closest to {strangers[0]!r}: {closest[0]!r})" if closest else ""
         raise InputError(
             f"{source.name} {split or 'data'} has classes that are not among those to be learnt: "
-            f"{shown(strangers)}; known are {shown(classes)}{hint}"
+            f"{listed(strangers)}; known are {listed(classes)}{hint}"
         )
     return Labels(classes, np.array([label_of[name] for name in index.names], np.int64))
-
-
-def shown(names: Sequence[str], most: int = 10) -> str:
-    """ "a, b, c", or the first of many and how many there are."""
-    more = f", ... ({len(names)} in all)" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,12 +6,12 @@ picture's, are passed over. Links are followed; a link back to a folder that con
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from vitrail.data.examples import labels_by_name
 from vitrail.data.index import Place, Sample
-from vitrail_runtime.errors import InputError
+from vitrail_runtime.errors import InputError, listed
 from vitrail_runtime.preprocess import IMAGE_SUFFIXES
 
 SPLIT_NAMES = {  # what people call a split -> what it is called here
@@ -56,8 +56,8 @@ class ClassFolders:
         elif self._split_folders and len(folders) > len(self._split_folders):
             odd = sorted(set(folders) - set(self._split_folders.values()))
             raise InputError(
-                f"{root} has split folders ({_listed(self._split_folders.values())}) and others "
-                f"beside them ({_listed(odd)}); move the others away or into a split"
+                f"{root} has split folders ({listed(self._split_folders.values())}) and others "
+                f"beside them ({listed(odd)}); move the others away or into a split"
             )
         if not folders:
             raise InputError(_no_class_folders(root))
@@ -178,7 +178,3 @@ def _no_class_folders(folder: Path) -> str:
         f"{folder} holds no pictures; expected CLASS/*.jpg, train/CLASS/*.jpg and val/CLASS/*.jpg, "
         "tar shards, or a .csv of file and label"
     )
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(names)

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 
 from vitrail.data import hub
-from vitrail.data.examples import Examples, Images, shown
+from vitrail.data.examples import Examples, Images
 from vitrail.data.folders import ClassFolders
 from vitrail.data.index import Index, Source, read_index
 from vitrail.data.mask_folders import MaskFolders, is_mask_folder
 from vitrail.data.shards import Shards, is_shard, split_of
 from vitrail.data.tables import Table, is_table
-from vitrail_runtime.errors import InputError
+from vitrail_runtime.errors import InputError, listed
 
 SPLITS = ("train", "val", "test", "all")
 SHOWN = 10  # broken images in one message
@@ -60,7 +60,7 @@ def open_data(
     parts, cut = _parts(opened, split)
     names = tuple(classes) if classes is not None else opened.classes()
     if len(set(names)) < len(names):
-        raise InputError(f"class names must be unique, but are {shown(names)}")
+        raise InputError(f"class names must be unique, but are {listed(names)}")
     notes: list[str] = []
     found = [_examples(opened, part, names, skip_broken, notes) for part in parts]
     data = found[0] if len(found) == 1 else _joined(found)
@@ -87,7 +87,7 @@ def _cut(
     if few and data.truth.every_class_needed:
         raise InputError(
             f"{source} has no val split, and {len(few)} of {len(data.classes)} classes have too few pictures "
-            f"to hold out some of them: {shown(few)}; add some, or give a val split"
+            f"to hold out some of them: {listed(few)}; add some, or give a val split"
         )
     part = "the pictures" if whole else "the training pictures"
     notes = [
@@ -128,7 +128,7 @@ def open_source(source: str | Path) -> Source:
     folders = [p.name for p in entries if p.is_dir()]
     if folders and not any(split_of(name) for name in shards):  # an archive beside what was in it
         raise InputError(
-            f"{source} holds both tar files ({shown(shards)}) and folders ({shown(folders)}); move away "
+            f"{source} holds both tar files ({listed(shards)}) and folders ({listed(folders)}); move away "
             "those that are not the data set, or give the shard itself"
         )
     return Shards(path)
@@ -238,7 +238,7 @@ def _check_every_class(data: Examples, source: str | Path, *, strict: bool) -> N
     if empty and strict and data.truth.every_class_needed:
         raise InputError(
             f"{data.split} of {source} has no picture of {len(empty)} of {len(data.classes)} classes: "
-            f"{shown(empty)}; add some, or remove these classes from every split"
+            f"{listed(empty)}; add some, or remove these classes from every split"
         )
 
 
@@ -248,7 +248,7 @@ def _not_learnt(data: Examples, source: str | Path) -> list[str]:
         return []
     return [
         f"no example of {len(absent)} of {len(data.classes)} classes in train of {source}, so nothing is "
-        f"learnt of them: {shown(absent)}"
+        f"learnt of them: {listed(absent)}"
     ]
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from vitrail.data.examples import labels_by_name
 from vitrail.data.folders import SPLIT_NAMES
 from vitrail.data.index import Place, Sample
-from vitrail_runtime.errors import InputError
+from vitrail_runtime.errors import InputError, listed
 from vitrail_runtime.preprocess import IMAGE_SUFFIXES
 
 TABLE_SUFFIXES = (".csv", ".tsv")
@@ -45,10 +45,9 @@ class Table:
         files = {f: self.folder / f for f in seen}
         missing = [f for f, at in files.items() if not at.is_file() and not at.is_symlink()]
         if missing:
-            shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
             raise InputError(
                 f"{path} lists {len(missing)} of {len(seen)} files that do not exist below "
-                f"{self.folder}: {shown}"
+                f"{self.folder}: {listed(missing, limit=5)}"
             )
 
     def splits(self) -> tuple[str, ...]:

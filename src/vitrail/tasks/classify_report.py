@@ -24,7 +24,7 @@ from vitrail.tasks.section import (
     isolated,
     span,
 )
-from vitrail_runtime.errors import InputError
+from vitrail_runtime.errors import InputError, listed
 
 MANY_CLASSES = 30  # above this a confusion matrix is unreadable and only its worst cells are shown
 
@@ -162,8 +162,7 @@ def advice(scored: Scored) -> list[str]:
         said.append("Every picture was classified correctly.")
     missing = [name for name, n in zip(names, counts, strict=True) if n == 0]
     if missing:
-        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
-        said.append(f"Not measured: no picture of {', '.join(missing[:5])}{more} in this split.")
+        said.append(f"Not measured: no picture of {listed(missing, limit=5)} in this split.")
     sure = (~scored.right) & (scored.confidence > 0.9)
     if sure.any():
         said.append(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from vitrail.configuration import check_choices
 from vitrail.data.legend import IGNORE
 from vitrail.tasks.task import Scores, Table, label_map
-from vitrail_runtime.errors import InputError, NotFinite
+from vitrail_runtime.errors import InputError, NotFinite, listed
 
 if TYPE_CHECKING:
     import numpy as np
@@ -202,9 +202,8 @@ def scores_of(found: dict[str, Any], classes: tuple[str, ...]) -> Scores:
     notes = [f"{truth} taken for {said}: {count:,} pixels" for count, truth, said in wrong[:5]]
     absent = [name for name, of in per_class.items() if of["iou"] is None]
     if absent:
-        more = f" and {len(absent) - 5} more" if len(absent) > 5 else ""
         notes.append(
-            f"left out of the mean, neither in the masks nor predicted: {', '.join(absent[:5])}{more}"
+            f"left out of the mean, neither in the masks nor predicted: {listed(absent, limit=5)}"
         )
     return Scores(
         {

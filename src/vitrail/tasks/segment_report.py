@@ -25,7 +25,7 @@ from vitrail.tasks.section import (
 )
 from vitrail.tasks.segment import IGNORE, class_lookup
 from vitrail_runtime.drawing import colour_of, overlay
-from vitrail_runtime.errors import InputError
+from vitrail_runtime.errors import InputError, listed
 from vitrail_runtime.finish import finish_segmentation
 from vitrail_runtime.preprocess import prepare
 
@@ -87,8 +87,7 @@ def advice(scores: Mapping[str, Any], confusion: np.ndarray, names: tuple[str, .
         )
     absent = [quoted[k] for k in range(len(names)) if each[k]["pixels"] == 0]
     if absent:
-        more = f" and {len(absent) - 5} more" if len(absent) > 5 else ""
-        said.append(f"Not measured: no pixel of {', '.join(absent[:5])}{more} in this split.")
+        said.append(f"Not measured: no pixel of {listed(absent, limit=5)} in this split.")
     if scores["pixel_accuracy"] - scores["mIoU"] > RARE:
         said.append(
             "Most pixels are right but rare classes are missed: try --task.class-weights balanced, larger "

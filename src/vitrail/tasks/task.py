@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from vitrail.registry import unknown
-from vitrail_runtime.errors import InputError
+from vitrail_runtime.errors import InputError, listed
 
 if TYPE_CHECKING:
     import numpy as np
@@ -171,13 +171,9 @@ def label_map(data_classes: Sequence[str], model_classes: Sequence[str]) -> list
     strange = [name for name in data_classes if name not in place]
     if strange:
         raise InputError(
-            f"the data has classes that the model does not know: {_some(strange)}\n"
-            f"  the model's {len(model_classes)}: {_some(model_classes)}\n"
-            f"  the data's {len(data_classes)}: {_some(data_classes)}\n"
+            f"the data has classes that the model does not know: {listed(strange, limit=20)}\n"
+            f"  the model's {len(model_classes)}: {listed(model_classes, limit=20)}\n"
+            f"  the data's {len(data_classes)}: {listed(data_classes, limit=20)}\n"
             "rename the folders to the model's names, or train a model on these classes"
         )
     return [place[name] for name in data_classes]
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:20]) + (f", ... ({len(names)} in all)" if len(names) > 20 else "")
