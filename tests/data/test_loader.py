@@ -15,10 +15,17 @@ from tests.data.conftest import picture
 from vitrail.data import loader as loader_module
 from vitrail.data import open_data
 from vitrail.data.augment import Augmentation, augment, draw
+from vitrail.data.batch import Dense, Padded
 from vitrail.data.loader import TrainLoader, batch_indices, eval_batches, train_batches
 from vitrail.data.plan import BatchPlan, square_scales
 from vitrail_runtime.errors import InputError
-from vitrail_runtime.preprocess import Preprocessing, decode, decode_size, prepare
+from vitrail_runtime.preprocess import (
+    Preprocessing,
+    decode,
+    decode_size,
+    prepare,
+    preprocessed_size,
+)
 
 EVERYTHING = Augmentation(
     color_jitter=0.3, three_augment=True, randaugment_ops=2, random_erasing=0.5, scale=(0.3, 1.0)
@@ -414,3 +421,26 @@ def test_signals_wait_while_workers_start_and_their_handlers_stay():
         assert mask() == before
     finally:
         signal.signal(signal.SIGCHLD, kept)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_images_at_their_own_sizes_come_padded_and_one_size_dense(class_folders, workers):
+    """Each is as `augment` makes it at the size that the preprocessing gives it, with zeros beside it."""
+    data = open_data(class_folders({"": {"a": 3, "b": 3}}), "all")
+    edges = Preprocessing(mode="edges", size=(24, 40))
+    whole = Augmentation(crop="whole", flip=0.5)
+    plan = BatchPlan(length=6, batch_size=3, size=(24, 24), seed=2)
+    batches = list(train_batches(data, plan, whole, epoch=1, workers=workers, own_sizes=edges))
+    planned = list(plan.batches(1))
+    assert [batch.step for batch in batches] == [0, 1]
+    for batch, of in zip(batches, planned, strict=True):
+        assert batch.indices.tolist() == list(of.indices)
+        assert batch.targets.tolist() == data.truth.labels[list(of.indices)].tolist()
+        sizes = [preprocessed_size(*data.images.sizes[i].tolist(), edges) for i in of.indices]
+        assert isinstance(batch, Padded if len(set(sizes)) > 1 else Dense)
+        assert batch.images.shape[2:] == tuple(max(s[axis] for s in sizes) for axis in (0, 1))
+        for row, i, at, (h, w) in zip(batch.images, of.indices, of.positions, sizes, strict=True):
+            alone = augment(data.images.read(i), (h, w), whole, (2, 1, at))
+            assert torch.equal(row[:, :h, :w], alone)
+            assert not row[:, h:].any()
+            assert not row[:, :, w:].any()

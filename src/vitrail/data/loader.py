@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from vitrail.data.augment import Augmentation, draw, render
-from vitrail.data.batch import Dense
+from vitrail.data.augment import Augmentation, Key, draw, render
+from vitrail.data.batch import Batch, Dense, Padded, collate
 from vitrail.data.decoding import read_pixels
 from vitrail.data.examples import Examples
 from vitrail.data.plan import BatchPlan, PlannedBatch
@@ -36,7 +36,8 @@ class TrainLoader:
     """Training batches of any epoch; workers live from the first epoch to the last.
 
     rank, world: this process and how many share every batch. workers: processes that decode and augment, 0
-    for this one. Each worker computes with one thread.
+    for this one. Each worker computes with one thread. own_sizes: each image comes at the size that this
+    preprocessing gives it, and a batch of several sizes is `Padded`; None: all at the size of their step.
     """
 
     def __init__(
@@ -49,14 +50,16 @@ class TrainLoader:
         world: int = 1,
         workers: int = 0,
         pin_memory: bool = False,
+        own_sizes: Preprocessing | None = None,
     ) -> None:
         _check_share(rank, world, workers)
         if plan.length != len(data):
             raise InputError(f"the plan is for {plan.length} samples, but the data has {len(data)}")
         self.plan, self.rank, self.world = plan, rank, world
-        self._source = _Jobs(_TrainJob(data, augmentation, plan.seed), workers, pin_memory)
+        job = _TrainJob(data, augmentation, plan.seed, own_sizes)
+        self._source = _Jobs(job, workers, pin_memory)
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[Dense]:
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from step `start` on."""
         return self._source.run(_train_jobs(self.plan, epoch, start, self.rank, self.world))
 
@@ -71,9 +74,12 @@ def train_batches(
     rank: int = 0,
     world: int = 1,
     workers: int = 0,
-) -> Iterator[Dense]:
+    own_sizes: Preprocessing | None = None,
+) -> Iterator[Batch]:
     """The batches of one epoch. For many epochs with workers a `TrainLoader` starts them once."""
-    loader = TrainLoader(data, plan, augmentation, rank=rank, world=world, workers=workers)
+    loader = TrainLoader(
+        data, plan, augmentation, rank=rank, world=world, workers=workers, own_sizes=own_sizes
+    )
     return loader.epoch(epoch, start)
 
 
@@ -127,27 +133,43 @@ class _TrainJob(Dataset):
     """(epoch, batch) -> what the process trains on: 8-bit images, and their targets stacked. Or the
     InputError that it met."""
 
-    def __init__(self, data: Examples, augmentation: Augmentation, seed: int) -> None:
+    def __init__(
+        self,
+        data: Examples,
+        augmentation: Augmentation,
+        seed: int,
+        own_sizes: Preprocessing | None = None,
+    ) -> None:
         self.data, self.augmentation, self.seed = data, augmentation, seed
+        self.own_sizes = own_sizes
 
-    def __getitem__(self, job: tuple[int, PlannedBatch]) -> Dense | InputError:
+    def __getitem__(self, job: tuple[int, PlannedBatch]) -> Dense | Padded | InputError:
         epoch, batch = job
-        targets = []
+        indices = torch.tensor(batch.indices)
+        places = zip(batch.indices, batch.positions, strict=True)
+        shown = (self._shown(i, (self.seed, epoch, at), batch.size) for i, at in places)
         try:
             with enough_memory(_batch(len(batch.indices), batch.size), FEWER):
+                if self.own_sizes is not None:
+                    several, targets = zip(*shown, strict=True)
+                    return collate(several, _stacked(targets), indices, step=batch.step)
                 images = torch.empty(len(batch.indices), 3, *batch.size, dtype=torch.uint8)
-                for row, (i, position) in enumerate(
-                    zip(batch.indices, batch.positions, strict=True)
-                ):
-                    key = (self.seed, epoch, position)
-                    height, width = self.data.images.sizes[i].tolist()
-                    drawn = draw(height, width, batch.size, self.augmentation, key)
-                    pixels = read_pixels(self.data.images, i, drawn.view.needed())
-                    images[row] = render(pixels, drawn, self.augmentation)
-                    targets.append(self.data.truth.target(i, drawn.view))
+                targets = []
+                for row, (image, target) in zip(images, shown, strict=True):
+                    row.copy_(image)
+                    targets.append(target)
         except InputError as error:
             return error  # as a value: a worker's exception would come wrapped in a traceback
-        return Dense(images, _stacked(targets), torch.tensor(batch.indices), batch.step)
+        return Dense(images, _stacked(targets), indices, batch.step)
+
+    def _shown(self, i: int, key: Key, size: tuple[int, int]) -> tuple[Tensor, Any]:
+        """Image i in the view of this key, and what it teaches there."""
+        height, width = self.data.images.sizes[i].tolist()
+        if self.own_sizes is not None:
+            size = preprocessed_size(height, width, self.own_sizes)
+        drawn = draw(height, width, size, self.augmentation, key)
+        pixels = read_pixels(self.data.images, i, drawn.view.needed())
+        return render(pixels, drawn, self.augmentation), self.data.truth.target(i, drawn.view)
 
 
 class _EvalJob(Dataset):
@@ -178,7 +200,7 @@ class _EvalJob(Dataset):
         return Dense(images, tuple(targets), torch.tensor(indices), geometries=tuple(geometries))
 
 
-def _stacked(targets: list[Any]) -> Any:
+def _stacked(targets: Sequence[Any]) -> Any:
     """One tensor of what each image teaches, where all have one form; else a tuple of tensors."""
     tensors = [torch.as_tensor(np.asarray(target)) for target in targets]
     same = len({tensor.shape for tensor in tensors}) == 1

@@ -135,6 +135,7 @@ def build_loader(
         world=accelerator.num_processes,
         workers=choose_workers(config, accelerator),
         pin_memory=accelerator.device.type == "cuda",
+        own_sizes=preprocessing if preprocessing.mode == "edges" else None,
     )
 
 
