@@ -2,16 +2,18 @@
 
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitrail.features import adapt_levels
+from vitrail.features import AdaptLevels, adapt_levels
+from vitrail.necks.simple_pyramid import SimplePyramid
 from vitrail_runtime.errors import InputError
 from vitrail_runtime.preprocess import Preprocessing
 
+Neck = Literal["none", "simple_pyramid"]
 IGNORE = 255  # a pixel without a class, in targets: it teaches nothing and counts in no score
 
 
@@ -20,6 +22,7 @@ class Segmenter(nn.Module):
 
     head: from maps at `strides` (None: all that the backbone has) to logits (B, num_classes, h, w) at
         `head.stride`.
+    neck: from Features to the maps that the heads read, in place of resampling to `strides`.
     auxiliary: such a head beside it, which helps in training only (weight `auxiliary_weight` in the loss).
     class_weights: how much a pixel of each class counts in the loss; None: all alike.
     """
@@ -39,13 +42,16 @@ class Segmenter(nn.Module):
         head: nn.Module,
         *,
         strides: Sequence[int] | None = (4, 8, 16, 32),
+        neck: nn.Module | None = None,
         auxiliary: nn.Module | None = None,
         auxiliary_weight: float = 0.4,
         class_weights: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
         self.backbone = backbone
-        self.levels = None if strides is None else adapt_levels(backbone.feature_specs, strides)
+        self.levels = neck
+        if neck is None and strides is not None:
+            self.levels = adapt_levels(backbone.feature_specs, strides)
         self.head = head
         self.auxiliary = auxiliary
         self.auxiliary_weight = auxiliary_weight
@@ -95,6 +101,12 @@ class Segmenter(nn.Module):
 
     def _class_weights(self, like: Tensor) -> Tensor:
         return torch.tensor(self.class_weights, dtype=torch.float32, device=like.device)
+
+
+def neck_of(backbone: Any, neck: Neck, dim: int) -> AdaptLevels | SimplePyramid:
+    """What brings a backbone's maps to strides 4, 8, 16 and 32, by its name in a head's config."""
+    specs = backbone.feature_specs
+    return SimplePyramid(specs, dim) if neck == "simple_pyramid" else adapt_levels(specs)
 
 
 def to_image(logits: Tensor, stride: float, images: Tensor) -> Tensor:

@@ -17,13 +17,15 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitrail.features import FeatureSpec, adapt_levels
+from vitrail.features import FeatureSpec
 from vitrail.necks.fpn import FPN
-from vitrail.segmenters.segmenter import Segmenter
+from vitrail.segmenters.segmenter import Neck, Segmenter, neck_of
 
 
 @dataclass(frozen=True, kw_only=True)
 class SemanticFPNConfig:
+    neck: Neck = "none"  # "simple_pyramid": learnt levels for a backbone of one map
+    neck_dim: int = 256  # width of those
     fpn_dim: int = 256
     dim: int = 128
     groups: int = 32  # of GroupNorm
@@ -76,5 +78,6 @@ class _Step(nn.Sequential):
 
 def build(backbone: Any, config: SemanticFPNConfig, num_classes: int) -> Segmenter:
     """Semantic FPN on a backbone."""
-    specs = adapt_levels(backbone.feature_specs).feature_specs
-    return Segmenter(backbone, SemanticFPNHead(config, specs, num_classes))
+    neck = neck_of(backbone, config.neck, config.neck_dim)
+    specs = neck.feature_specs
+    return Segmenter(backbone, SemanticFPNHead(config, specs, num_classes), neck=neck)

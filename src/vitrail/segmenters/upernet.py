@@ -18,14 +18,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitrail.features import FeatureSpec, adapt_levels
+from vitrail.features import FeatureSpec
 from vitrail.layers.conv import ConvNormAct
 from vitrail.registry import Tensors, rename_keys
-from vitrail.segmenters.segmenter import Segmenter
+from vitrail.segmenters.segmenter import Neck, Segmenter, neck_of
 
 
 @dataclass(frozen=True, kw_only=True)
 class UPerNetConfig:
+    neck: Neck = "none"  # "simple_pyramid": learnt levels for a backbone of one map
+    neck_dim: int = 256  # width of those
     dim: int = 512
     pool_scales: tuple[int, ...] = (1, 2, 3, 6)
     dropout: float = 0.1  # of whole channels, before the classification
@@ -92,11 +94,13 @@ class FCNHead(nn.Module):
 
 def build(backbone: Any, config: UPerNetConfig, num_classes: int) -> Segmenter:
     """UPerNet on a backbone."""
-    specs = adapt_levels(backbone.feature_specs).feature_specs
+    neck = neck_of(backbone, config.neck, config.neck_dim)
+    specs = neck.feature_specs
     auxiliary = FCNHead(config, specs, num_classes) if config.auxiliary_weight else None
     return Segmenter(
         backbone,
         UPerNetHead(config, specs, num_classes),
+        neck=neck,
         auxiliary=auxiliary,
         auxiliary_weight=config.auxiliary_weight,
     )
