@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import sys
 
 import pytest
@@ -137,3 +138,12 @@ def test_the_demo_goes_the_whole_path(tmp_path, capsys):
     assert main(["predict", str(out / "run"), str(out / "digits" / "test" / "3"), "--json"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert {json.loads(line)["label"] for line in lines} <= set("0123456789")
+
+
+@pytest.mark.slow
+def test_the_demo_of_segmentation_goes_the_whole_path(tmp_path, capsys):
+    out = tmp_path / "demo"
+    assert main(["demo", "--task", "segment", "--out", str(out), "--epochs", "1"]) == 0
+    assert re.fullmatch(r"test mIoU 0\.\d\d", capsys.readouterr().out.splitlines()[-1])
+    assert (out / "predictions.png").is_file()
+    assert "Worst images" in (out / "report.html").read_text()

@@ -101,6 +101,37 @@ def test_the_demo_trains_the_recipe_on_its_own_folder(tmp_path, monkeypatch):
     assert (config.out, config.epochs) == ("vitrail-demo/run", 24)
 
 
+def test_a_demo_of_another_task_has_its_own_digits_recipe_folder_and_command(
+    tmp_path, monkeypatch, capsys
+):
+    from vitrail.recipes import recipe_config
+
+    made, given = [], []
+    stopped = SimpleNamespace(signal=2)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        "vitrail.data.digits.make_digits", lambda folder, task: made.append((str(folder), task))
+    )
+    monkeypatch.setattr(
+        "vitrail.train.trainer.train", lambda config: given.append(config) or stopped
+    )
+    assert main(["demo", "--task", "segment"]) == 130
+    assert made == [("vitrail-demo-segment/digits", "semantic")]
+    (config,) = given
+    recipe = recipe_config("digits_segment")
+    assert (config.model, config.epochs) == (recipe.model, recipe.epochs)
+    assert config.out == "vitrail-demo-segment/run"
+    out = capsys.readouterr().out
+    assert out.startswith(
+        "1/4  900 sheets of handwritten digits with masks -> vitrail-demo-segment"
+    )
+    assert out.endswith(
+        "vitrail demo --task segment --out vitrail-demo-segment goes on from here\n"
+    )
+    assert main(["demo", "--task", "detect"]) == 2
+    assert "unknown task 'detect'" in capsys.readouterr().err
+
+
 def test_a_demo_that_is_stopped_says_how_to_go_on_and_ends_as_its_signal(
     tmp_path, monkeypatch, capsys
 ):

@@ -3,9 +3,10 @@ import pytest
 
 from vitrail.data.digits import SETS
 from vitrail.recipes import RECIPES
-from vitrail.tasks.demo import DEMOS, demo_of, mistake_first
+from vitrail.tasks.demo import DEMOS, demo_of, mistake_first, worst_middle_best
 from vitrail.tasks.task import TASKS
 from vitrail_runtime.errors import InputError
+from vitrail_runtime.prediction import Prediction
 
 
 @pytest.mark.parametrize("task", DEMOS)
@@ -36,3 +37,14 @@ def test_a_classifiers_first_mistake_comes_before_right_answers():
 def test_a_demo_of_no_task_is_refused_with_those_that_there_are():
     with pytest.raises(InputError, match=r"unknown task 'clasify'.*classify"):
         demo_of("clasify")
+
+
+def test_the_worst_the_middle_and_the_best_image_are_shown():
+    iou = np.array([0.5, np.nan, 0.9, 0.1, 0.6, 0.7])
+    assert worst_middle_best({"mIoU": iou}).tolist() == [3, 4, 2]
+    assert worst_middle_best({"mIoU": np.array([np.nan, 0.3])}).tolist() == [1, 1, 1]
+
+
+def test_a_segmenters_answer_is_its_classes_and_their_shares():
+    p = Prediction(np.array([0, 4]), np.array([0.9, 0.1], np.float32), ["background", "3"])
+    assert demo_of("segment").answer(p) == "background 90.0%, 3 10.0%"

@@ -36,6 +36,15 @@ def mistake_first(said: Mapping[str, np.ndarray]) -> np.ndarray:
     return np.concatenate([np.flatnonzero(~right)[:1], np.flatnonzero(right)[::37]])
 
 
+def worst_middle_best(said: Mapping[str, np.ndarray]) -> np.ndarray:
+    """The image with the lowest mean IoU, that in the middle and that with the highest."""
+    order = np.argsort(said["mIoU"], kind="stable")
+    order = order[
+        : np.isfinite(said["mIoU"]).sum()
+    ]  # NaN, of images without a labelled pixel, is last
+    return order[[0, len(order) // 2, -1]]
+
+
 DEMOS = {
     "classify": Demo(
         digits="classify",
@@ -46,6 +55,16 @@ DEMOS = {
         answer=lambda p: f"{p.names[0]} ({p.scores[0]:.2f})",
         command="vitrail demo",
         folder="vitrail-demo",
+    ),
+    "segment": Demo(
+        digits="semantic",
+        recipe="digits_segment",
+        score="mIoU",
+        own="images/ and masks/, docs/data.md has the forms",
+        choose=worst_middle_best,
+        answer=lambda p: ", ".join(f"{n} {s:.1%}" for n, s in zip(p.names, p.scores, strict=True)),
+        command="vitrail demo --task segment",
+        folder="vitrail-demo-segment",
     ),
 }
 
