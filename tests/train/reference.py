@@ -1,7 +1,8 @@
 """A training loop as a textbook writes it, in torch alone: what `vitrail.train` must equal.
 
-It shares no code with what it checks. Images come as ready tensors, and so do the numbers that were drawn
-to mix them; which parameters decay, and in which layer they stand, is told by the caller, who wrote it out.
+It shares no code with what it checks. Images come as ready tensors, and so do class maps and the numbers that
+were drawn to mix images; which parameters decay, and in which layer they stand, is told by the caller, who
+wrote it out.
 """
 
 import math
@@ -17,7 +18,8 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Update:
-    """images (B, 3, H, W), normalised; labels (B,); what to mix them with: a share, or a box that is cut."""
+    """images (B, 3, H, W), normalised; labels (B,), or class maps (B, H, W); what to mix them with: a share,
+    or a box that is cut."""
 
     images: Tensor
     labels: Tensor
@@ -34,6 +36,53 @@ class Trained:
     norms: list[float] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Classifying:
+    num_classes: int
+    smoothing: float
+
+    def prepared(self, update: Update) -> tuple[Tensor, Tensor]:
+        images, targets = mixed(update, self.num_classes)
+        return images, (1 - self.smoothing) * targets + self.smoothing / self.num_classes
+
+    def loss(self, model: Any, images: Tensor, targets: Tensor) -> Tensor:
+        """A sum, of which `weight` of the whole batch makes a mean."""
+        return -(targets * F.log_softmax(model(images).float(), 1)).sum()
+
+    def weight(self, targets: Tensor) -> float:
+        return len(targets)
+
+
+@dataclass(frozen=True)
+class Segmenting:
+    """weights: of each class. auxiliary: of the loss of the auxiliary head, 0 where there is none."""
+
+    weights: Tensor
+    auxiliary: float = 0.0
+
+    def prepared(self, update: Update) -> tuple[Tensor, Tensor]:
+        return update.images, update.labels
+
+    def loss(self, model: Any, images: Tensor, targets: Tensor) -> Tensor:
+        maps = model.maps(images)
+        loss = self.entropy(model.head(maps), targets)
+        if self.auxiliary:
+            loss = loss + self.auxiliary * self.entropy(model.auxiliary(maps), targets)
+        return loss
+
+    def entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Of the pixels with a class, each by the weight of its class."""
+        logits = F.interpolate(logits, targets.shape[1:], mode="bilinear", align_corners=False)
+        values = F.log_softmax(logits.float(), 1).movedim(1, 3)[targets < 255]
+        classes = targets[targets < 255].long()
+        return -(self.weights[classes] * values[torch.arange(len(classes)), classes]).sum()
+
+    def weight(self, targets: Tensor) -> float:
+        return sum(
+            self.weights[c].item() * (targets == c).sum().item() for c in range(len(self.weights))
+        )
+
+
 def train(
     model: Any,
     updates: Sequence[Update],
@@ -42,7 +91,7 @@ def train(
     decayed: set[str],
     layers: Mapping[str, int],
     warmup_steps: int,
-    num_classes: int,
+    task: Classifying | Segmenting,
     world: int = 1,
 ) -> Trained:
     model.backbone.requires_grad_(config.train_only == "full")
@@ -77,9 +126,7 @@ def train(
         if config.train_only == "head":
             model.backbone.eval()
         optimizer.zero_grad()
-        images, targets = mixed(update, num_classes)
-        smoothing = config.task.get("label_smoothing", 0.1)
-        targets = (1 - smoothing) * targets + smoothing / num_classes
+        images, targets = task.prepared(update)
         loss = 0.0
         shares = zip(images.chunk(world), targets.chunk(world), strict=True)
         for rank, (own_images, own_targets) in enumerate(shares):
@@ -92,8 +139,7 @@ def train(
                 strict=True,
             ):
                 with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16"):
-                    logits = model(x)
-                part = -(y * F.log_softmax(logits.float(), 1)).sum() / len(images)
+                    part = task.loss(model, x, y) / task.weight(targets)
                 part.backward()
                 loss += part.item()
             if rank:  # the first process's running statistics are kept
@@ -151,7 +197,8 @@ def unit_norms(x: Tensor) -> Tensor:
 def validation_loss(
     model: nn.Module, weights: Mapping[str, Tensor], images: Tensor, labels: Tensor
 ):
+    """Of all images, or of all pixels that have a class; every class counts as the others."""
     model.load_state_dict(weights)
     model.eval()
-    chosen = F.log_softmax(model(images), 1).gather(1, labels[:, None])
-    return -chosen.mean().item()
+    chosen = F.log_softmax(model(images), 1).gather(1, labels.clamp(max=2)[:, None])[:, 0]
+    return -chosen[labels < 255].mean().item()

@@ -13,7 +13,7 @@ from torch import nn
 
 from tests.train import reference
 from tests.train.children import run_many
-from tests.train.reference import Update
+from tests.train.reference import Classifying, Segmenting, Update
 from vitrail.data.augment import augment
 from vitrail.data.augmentation import Augmentation
 from vitrail.data.plan import BatchPlan
@@ -41,6 +41,7 @@ VIT_LAYERS = {  # a stem, two blocks and what stands behind them
     "backbone.blocks.1.": 2,
     "backbone.norm.": 3,
     "head.": 3,
+    "auxiliary.": 3,
 }
 EFFICIENTVIT: dict[str, Any] = {  # with BatchNorm
     "model": "efficientvit_m0",
@@ -201,7 +202,33 @@ def compare(
 ) -> None:
     """The run in `config.out` against the loop of the textbook."""
     model = model_for(config)
+    task = Classifying(len(CLASSES), config.task.get("label_smoothing", 0.1))
     updates = updates_for(config, model.preprocessing)
+    agree(
+        config,
+        model,
+        task,
+        updates,
+        validation(config, model.preprocessing),
+        warmup_steps=warmup_steps,
+        world=world,
+        tolerance=tolerance,
+    )
+
+
+def agree(
+    config: TrainConfig,
+    model: Any,
+    task: Classifying | Segmenting,
+    updates: list[Update],
+    measured: tuple[torch.Tensor, torch.Tensor],
+    *,
+    warmup_steps: int,
+    world: int = 1,
+    tolerance: float = 1e-6,
+) -> None:
+    """The run in `config.out` equals that of `model` on these updates; `measured` are the images and labels
+    of its evaluation."""
     expected = reference.train(
         model,
         updates,
@@ -209,7 +236,7 @@ def compare(
         decayed=decayed_of(model),
         layers=layers_of(model),
         warmup_steps=warmup_steps,
-        num_classes=len(CLASSES),
+        task=task,
         world=world,
     )
     *rows, last = RunFolder(config.out).rows()
@@ -232,8 +259,7 @@ def compare(
             difference = (ours[name] - value).abs().max().item()
             allowed = tolerance * max(1.0, value.abs().max().item())
             assert difference <= allowed, f"{name} differs by {difference}"
-    images, labels = validation(config, model.preprocessing)
-    loss = reference.validation_loss(model, result, images, labels)
+    loss = reference.validation_loss(model, result, *measured)
     assert last["loss"] == pytest.approx(loss, abs=tolerance)
 
 
