@@ -102,6 +102,10 @@ CASES: dict[str, dict[str, Any]] = {
     "parts": BALANCED  # of one image each, some without a class
     | {"accumulate": 6, "model_fields": DROPPING, "ema": 0.9, "layer_decay": 0.6},
     "sgd": {"optimizer": "sgd", "lr": 0.05, "accumulate": 3, "precision": "bf16"},
+    "units": {
+        "clip_mode": "agc",
+        "clip_grad": 0.02,
+    },  # the classifier stands last, and is left alone
     "auxiliary": BALANCED
     | {
         "model": "upernet/vit_tiny_patch16",

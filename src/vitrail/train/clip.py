@@ -38,9 +38,16 @@ def clip_units(model: Any, factor: float) -> None:
 
 
 def classifier_parameters(model: Any) -> list[nn.Parameter]:
-    """Those of the linear layers that give the logits; what a head does before is not the classifier."""
-    layers = (m for m in model.head.modules() if isinstance(m, nn.Linear))
-    return [p for m in layers if m.out_features == len(model.classes) for p in m.parameters()]
+    """Those of the linear layers, or 1x1 convolutions, that give the logits; what a head does before is not
+    the classifier."""
+    layers = (m for m in model.head.modules() if isinstance(m, (nn.Linear, nn.Conv2d)))
+    return [p for m in layers if _gives(m, len(model.classes)) for p in m.parameters()]
+
+
+def _gives(layer: nn.Linear | nn.Conv2d, num_classes: int) -> bool:
+    if isinstance(layer, nn.Linear):
+        return layer.out_features == num_classes
+    return layer.out_channels == num_classes and layer.kernel_size == (1, 1)
 
 
 def _unit_norms(x: Tensor) -> Tensor:
