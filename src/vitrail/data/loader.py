@@ -237,6 +237,7 @@ class _Jobs:
                 if isinstance(result, InputError):
                     raise result
                 yield result
+                del result  # it need not stay while the next is read
         except InputError:
             results = self.loader = None  # else the traceback would keep the workers alive
             raise

@@ -61,6 +61,7 @@ def evaluate(
                 ):
                     on_device = replace(batch, images=batch.images.to(device))
                     evaluator.update(model.forward_tensors(on_device.images), on_device)
+                    del batch, on_device  # before the next is read: class maps are large
                     done += 1
         except InputError as error:  # the other processes learn of it below
             problem = error
