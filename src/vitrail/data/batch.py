@@ -39,6 +39,11 @@ class Batch(Protocol):
     @property
     def num_images(self) -> int: ...
 
+    @property
+    def inputs(self) -> tuple[Any, ...]:
+        """What a model's `losses` take before the targets."""
+        ...
+
     def to(self, device: torch.device, preprocessing: Preprocessing) -> Self:
         """On the device; 8-bit images are normalised there."""
         ...
@@ -61,6 +66,10 @@ class Dense:
     @property
     def num_images(self) -> int:
         return len(self.images)
+
+    @property
+    def inputs(self) -> tuple[Tensor]:
+        return (self.images,)
 
     def to(self, device: torch.device, preprocessing: Preprocessing) -> "Dense":
         images = normalised(self.images.to(device, non_blocking=True), preprocessing)
@@ -98,6 +107,11 @@ class Padded:
     @property
     def num_images(self) -> int:
         return len(self.images)
+
+    @property
+    def inputs(self) -> tuple[Tensor, tuple[tuple[int, int], ...]]:
+        """Images, and which part of each is no padding."""
+        return self.images, self.sizes
 
     def to(self, device: torch.device, preprocessing: Preprocessing) -> "Padded":
         images = normalised(self.images.to(device, non_blocking=True), preprocessing)
