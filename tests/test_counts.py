@@ -22,6 +22,8 @@ class MultiplyAdds(TorchFunctionMode):
         out = func(*args, **(kwargs or {}))
         if func in (torch.conv2d, F.linear):
             self.total += out.numel() * args[1][0].numel()
+        elif func is torch.conv_transpose2d:
+            self.total += args[0].numel() * args[1][0].numel()
         elif func in (torch.bmm, torch.Tensor.matmul, torch.Tensor.__matmul__):
             self.total += out.numel() * args[0].shape[-1]
         elif func is torch.baddbmm:

@@ -88,6 +88,11 @@ HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
         ("deepvit_16b", 224, 0.9, HALF),
         ("deepvit_24b", 224, 0.9, HALF),
         ("deepvit_32b", 224, 0.9, HALF),
+        # Its code trains no classifier: the numbers are those of its dense configs.
+        ("vit_comer_tiny", 224, 0.9, IMAGENET),
+        ("vit_comer_small", 224, 0.9, IMAGENET),
+        ("vit_comer_base", 224, 0.9, IMAGENET),
+        ("vit_comer_large", 224, 0.9, IMAGENET),
     ],
 )
 def test_models_that_timm_has_not_are_shown_images_as_their_official_code_does(
@@ -99,5 +104,5 @@ def test_models_that_timm_has_not_are_shown_images_as_their_official_code_does(
 
 def test_every_model_is_compared_with_somebody():
     alone = [n for n in list_models() if not timms(n) and n not in TORCHVISIONS]
-    assert {backbone_entry(n).family for n in alone} == {"cmt", "deepvit"}
-    assert len(alone) == 9
+    assert {backbone_entry(n).family for n in alone} == {"cmt", "deepvit", "vitcomer"}
+    assert len(alone) == 13

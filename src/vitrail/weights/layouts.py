@@ -390,7 +390,12 @@ def look_alikes(state: Mapping[str, Tensor], family: str | None = None) -> list[
             if found is not None:
                 fits += [(names[0], found)]
                 fits += [(n, f) for n in names[1:] if (f := _laid_beside(shapes, n)) is not None]
-        fits = [(name, fit) for name, fit in fits if not fit.problems]
+        # One that starts from these weights and brings parts of its own is not what they are of.
+        fits = [
+            (name, fit)
+            for name, fit in fits
+            if not fit.problems and all(matches(key, (COUNTERS,)) for key in fit.new)
+        ]
         if fits:
             least = min(len(fit.resampled) for _, fit in fits)
             return [(name, fit.layout) for name, fit in fits if len(fit.resampled) == least]

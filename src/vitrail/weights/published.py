@@ -56,6 +56,7 @@ NO_COUNTS = "neither parameters nor multiply-adds are given"
 ZHAI = "Zhai et al., table 2, as later papers quote it; its {} GFLOPs take a multiply-add as two"
 JFT = "weights are not published; trained on JFT-3B"
 README_NO_MACS = "the README gives no multiply-adds"
+DENSE = "for dense prediction: the paper counts and scores whole detectors and segmenters"
 LINEAR = "no multiply-adds are given; top-1 of a linear layer on frozen features"
 LESS = (
     "timm's and torchvision's models have as many; why the paper has less is not known. Tried: without "
@@ -115,6 +116,11 @@ PUBLISHED: dict[str, Published] = {
     "deepvit_16b": Published(24.5, None, 79.1, README, remark=README_NO_MACS),
     "deepvit_24b": Published(36.3, None, 79.99, README, remark=README_NO_MACS),
     "deepvit_32b": Published(48.1, None, 80.9, README, remark=README_NO_MACS),
+    # backbones/vit_comer.py
+    "vit_comer_tiny": Published(None, None, None, "none", remark=DENSE),
+    "vit_comer_small": Published(None, None, None, "none", remark=DENSE),
+    "vit_comer_base": Published(None, None, None, "none", remark=DENSE),
+    "vit_comer_large": Published(None, None, None, "none", remark=DENSE),
     # backbones/deit.py
     "deit_tiny_patch16": Published(5, 1.3, 72.2,
         "the official README; multiply-adds: table 3 of the MobileViT paper",
