@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tests.golden.compare import check, load
 from tests.golden.fill import array, fill
-from vitrail.ops.ms_deform_attn import MSDeformAttn, automatic, ms_deform_attn
+from vitrail.ops.ms_deform_attn import MSDeformAttn, automatic, has_triton, ms_deform_attn
 from vitrail_runtime.errors import InputError
 
 FORMS = ["plain", "bag", "gather"]
@@ -198,14 +198,25 @@ def test_auto_is_the_bag_on_the_cpu_and_the_gather_under_export(monkeypatch):
     assert automatic(torch.empty(1)) == "gather"
 
 
-@pytest.mark.parametrize("device", ["cuda", "mps"])
-def test_auto_is_the_plain_form_on_a_device(device):
+@pytest.mark.parametrize(
+    ("device", "dtype", "installed", "form"),
+    [
+        ("cuda", torch.float32, True, "triton"),
+        ("cuda", torch.bfloat16, True, "triton"),
+        ("cuda", torch.float16, True, "triton"),
+        ("cuda", torch.float64, True, "plain"),
+        ("cuda", torch.float32, False, "plain"),
+        ("mps", torch.float32, True, "plain"),
+    ],
+)
+def test_auto_takes_kernels_where_they_run(monkeypatch, device, dtype, installed, form):
     class Value:
         pass
 
     value = Value()
-    value.device = torch.device(device)
-    assert automatic(value) == "plain"
+    value.device, value.dtype = torch.device(device), dtype
+    monkeypatch.setattr("vitrail.ops.ms_deform_attn.has_triton", lambda: installed)
+    assert automatic(value) == form
 
 
 def test_an_exported_module_has_no_grid_sample_and_the_same_numbers():
@@ -255,9 +266,26 @@ def test_what_does_not_fit_is_said(change, message):
         ms_deform_attn(**(given | change))
 
 
+def test_kernels_without_triton_are_refused(monkeypatch):
+    monkeypatch.setattr("vitrail.ops.ms_deform_attn.has_triton", lambda: False)
+    shapes = [(3, 2)]
+    value, locations, weights = draw(shapes)
+    with pytest.raises(InputError, match="needs Triton; install it or pass 'auto'"):
+        ms_deform_attn(value, shapes, locations, weights, implementation="triton")
+
+
 def test_a_module_that_cannot_be_is_refused():
     with pytest.raises(InputError, match="16 value channels do not divide into 3 heads"):
         MSDeformAttn(32, num_heads=3, num_levels=1, num_points=4, value_ratio=0.5)
     module = MSDeformAttn(4, num_heads=2, num_levels=1, num_points=1)
     with pytest.raises(InputError, match="reference points have 3 numbers"):
         module(torch.zeros(1, 2, 4), torch.zeros(1, 2, 1, 3), torch.zeros(1, 1, 4), [(1, 1)])
+
+
+def test_triton_is_found_where_it_can_be_imported():
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        assert not has_triton()
+    else:
+        assert has_triton()

@@ -4,17 +4,20 @@ eq. 3).
 A query does not attend to every pixel: each head reads a few points per level, bilinearly, and adds them with
 weights. Points and weights are predicted from the query alone, so the cost does not grow with the maps.
 
-One function, three forms that agree in the output and in every gradient:
+One function, four forms that agree in the output and in every gradient:
 
 - "plain": one `grid_sample` per level. It is the definition, as the official code has it.
 - "bag": one `embedding_bag` over the four corners of all points of all levels, whose weights are bilinear
   times attention weight. It never writes the sampled values to memory, and reads the value where it lies.
 - "gather": the same corners by `index_select` and a matrix product, for export where GridSample or
   EmbeddingBag is missing or miscompiled.
+- "triton": kernels for CUDA, where Triton is installed.
 """
 
 import math
 from collections.abc import Callable, Sequence
+from functools import cache
+from importlib.util import find_spec
 from typing import Literal, get_args
 
 import torch
@@ -23,7 +26,7 @@ from torch import Tensor, nn
 
 from vitrail_runtime.errors import InputError
 
-Implementation = Literal["auto", "plain", "bag", "gather"]
+Implementation = Literal["auto", "plain", "bag", "gather", "triton"]
 Shapes = Sequence[tuple[int, int]]
 
 
@@ -43,7 +46,8 @@ def ms_deform_attn(
         locations: (B, Q, heads, L, P, 2) points as (x, y), 0 to 1 over the map from edge to edge, so that
             pixel i of n has its centre at (i + 0.5) / n; what lies outside reads zero.
         weights: (B, Q, heads, L, P), as a rule summing to 1 over the last two axes.
-        implementation: "auto" takes "gather" under export, "bag" on the CPU and "plain" elsewhere.
+        implementation: "auto" takes "gather" under export, "triton" for CUDA tensors of 16 or 32 bits where
+            Triton is installed, "bag" on the CPU and "plain" elsewhere.
 
     Returns: (B, Q, heads * D) in the dtype of `value`; sums are in float32 at least.
     Raises: InputError for shapes that do not fit each other.
@@ -55,6 +59,12 @@ def ms_deform_attn(
 def _chosen(implementation: str, value: Tensor) -> Callable[..., Tensor]:
     if implementation == "auto":
         implementation = automatic(value)
+    if implementation == "triton":
+        if not has_triton():
+            raise InputError("implementation='triton' needs Triton; install it or pass 'auto'")
+        from vitrail.ops.triton.ms_deform_attn import triton_attention
+
+        return triton_attention
     forms = {"plain": plain_attention, "bag": bag_attention, "gather": gather_attention}
     if implementation not in forms:
         known = ", ".join(get_args(Implementation))
@@ -66,7 +76,15 @@ def automatic(value: Tensor) -> str:
     """The form that "auto" takes for a value."""
     if torch.compiler.is_exporting():
         return "gather"
-    return "bag" if value.device.type == "cpu" else "plain"
+    if value.device.type == "cpu":
+        return "bag"
+    kernel = value.dtype in (torch.float32, torch.bfloat16, torch.float16)  # they sum in float32
+    return "triton" if value.device.type == "cuda" and kernel and has_triton() else "plain"
+
+
+@cache
+def has_triton() -> bool:
+    return find_spec("triton") is not None
 
 
 def _check(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> None:

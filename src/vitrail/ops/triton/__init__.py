@@ -1,0 +1,1 @@
+"""Kernels for CUDA; each is tested against the plain form of the function that it serves."""
