@@ -37,7 +37,7 @@ def test_a_predictor_moves_its_model_there_and_leaves_it_without_a_device():
     model = create_model("efficientvit_m0", num_classes=2, **SMALL)
     assert next(Predictor(model).model.parameters()).device.type == "cpu"
     assert next(Predictor(model, device="meta").model.parameters()).device.type == "meta"
-    assert next(Predictor(model).model.parameters()).device.type == "meta"
+    assert next(Predictor(model, device=None).model.parameters()).device.type == "meta"
 
 
 class Asked(Exception):

@@ -324,6 +324,17 @@ DIGITS: Table = FINETUNE | {
     "augmentation.color_jitter": (0.0, OURS),
     "augmentation.random_erasing": (0.0, OURS),
 }
+DIGITS_SEGMENT: Table = DIGITS | {
+    "model": ("semantic_fpn/mobilenetv3_small", OURS),
+    "head_fields": ({"fpn_dim": 32, "dim": 32}, "a narrow head, for minutes on a CPU"),
+    "image_size": (128, OURS),
+    "epochs": (20, OURS),
+    "batch_size": (16, OURS),
+    "lr": (3e-3, OURS),
+    "eval_every": (5, OURS),
+    "augmentation.scale": ((0.5, 1.0), OURS),
+    "augmentation.interpolation": ("bilinear", OURS),
+}
 CIFAR_M0: Table = DIGITS | {
     "val_fraction": (0.02, OURS),
     "epochs": (20, OURS),
@@ -400,6 +411,7 @@ TABLES: dict[str, Table] = {
     "finetune_small": FINETUNE,
     "segment_small": SEGMENT,
     "digits": DIGITS,
+    "digits_segment": DIGITS_SEGMENT,
     "cifar10_efficientvit_m0": CIFAR_M0,
     "cifar10_vit_tiny": CIFAR_VIT,
 }

@@ -219,7 +219,11 @@ def test_the_loader_reads_what_the_run_says(start, monkeypatch):
     run = start(workers=3)
     p = run.model.preprocessing
     assert seen.pop("a") == replace(run.config.augmentation, mean=p.mean, std=p.std)
-    assert seen == {"rank": 0, "world": 1, "workers": 3, "pin_memory": False}
+    own = {"own_sizes": None}  # of a model whose images all have one size
+    assert seen == {"rank": 0, "world": 1, "workers": 3, "pin_memory": False} | own
+    edges = replace(p, mode="edges", size=(32, 48))
+    setup.build_loader(run.config, run.train_data, run.plan, edges, run.accelerator)
+    assert seen["own_sizes"] == edges
 
 
 def test_a_frozen_backbone_stays_still_in_every_epoch(start):

@@ -200,7 +200,7 @@ def test_a_loss_that_is_not_finite_stops_with_a_batch_that_can_be_run_again(
     assert "weights that are not finite: none" in said
     assert f"of {found['num_images']}\n" in said
     kept = tmp_path / "run" / "nonfinite.safetensors"
-    whole = kept.images.read_bytes()
+    whole = kept.read_bytes()
     for damaged in (
         whole[:-1] + bytes([whole[-1] ^ 1]),
         b"",
