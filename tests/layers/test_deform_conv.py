@@ -103,3 +103,8 @@ def test_bfloat16_rounds_inputs_offsets_and_output_alone():
     exact = conv.double()(x.double())
     # The offsets themselves are of bfloat16: a hundredth of a pixel at most here.
     assert (out - exact).abs().max() <= 0.02 * exact.abs().max()
+
+
+def test_groups_divide_the_channels_that_a_filter_reads():
+    assert DeformConv2d(4, 2, groups=2).weight.shape == (2, 2, 3, 3)
+    assert DeformConv2d(4, 2).weight.shape == (2, 4, 3, 3)

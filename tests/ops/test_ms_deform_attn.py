@@ -289,3 +289,17 @@ def test_triton_is_found_where_it_can_be_imported():
         assert not has_triton()
     else:
         assert has_triton()
+
+
+def test_of_eight_heads_the_first_points_lie_on_the_edge_of_a_square():
+    """Not on a circle: a head that looks askew steps one cell in both directions."""
+    bias = MSDeformAttn(16, 8, 2, 3).sampling_offsets.bias.detach().view(8, 2, 3, 2)
+    steps = torch.tensor([1.0, 2.0, 3.0]).expand(8, 2, 3)
+    torch.testing.assert_close(bias.abs().amax(-1), steps)
+    torch.testing.assert_close(bias[1, 0, 0], torch.tensor([1.0, 1.0]))
+
+
+def test_a_module_asks_for_the_form_that_it_was_given():
+    module = MSDeformAttn(8, 2, 1, 1, implementation="fast")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(InputError, match="fast"):
+        module(torch.zeros(1, 2, 8), torch.rand(1, 2, 1, 2), torch.zeros(1, 4, 8), [(2, 2)])
