@@ -38,6 +38,10 @@ KNOWN = {  # what stands there all the same, and why
 }
 LINES = 60  # of a function, at most
 LONG = {  # (file, function): why it is longer
+    (
+        "ops/triton/ms_deform_attn.py",
+        "_backward",
+    ): "a kernel, which Triton compiles as one function",
     ("train/replay.py", "replay"): "its questions share one model, its shares, weights and seeds",
 }
 

@@ -123,7 +123,8 @@ class View:
         assert self.cut is not None
         height, width = self.original
         scale = max(self.size[0] / height, self.size[1] / width)
-        keep_h, keep_w = math.ceil(self.size[0] / scale), math.ceil(self.size[1] / scale)
+        keep_h = min(height, math.ceil(self.size[0] / scale))
+        keep_w = min(width, math.ceil(self.size[1] / scale))
         top = int(self.cut[0] * (height - keep_h + 1))
         return top, int(self.cut[1] * (width - keep_w + 1)), keep_h, keep_w
 
