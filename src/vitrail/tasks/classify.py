@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from vitrail.configuration import Range, check_choices, check_ranges
-from vitrail.tasks.task import Scores, Table, label_map
+from vitrail.tasks.task import Scores, Table, Task, label_map
 
 if TYPE_CHECKING:
     import numpy as np
@@ -45,7 +45,7 @@ class Settings:
         )
 
 
-class Classify:
+class Classify(Task):
     name = "classify"
     truth = "labels"
     headline = "top1"
@@ -54,9 +54,6 @@ class Classify:
 
     def options(self, settings: Settings) -> dict[str, Any]:
         return {"label_smoothing": settings.label_smoothing}
-
-    def model_options(self, settings: Settings, truth: "Labels") -> dict[str, Any]:
-        return {}
 
     def prepare(
         self, batch: "Dense", key: tuple[int, int, int], settings: Settings, num_classes: int

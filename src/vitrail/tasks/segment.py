@@ -7,14 +7,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from vitrail.configuration import check_choices
 from vitrail.data.legend import IGNORE
-from vitrail.tasks.task import Scores, Table, label_map
+from vitrail.tasks.task import Scores, Table, Task, label_map
 from vitrail_runtime.errors import InputError, NotFinite, listed
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from vitrail.data.batch import Dense
     from vitrail.data.examples import Examples
     from vitrail.data.masks import ClassMaps
     from vitrail_runtime.preprocess import Geometry
@@ -32,15 +31,12 @@ class Settings:
         check_choices(self, where="task")
 
 
-class Segment:
+class Segment(Task):
     name = "segment"
     truth = "class maps"
     headline = "mIoU"
     shown = "mIoU"
     settings = Settings
-
-    def options(self, settings: Settings) -> dict[str, Any]:
-        return {}
 
     def model_options(self, settings: Settings, truth: "ClassMaps") -> dict[str, Any]:
         from vitrail.data.masks import class_weights
@@ -48,17 +44,6 @@ class Segment:
         if settings.class_weights == "none":
             return {"class_weights": None}
         return {"class_weights": tuple(class_weights(truth.counts).tolist())}
-
-    def prepare(
-        self, batch: "Dense", key: tuple[int, int, int], settings: Settings, num_classes: int
-    ) -> "Dense":
-        return batch
-
-    def multiple(self, settings: Settings) -> int:
-        return 1
-
-    def weights(self, settings: Settings, truth: "ClassMaps") -> "np.ndarray | None":
-        return None
 
     def evaluator(self, model: Any, data: "Examples") -> "Evaluator":
         return Evaluator(model, data)

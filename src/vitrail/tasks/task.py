@@ -90,7 +90,7 @@ class Evaluator(Protocol):
 
 
 class Task(Protocol):
-    """What the rest of the house asks of a task.
+    """What the rest of the house asks of a task, which inherits what it does not do in its own way.
 
     truth: the kind of truth that it learns from. settings: a frozen dataclass, its own group of flags.
     shown: how its headline is called in a line.
@@ -104,25 +104,25 @@ class Task(Protocol):
 
     def options(self, settings: Any) -> dict[str, Any]:
         """Keywords for the model's `losses`."""
-        ...
+        return {}
 
     def model_options(self, settings: Any, truth: Any) -> dict[str, Any]:
         """Attributes of the model that the training data decides, such as the weights of classes."""
-        ...
+        return {}
 
     def prepare(
-        self, batch: "Batch", key: tuple[int, int, int], settings: Any, num_classes: int
-    ) -> "Batch":
+        self, batch: Any, key: tuple[int, int, int], settings: Any, num_classes: int
+    ) -> Any:
         """What changes a whole batch on its device, by key (seed, epoch, step): the same on every process."""
-        ...
+        return batch
 
     def multiple(self, settings: Any) -> int:
         """A process's share of a batch must be a multiple of this many images."""
-        ...
+        return 1
 
     def weights(self, settings: Any, truth: Any) -> "np.ndarray | None":
         """(N,) how often each example is drawn, relative to the others; None: each once an epoch."""
-        ...
+        return None
 
     def evaluator(self, model: Any, data: "Examples") -> Evaluator:
         """Raises InputError where the data's classes are not the model's."""
