@@ -194,11 +194,7 @@ def test_a_loader_can_pin_a_batch_with_its_targets(monkeypatch, kind):
     assert found.targets["b"][1] == "name"
 
 
-def test_the_inputs_are_the_images_and_of_padded_ones_their_sizes():
-    """What a model's losses take before the targets."""
+def test_the_losses_are_told_the_sizes_of_padded_images_alone():
     images, indices, sizes = torch.zeros(2, 3, 4, 5), torch.arange(2), ((4, 5), (2, 3))
-    (alone,) = Dense(images, (), indices).inputs
-    first, second = Padded(images, (), indices, sizes).inputs
-    assert alone is images
-    assert first is images
-    assert second == sizes
+    assert Dense(images, (), indices).padding == {}
+    assert Padded(images, (), indices, sizes).padding == {"sizes": sizes}

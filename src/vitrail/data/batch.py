@@ -40,8 +40,8 @@ class Batch(Protocol):
     def num_images(self) -> int: ...
 
     @property
-    def inputs(self) -> tuple[Any, ...]:
-        """What a model's `losses` take before the targets."""
+    def padding(self) -> dict[str, Any]:
+        """What a model's `losses` must know of the padding beside images and targets."""
         ...
 
     def to(self, device: torch.device, preprocessing: Preprocessing) -> Self:
@@ -68,8 +68,8 @@ class Dense:
         return len(self.images)
 
     @property
-    def inputs(self) -> tuple[Tensor]:
-        return (self.images,)
+    def padding(self) -> dict[str, Any]:
+        return {}
 
     def to(self, device: torch.device, preprocessing: Preprocessing) -> "Dense":
         images = normalised(self.images.to(device, non_blocking=True), preprocessing)
@@ -109,9 +109,9 @@ class Padded:
         return len(self.images)
 
     @property
-    def inputs(self) -> tuple[Tensor, tuple[tuple[int, int], ...]]:
-        """Images, and which part of each is no padding."""
-        return self.images, self.sizes
+    def padding(self) -> dict[str, Any]:
+        """Which part of each image is none."""
+        return {"sizes": self.sizes}
 
     def to(self, device: torch.device, preprocessing: Preprocessing) -> "Padded":
         images = normalised(self.images.to(device, non_blocking=True), preprocessing)

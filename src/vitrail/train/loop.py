@@ -99,7 +99,7 @@ def backward(run: Run, batch: Batch, weight: float) -> Tensor:
         alone = i + 1 < len(parts)  # processes add up their gradients once, with the last part
         with run.accelerator.no_sync(run.objective) if alone else nullcontext():
             with torch.autocast(part.images.device.type, torch.bfloat16, enabled=bf16):
-                losses = run.objective(*part.inputs, part.targets)
+                losses = run.objective(part.images, part.targets, **part.padding)
             # Processes take the mean of their gradients, where the sum is meant.
             loss = torch.stack(list(losses.values())).sum() * run.world / weight
             run.accelerator.backward(loss)

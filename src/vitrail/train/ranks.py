@@ -141,12 +141,9 @@ class Objective(nn.Module):
         self.model = model
         self.options = options
 
-    def forward(self, *given: Any) -> dict[str, Tensor]:
-        """{name: sum over the batch}; all of them, over the model's `weight` of the targets, are the loss.
-
-        given: the inputs of a batch and its targets.
-        """
-        return self.model.losses(*given, **self.options)
+    def forward(self, images: Any, targets: Any, **padding: Any) -> dict[str, Tensor]:
+        """{name: sum over the batch}; all of them, over the model's `weight` of the targets, are the loss."""
+        return self.model.losses(images, targets, **padding, **self.options)
 
 
 def distribute(

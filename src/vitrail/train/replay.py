@@ -122,7 +122,7 @@ def replay(path: str | Path) -> dict[str, Any]:
         return out
 
     def loss_of(part: Dense) -> Tensor:
-        losses = model.losses(*part.inputs, part.targets, **task.options(settings))
+        losses = model.losses(part.images, part.targets, **part.padding, **task.options(settings))
         return torch.stack(list(losses.values())).sum() / weight
 
     def finite(part: Dense) -> Tensor:
