@@ -16,6 +16,8 @@ import vitrail.backbones  # noqa: F401  (registers every backbone)
 from vitrail import weights as weights_room
 from vitrail.classifiers import Classifier, PooledHead
 from vitrail.configuration import check_choices, from_dict, to_dict
+from vitrail.detectors import rcnn
+from vitrail.detectors.keys import from_foreign
 from vitrail.registry import (
     BackboneEntry,
     Tensors,
@@ -28,7 +30,7 @@ from vitrail.registry import (
 from vitrail.segmenters import linear, semantic_fpn, upernet
 from vitrail.segmenters.segmenter import check_classes
 from vitrail_runtime.errors import InputError, NewerVersion, listed
-from vitrail_runtime.preprocess import Preprocessing
+from vitrail_runtime.preprocess import Mode, Preprocessing
 
 SCHEMA_VERSION = 2  # 1 had one "config", the backbone's, where 2 has "parts"
 Weights = str | Path | Mapping[str, Any] | None
@@ -38,15 +40,28 @@ Weights = str | Path | Mapping[str, Any] | None
 class Head:
     """What stands before the slash of a full model's name.
 
-    build: (backbone, config, num_classes) -> the model. from_foreign: keys of other libraries' files, all but
-    "backbone.*", to ours. size: (height, width) within which an image is fitted by default.
+    build: (backbone, config, num_classes) -> the model. from_foreign: keys of other libraries' files to ours;
+    those of the backbone, under "backbone.", may keep its own layout. mode, size: how an image is prepared by
+    default.
     """
 
     task: str
     config: Any
     build: Callable[[Any, Any, int], Any]
     from_foreign: Callable[[Tensors], Tensors] = dict
+    mode: Mode = "fit"
     size: tuple[int, int] = (512, 512)
+
+
+def _detector(config: rcnn.RCNNConfig) -> Head:
+    return Head(
+        task="detect",
+        config=config,
+        build=rcnn.RCNN,
+        from_foreign=from_foreign,
+        mode="edges",
+        size=(800, 1333),
+    )
 
 
 HEADS = {
@@ -60,6 +75,8 @@ HEADS = {
         build=upernet.build,
         from_foreign=upernet.from_foreign,
     ),
+    "faster_rcnn": _detector(rcnn.RCNNConfig()),
+    "mask_rcnn": _detector(rcnn.MaskRCNNConfig()),
 }
 TASKS = ("classify", *dict.fromkeys(head.task for head in HEADS.values()))
 
@@ -85,7 +102,7 @@ class ModelInfo:
 
 
 def list_models(pattern: str = "*", *, task: str | None = None) -> list[str]:
-    """Names that `create_model` takes, by shell pattern and task ("classify", "segment").
+    """Names that `create_model` takes, by shell pattern and task ("classify", "segment", "detect").
 
     Classifiers are called by their backbone alone. Every head goes with every backbone: those names,
     "HEAD/BACKBONE", are listed where the pattern has a slash or the task asks for them.
@@ -160,7 +177,7 @@ def create_model(
     model = assemble(name, parts, len(names))
     preprocessing = entry.preprocessing
     if known is not None:
-        preprocessing = replace(preprocessing, mode="fit", size=known.size)
+        preprocessing = replace(preprocessing, mode=known.mode, size=known.size)
     if "image_size" in config_fields:
         size = config_fields["image_size"]
         size = (size, size) if isinstance(size, int) else tuple(size)
@@ -552,8 +569,9 @@ def load_dense(
     assert head is not None
     checkpoint = weights_room.read_checkpoint(weights)
     prefix = "backbone."
-    below = {k.removeprefix(prefix): v for k, v in checkpoint.state.items() if k.startswith(prefix)}
-    above = {k: v for k, v in checkpoint.state.items() if not k.startswith(prefix)}
+    state = head.from_foreign(checkpoint.state)
+    below = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    above = {k: v for k, v in state.items() if not k.startswith(prefix)}
     if not below or not above:
         raise InputError(
             f"{checkpoint.source} holds no whole {name}: it has {len(below)} keys under 'backbone.' and "
@@ -561,7 +579,7 @@ def load_dense(
             "weights={'backbone': ...}"
         )
     parts = tuple(part for part in part_names(model) if part != "backbone")
-    heads = replace(checkpoint, state=head.from_foreign(above))
+    heads = replace(checkpoint, state=above)
     ready = weights_room.check_part(model, parts, heads)  # before anything is filled
     own = replace(checkpoint, state=below)
     config = model.info.parts["backbone"]

@@ -1,0 +1,1 @@
+"""One file per paper: what finds objects on any backbone."""
