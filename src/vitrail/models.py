@@ -557,7 +557,8 @@ def _load_parts(
         if part == "backbone":
             reports.append(weights_room.load_weights(module, source, entry, config=config))
         else:
-            reports.append(weights_room.load_part(model, (part,), source))
+            checkpoint = weights_room.read_checkpoint(source)
+            reports.append(weights_room.check_part(model, (part,), checkpoint).fill())
     return reports[0] if len(reports) == 1 else weights_room.joined(reports)
 
 

@@ -361,7 +361,7 @@ def test_a_folder_of_pickle_shards_is_read_as_one(tmp_path):
     [
         ({"a.weight": "../a.weight.safetensors"}, "not a plain file name"),
         ({"a.weight": "/etc/passwd"}, "not a plain file name"),
-        ({"a.weight": "a.py"}, "shards end in"),
+        ({"a.weight": "a.py"}, "that ends in .safetensors"),
         ({"a.weight": "gone.safetensors"}, "are not there: gone.safetensors"),
         ({"b": "a.bias.safetensors"}, "lack 1 of its keys: b"),
         ({"a.weight": 3}, "no weight_map"),

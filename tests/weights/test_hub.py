@@ -91,7 +91,7 @@ def test_shards_are_fetched_with_what_describes_them_and_no_odd_names(online, ca
     ]
     for odd in ("../1.safetensors", "code.py"):
         index.write_text('{"weight_map": {"a": "ODD"}}'.replace("ODD", odd))
-        with pytest.raises(InputError, match="not a plain weight file"):
+        with pytest.raises(InputError, match="not a plain file name"):
             hub.fetch("hf:owner/name@main")
 
 

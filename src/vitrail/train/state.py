@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from vitrail.configuration import from_dict
 from vitrail.train.ema import Ema
 from vitrail.weights import digest_of
-from vitrail.weights.files import DIGEST
+from vitrail.weights.files import DIGEST, flush
 from vitrail_runtime.errors import InputError, NewerVersion
 
 SCHEMA_VERSION = 2  # 1 had no digests
@@ -176,9 +176,9 @@ def write_state(
     partial = path.with_suffix(".partial")
     try:
         save_file(dict(tensors), partial, metadata=texts)
-        _flush(partial)
+        flush(partial)
         os.replace(partial, path)
-        _flush(folder)  # the rename itself
+        flush(folder)  # the rename itself
     except SafetensorError as error:  # how safetensors reports a full disk
         raise OSError(str(error)) from error
     finally:
@@ -287,12 +287,3 @@ def _step(path: Path) -> int:
     match = NAME.fullmatch(path.name)
     assert match is not None
     return int(match[1])
-
-
-def _flush(path: Path) -> None:
-    """Wait until a file's bytes, or a folder's names, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

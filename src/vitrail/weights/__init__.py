@@ -13,7 +13,7 @@ from vitrail.weights.files import (
 )
 from vitrail.weights.hub import Unavailable
 from vitrail.weights.layouts import Report, load_weights
-from vitrail.weights.parts import check_part, joined, load_part
+from vitrail.weights.parts import check_part, joined
 from vitrail.weights.pretrained import OR_RANDOM, RELEASED_WEIGHTS, read_pretrained
 
 __all__ = [
@@ -25,7 +25,6 @@ __all__ = [
     "check_part",
     "digest_of",
     "joined",
-    "load_part",
     "load_weights",
     "read_checkpoint",
     "read_metadata",

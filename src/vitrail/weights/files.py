@@ -141,19 +141,31 @@ def _beside(path: Path) -> dict[str, Any]:
     return data if isinstance(data, dict) else {}
 
 
-def read_shards(index: Path) -> Checkpoint:
-    """The shards that a Hugging Face index names, as one state."""
+def shard_places(index: Path) -> dict[str, str]:
+    """Key -> the file beside a Hugging Face index that holds it. Raises InputError for other names."""
     data = read_json(index)
     places = data.get("weight_map") if isinstance(data, dict) else None
     if not isinstance(places, dict) or not all(isinstance(v, str) for v in places.values()):
         raise InputError(f"{index} has no weight_map from keys to file names; download it again")
+    for name in sorted(set(places.values())):
+        # Anything but a weights file beside the index would be a file that nobody named.
+        if name != Path(name).name or "\\" in name or Path(name).suffix not in SUFFIXES:
+            raise InputError(
+                f"{index} names the shard {name!r}, which is not a plain file name that ends in "
+                f"{', '.join(SUFFIXES)}"
+            )
+    return places
+
+
+def shard_names(index: Path) -> list[str]:
+    """The files that an index names, sorted."""
+    return sorted(set(shard_places(index).values()))
+
+
+def read_shards(index: Path) -> Checkpoint:
+    """The shards that a Hugging Face index names, as one state."""
+    places = shard_places(index)
     files = sorted(set(places.values()))
-    for name in files:
-        # A shard stands beside its index; anything else would read files that nobody named.
-        if name != Path(name).name or name in ("", ".", "..") or "\\" in name:
-            raise InputError(f"{index} names the shard {name!r}, which is not a plain file name")
-        if Path(name).suffix not in SUFFIXES:
-            raise InputError(f"{index} names the shard {name!r}; shards end in {SUFFIXES}")
     missing = [name for name in files if not (index.parent / name).is_file()]
     if missing:
         raise InputError(
@@ -462,9 +474,9 @@ def _replacing(path: Path) -> Iterator[Path]:
         mode = temporary.stat().st_mode & 0o777
         yield temporary
         os.chmod(temporary, mode)
-        _sync(temporary)
+        flush(temporary)
         os.replace(temporary, path)
-        _sync(path.parent)
+        flush(path.parent)
     except (OSError, safetensors.SafetensorError) as error:
         kept = "; the file that stood there is unchanged" if path.exists() else ""
         raise InputError(f"{path} cannot be written: {error}{kept}") from error
@@ -473,7 +485,7 @@ def _replacing(path: Path) -> Iterator[Path]:
             temporary.unlink()
 
 
-def _sync(path: Path) -> None:
+def flush(path: Path) -> None:
     """Flush a file, or the entries of a folder, to the disk."""
     if path.is_dir() and os.name == "nt":
         return  # Windows opens no folders; its rename is durable enough

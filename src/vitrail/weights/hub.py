@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vitrail.weights.files import FOLDER_FILES, SUFFIXES, read_json
+from vitrail.weights.files import FOLDER_FILES, SUFFIXES, shard_names
 from vitrail_runtime.errors import InputError
 
 _SPEC = re.compile(
@@ -141,17 +141,6 @@ def _found(
     if revision != commit:
         notes.append(f"{revision or 'main'}{where} is commit {commit}; pin it: {pinned}")
     return Found(root / file if file else root, pinned, notes)
-
-
-def shard_names(index: Path) -> list[str]:
-    """The shard files that an index names: of those, only plain names of weight files are fetched."""
-    data = read_json(index)
-    names = data.get("weight_map", {}) if isinstance(data, dict) else {}
-    shards = sorted({str(v) for v in names.values()}) if isinstance(names, dict) else []
-    for name in shards:
-        if "/" in name or not name.endswith(SUFFIXES):
-            raise InputError(f"{index} names the shard {name!r}, which is not a plain weight file")
-    return shards
 
 
 def _no_such_file(address: str, file: str | None, there: set[str]) -> str:

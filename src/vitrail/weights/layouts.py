@@ -278,26 +278,24 @@ def _sources(values: Iterable[Tensor]) -> frozenset[str]:
 
 
 def _drop_head(fit: Fit, converted: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
-    """Pass over the class layer when the number of classes differs, and only then.
+    """Pass over the class layer when the number of classes differs, and only then; what else the head has (a
+    hidden layer, a norm) is kept."""
+    heads = [key for key in wanted if key.startswith("head.") and key in converted]
+    differ = [key for key in heads if converted[key].shape != wanted[key].shape]
+    fit.dropped_head, fit.classes = other_classes(wanted, converted, differ)
+    fit.shapes = [line for line in fit.shapes if line.split(":")[0] not in fit.dropped_head]
 
-    That is so when every tensor of the head that does not fit differs in its first axis alone, all by
-    the same two numbers; what else the head has (a hidden layer, a norm) is kept.
-    """
-    differ = [
-        key
-        for key in wanted
-        if key.startswith("head.")
-        and key in converted
-        and converted[key].shape != wanted[key].shape
-    ]
-    counts = {(s.shape[:1], w.shape[:1]) for s, w in ((converted[k], wanted[k]) for k in differ)}
-    same_rest = all(converted[k].shape[1:] == wanted[k].shape[1:] for k in differ)
-    if len(counts) != 1 or not same_rest or not all(wanted[k].ndim for k in differ):
-        return
+
+def other_classes(
+    own: Mapping[str, Tensor], given: Mapping[str, Tensor], differ: list[str]
+) -> tuple[list[str], tuple[int, int] | None]:
+    """`differ` and (classes given, own classes), where all these keys differ in their first axis alone and by
+    the same two numbers; else nothing."""
+    counts = {(given[k].shape[:1], own[k].shape[:1]) for k in differ}
+    if len(counts) != 1 or any(given[k].shape[1:] != own[k].shape[1:] for k in differ):
+        return [], None
     ((theirs, mine),) = counts
-    fit.classes = (theirs[0], mine[0])
-    fit.dropped_head = differ
-    fit.shapes = [line for line in fit.shapes if line.split(":")[0] not in differ]
+    return (differ, (theirs[0], mine[0])) if theirs and mine else ([], None)
 
 
 def matches(key: str, patterns: Iterable[str]) -> bool:

@@ -2,14 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vitrail.weights.files import Checkpoint, read_checkpoint
-from vitrail.weights.layouts import COUNTERS, Report, compare_classes, matches
+from vitrail.weights.files import Checkpoint
+from vitrail.weights.layouts import COUNTERS, Report, compare_classes, matches, other_classes
 from vitrail_runtime.errors import InputError, listed
 
 
@@ -28,19 +26,12 @@ class Ready:
         return self.report
 
 
-def load_part(
-    model: nn.Module, parts: Sequence[str], source: str | Path | Mapping[str, Any] | Checkpoint
-) -> Report:
-    """Fill parts of a model, top-level modules by name, from a checkpoint in our names.
+def check_part(model: nn.Module, parts: Sequence[str], checkpoint: Checkpoint) -> Ready:
+    """What of parts of a model, top-level modules by name, a checkpoint in our names would fill.
 
     A file of one part may name its keys without it. Class layers of another number of classes are passed
-    over, and said. Raises InputError, with the model untouched, where a key is missing or a shape differs.
+    over, and said. Raises InputError where a key is missing or a shape differs.
     """
-    return check_part(model, parts, read_checkpoint(source)).fill()
-
-
-def check_part(model: nn.Module, parts: Sequence[str], checkpoint: Checkpoint) -> Ready:
-    """What `load_part` would fill, checked, with nothing filled yet."""
     prefixes = tuple(f"{part}." for part in parts)
     own = {k: v for k, v in model.state_dict().items() if k.startswith(prefixes)}
     given = checkpoint.state
@@ -52,7 +43,7 @@ def check_part(model: nn.Module, parts: Sequence[str], checkpoint: Checkpoint) -
     missing = [k for k in missing if not matches(k, (COUNTERS,))]
     both = [k for k in own if k in given]
     differ = [k for k in both if own[k].shape != given[k].shape]
-    dropped, classes = _other_classes(own, given, differ)
+    dropped, classes = other_classes(own, given, differ)
     problems = [f"{k}: missing in the file" for k in missing]
     problems += [
         f"{k}: {tuple(own[k].shape)} in the model, {tuple(given[k].shape)} in the file"
@@ -78,17 +69,6 @@ def check_part(model: nn.Module, parts: Sequence[str], checkpoint: Checkpoint) -
         notes=(*checkpoint.notes, *compare_classes(model, checkpoint, not dropped)),
     )
     return Ready(own, {k: given[k] for k in used}, report)
-
-
-def _other_classes(
-    own: Mapping[str, Tensor], given: Mapping[str, Tensor], differ: Sequence[str]
-) -> tuple[list[str], tuple[int, int] | None]:
-    """The keys that differ in the number of classes alone, all by the same two numbers, and these."""
-    counts = {(given[k].shape[:1], own[k].shape[:1]) for k in differ}
-    if len(counts) != 1 or any(given[k].shape[1:] != own[k].shape[1:] for k in differ):
-        return [], None
-    ((theirs, mine),) = counts
-    return (list(differ), (theirs[0], mine[0])) if theirs and mine else ([], None)
 
 
 def joined(reports: Sequence[Report]) -> Report:

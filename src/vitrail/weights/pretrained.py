@@ -8,7 +8,7 @@ import torch
 
 from vitrail.weights import hub
 from vitrail.weights.catalogue import RELEASED
-from vitrail.weights.files import FOLDER_FILES, SUFFIXES, Checkpoint, read_checkpoint
+from vitrail.weights.files import FOLDER_FILES, SUFFIXES, Checkpoint, read_checkpoint, shard_names
 from vitrail_runtime.errors import InputError
 
 OR_RANDOM = "auto"  # the released weights where they can be had; else none, and the report says why
@@ -87,7 +87,7 @@ def _sha256(path: Path) -> str:
     if path.is_dir():
         file = next(path / name for name in FOLDER_FILES if (path / name).is_file())
         sharded = file.name.endswith(".index.json")
-        files = [path / shard for shard in hub.shard_names(file)] if sharded else [file]
+        files = [path / shard for shard in shard_names(file)] if sharded else [file]
     digest = hashlib.sha256()
     for file in files:
         with file.open("rb") as opened:
