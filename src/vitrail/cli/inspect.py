@@ -26,25 +26,13 @@ vitrail inspect ACTION --help tells an action's options."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class CollapseFlags:
-    """Compare the attention maps of a model's blocks, on pictures, and write a page.
-
-    A block whose maps are those of the block before adds little: as depth grows, plain ViTs have more and
-    more of them (DeepViT, 2021). Several models are drawn side by side.
-    """
-
+class StudyFlags:
     models: Annotated[Positional[tuple[str, ...]], arg(metavar="MODEL...")]
     """Run folders, model folders or names."""
     images: Path
-    """A picture, or a folder of them."""
-    out: Path = Path("collapse.html")
-    """The page."""
-    threshold: float = 0.9
-    """From which similarity on a block counts as similar."""
-    within: int = 1
-    """How many blocks before it a block is compared with for the count."""
+    """An image, or a folder of them."""
     count: int = 8
-    """How many pictures are taken, evenly from all."""
+    """How many images are taken, evenly from all."""
     weights: str | None = None
     """Weights for a model given by name: pretrained, a file, a folder or hf:owner/name@revision."""
     device: str = "auto"
@@ -54,23 +42,27 @@ class CollapseFlags:
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeadsFlags:
+class CollapseFlags(StudyFlags):
+    """Compare the attention maps of a model's blocks, on images, and write a page.
+
+    A block whose maps are those of the block before adds little: as depth grows, plain ViTs have more and
+    more of them (DeepViT, 2021). Several models are drawn side by side.
+    """
+
+    out: Path = Path("collapse.html")
+    """The page."""
+    threshold: float = 0.9
+    """From which similarity on a block counts as similar."""
+    within: int = 1
+    """How many blocks before it a block is compared with for the count."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadsFlags(StudyFlags):
     """Compare the heads of each attention layer, measure how far they reach, and write a page."""
 
-    models: Annotated[Positional[tuple[str, ...]], arg(metavar="MODEL...")]
-    """Run folders, model folders or names."""
-    images: Path
-    """A picture, or a folder of them."""
     out: Path = Path("heads.html")
     """The page."""
-    count: int = 8
-    """How many pictures are taken, evenly from all."""
-    weights: str | None = None
-    """Weights for a model given by name: pretrained, a file, a folder or hf:owner/name@revision."""
-    device: str = "auto"
-    """Where the model runs, such as cpu or cuda; auto: a GPU where there is one."""
-    json: bool = False
-    """The numbers as JSON on stdout."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +115,7 @@ def collapse(argv: list[str]) -> None:
 
     studies, shown, fresh = _study(flags)
     how = {"threshold": flags.threshold, "within": flags.within}
-    page = _written(lambda: collapse_page(flags.out, studies, shown, random=fresh, **how))
+    page = collapse_page(flags.out, studies, shown, random=fresh, **how)
     words = [collapse_words(study, flags.threshold, flags.within) for study in studies]
     _tell(flags.json, studies, words, fresh, page)
 
@@ -133,7 +125,7 @@ def heads(argv: list[str]) -> None:
     from vitrail.analysis.attention_page import heads_page, heads_words
 
     studies, shown, fresh = _study(flags)
-    page = _written(lambda: heads_page(flags.out, studies, shown, random=fresh))
+    page = heads_page(flags.out, studies, shown, random=fresh)
     _tell(flags.json, studies, [heads_words(study) for study in studies], fresh, page)
 
 
@@ -159,7 +151,7 @@ def importance(argv: list[str]) -> None:
     name, page = str(flags.model), flags.out / "importance.html"
     print(importance_words(name, found))
     about = {} if flags.slim is None else _slimmed(model, found, flags.slim, flags.out)
-    _written(lambda: importance_page(page, name, found, **about))
+    importance_page(page, name, found, **about)
     print(f"page: {page}")
     if flags.slim is not None:
         out = flags.out
@@ -200,7 +192,7 @@ def _slimmed(model: Any, found: Any, share: float, out: Path) -> dict[str, Any]:
         print(f"{field}: {before} -> {after}")
     for what, before, after in costs:
         print(f"{what}: {before} -> {after}")
-    _written(lambda: save(slim, out))
+    save(slim, out)
     return {"plan": plan, "costs": costs, "config": model.info.config}
 
 
@@ -213,7 +205,7 @@ def _cost(model: Any, what: str) -> str:
     return f"{count_macs(model, height, width) / 1e9:.3f} G at {height} x {width}"
 
 
-def _study(flags: Any) -> tuple[list[Any], dict[str, str], list[str]]:
+def _study(flags: StudyFlags) -> tuple[list[Any], dict[str, str], list[str]]:
     """(studies, HTML of attention maps by model, names of models with random weights)."""
     if not flags.models:
         raise InputError("say which model: vitrail inspect ACTION MODEL --images DIR")
@@ -272,13 +264,6 @@ def prepared(paths: list[Path], preprocessing: Any) -> Iterator["Tensor"]:
     for path in paths:
         pixels, _ = prepare(decode(path, at_least=decode_size(preprocessing)), preprocessing)
         yield torch.from_numpy(pixels)
-
-
-def _written(write: Any) -> Path:
-    try:
-        return write()
-    except OSError as error:
-        raise InputError(f"the page cannot be written: {error}") from error
 
 
 def _tell(
