@@ -136,41 +136,34 @@ def read_scores(path: Path) -> dict[str, Any]:
 
 def curves(history: Sequence[dict[str, Any]], headline: str) -> str:
     """Losses, score and learning rate by step; the page is about the model of the ringed evaluation."""
-    drawn = []
     train = [r for r in history if "loss" in r and "lr" in r]
     evals = [r for r in history if headline in r]
-    fig, ax = page.figure()
-    for rows, name, how in (
-        (train, "training, with augmentation", {"color": page.ACCENT}),
-        (evals, "validation", {"color": page.GOOD, "marker": "o", "markersize": 4}),
-    ):
-        if rows:
-            x, y = [r["step"] for r in rows], [r["loss"] for r in rows]
-            ax.plot(x, y, linewidth=1.4, label=name, **how)
-    ax.set_xlabel("step")
-    ax.set_title("loss", fontsize=11, loc="left")
+    dots = {"color": page.GOOD, "marker": "o", "markersize": 4}
+
+    def drawn(title: str, *lines: tuple[list[dict[str, Any]], str, dict[str, Any]]) -> Any:
+        fig, ax = page.figure(height=2.6 if title == "learning rate" else 3.4)
+        for rows, key, how in lines:
+            if rows:
+                ax.plot([r["step"] for r in rows], [r[key] for r in rows], linewidth=1.4, **how)
+        ax.set_xlabel("step")
+        ax.set_title(title, fontsize=11, loc="left")
+        return fig, ax
+
+    losses, ax = drawn(
+        "loss",
+        (train, "loss", {"color": page.ACCENT, "label": "training, with augmentation"}),
+        (evals, "loss", {**dots, "label": "validation"}),
+    )
     ax.legend(frameon=False, fontsize=8)
-    drawn.append(page.svg(fig))
+    figures = [losses]
     if evals:
-        fig, ax = page.figure()
-        ax.plot(
-            *([r[k] for r in evals] for k in ("step", headline)),
-            color=page.GOOD,
-            marker="o",
-            markersize=4,
-        )
+        fig, ax = drawn(f"{headline} on the validation split", (evals, headline, dots))
         best = max(evals, key=lambda r: r[headline])  # the first of equals, as in training
         ax.plot(best["step"], best[headline], "o", ms=10, mfc="none", mec=page.INK)
-        ax.set_xlabel("step")
-        ax.set_title(f"{headline} on the validation split", fontsize=11, loc="left")
-        drawn.append(page.svg(fig))
+        figures.append(fig)
     if train:
-        fig, ax = page.figure(height=2.6)
-        ax.plot(*([r[k] for r in train] for k in ("step", "lr")), color=page.INK, linewidth=1.2)
-        ax.set_xlabel("step")
-        ax.set_title("learning rate", fontsize=11, loc="left")
-        drawn.append(page.svg(fig))
-    return page.plots(*drawn)
+        figures.append(drawn("learning rate", (train, "lr", {"color": page.INK}))[0])
+    return page.plots(*map(page.svg, figures))
 
 
 def configuration(run: str | Path | None) -> list[str]:
