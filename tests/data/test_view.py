@@ -8,7 +8,10 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from torchvision import tv_tensors
+from torchvision.transforms import v2
 
+from vitrail.data import rle
 from vitrail.data.augment import Augmentation, generator
 from vitrail.data.view import NO_CLASS, View, draw_view
 
@@ -266,3 +269,71 @@ def test_an_image_decoded_reduced_shows_the_regions_of_the_whole_class_map(name)
         total += pure.sum()
     assert total > 0.5 * 10 * 32 * 40
     assert wrong <= 0.01 * total
+
+
+# --- Boxes and masks ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_boxes_go_where_torchvisions_transforms_take_them(flip):
+    rng = np.random.default_rng(5)
+    corners = rng.uniform(0, 1, (40, 2, 2)) * (53, 31)
+    boxes = np.concatenate([corners.min(1), corners.max(1)], 1)
+    view = View((31, 53), (40, 24), (4, 7, 20, 33), None, flip)
+    seen, kept = view.boxes(boxes)
+    theirs = tv_tensors.BoundingBoxes(torch.tensor(boxes), format="XYXY", canvas_size=(31, 53))
+    theirs = v2.functional.resized_crop(theirs, 4, 7, 20, 33, [40, 24])
+    theirs = v2.functional.horizontal_flip(theirs) if flip else theirs
+    np.testing.assert_allclose(seen, theirs.numpy(), atol=1e-4)
+    assert seen.dtype == np.float32
+    assert 5 < kept.sum() < 35
+
+
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+@settings(max_examples=30)
+@given(sides, sides, st.tuples(st.integers(1, 24), st.integers(1, 24)), keys)
+def test_a_box_goes_where_the_geometry_says(name, height, width, size, key):
+    view = drawn(name, (height, width), size, key)
+    box = np.array([[0.25 * width, 0.1 * height, 0.9 * width, 0.8 * height]])
+    (seen,), _ = view.boxes(box)
+    (moved,) = view.geometry.boxes_to_input(box)
+    if view.flip:
+        moved = np.array([size[1] - moved[2], moved[1], size[1] - moved[0], moved[3]])
+    np.testing.assert_allclose(seen, moved.clip(0, [size[1], size[0]] * 2), atol=1e-4)
+
+
+def test_a_box_is_left_where_a_quarter_of_it_is_seen_and_a_pixel_each_way():
+    view = View((40, 40), (20, 20), (10, 10, 20, 20), None, False)
+    boxes = np.array(
+        [
+            (8, 12, 18, 22),  # four fifths
+            (0, 12, 13.3, 22),  # 3.3 / 13.3 < a quarter
+            (0, 12, 13.4, 22),  # 3.4 / 13.4 > a quarter
+            (0, 0, 20, 20),  # a quarter
+            (0, 0, 19.9, 20),
+            (12, 12, 12.9, 20),  # less than a pixel wide
+            (12, 12, 20, 12.9),
+            (12, 12, 13, 13),  # a pixel
+            (0, 0, 10, 10),  # beside it
+            (32, 32, 40, 40),
+        ]
+    )
+    seen, kept = view.boxes(boxes)
+    assert kept.tolist() == [True, False, True, True, False, False, False, True, False, False]
+    assert seen[0].tolist() == [0, 2, 8, 12]
+    seen, kept = view.boxes(np.zeros((0, 4), np.float32))
+    assert (seen.shape, kept.shape) == ((0, 4), (0,))
+
+
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+@settings(max_examples=40)
+@given(sides, sides, st.tuples(st.integers(1, 24), st.integers(1, 24)), keys)
+@example(5, 60, (20, 20), (0, 0, 3))
+def test_masks_show_what_their_class_map_shows(name, height, width, size, key):
+    ids = regions(height, width, key[2])
+    view = drawn(name, (height, width), size, key)
+    shown = view.masks([rle.from_mask(ids == k) for k in range(8)])
+    assert (shown.shape, shown.dtype) == ((8, *size), np.uint8)
+    seen = view.class_map(ids)
+    for k in range(8):
+        assert np.array_equal(shown[k], seen == k)

@@ -94,7 +94,8 @@ class Truth(Protocol):
     kind: what it is called in messages; a task says which kind it learns from.
     every_class_needed: whether a class without an example in train or val is an error.
     problems: position -> (name, what is wrong) where nothing can be said of an image, which is broken then.
-    notes: what a person should know. Both are of a whole split, as its source gives it.
+    bad: (name, what is wrong) of annotations that cannot be used, where an image has several.
+    notes: what a person should know. All three are of a whole split, as its source gives it.
     """
 
     kind: str
@@ -102,6 +103,9 @@ class Truth(Protocol):
 
     @property
     def problems(self) -> dict[int, tuple[str, str]]: ...
+
+    @property
+    def bad(self) -> tuple[tuple[str, str], ...]: ...
 
     @property
     def notes(self) -> tuple[str, ...]: ...
@@ -148,6 +152,7 @@ class Labels:
     kind = "labels"
     every_class_needed = True
     problems: ClassVar[dict[int, tuple[str, str]]] = {}
+    bad: ClassVar[tuple[tuple[str, str], ...]] = ()
     notes: ClassVar[tuple[str, ...]] = ()
 
     def __len__(self) -> int:
@@ -197,8 +202,9 @@ def labels_by_name(source: Source, split: str, index: Index, classes: tuple[str,
 class Examples:
     """N images of one split and what is true of them.
 
-    broken: (name, what is wrong) of the images left out by `skip_broken`. notes: what `open_data` decided by
-    itself and a person should know.
+    broken: (name, what is wrong) of the images left out by `skip_broken`; bad: of the
+    annotations left out or cut by `drop_bad`. notes: what `open_data` decided by itself and a person should
+    know.
     """
 
     images: Images
@@ -206,6 +212,7 @@ class Examples:
     split: str = ""
     broken: tuple[tuple[str, str], ...] = ()
     notes: tuple[str, ...] = ()
+    bad: tuple[tuple[str, str], ...] = ()
 
     def __len__(self) -> int:
         return len(self.images)

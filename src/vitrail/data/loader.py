@@ -201,7 +201,12 @@ class _EvalJob(Dataset):
 
 
 def _stacked(targets: Sequence[Any]) -> Any:
-    """One tensor of what each image teaches, where all have one form; else a tuple of tensors."""
+    """One tensor of what each image teaches, where all have one form; else a tuple of tensors, or of dicts of
+    them."""
+    if isinstance(targets[0], dict):
+        return tuple(
+            {name: torch.as_tensor(value) for name, value in target.items()} for target in targets
+        )
     tensors = [torch.as_tensor(np.asarray(target)) for target in targets]
     same = len({tensor.shape for tensor in tensors}) == 1
     return torch.stack(tensors) if same else tuple(tensors)

@@ -79,6 +79,7 @@ class ClassMaps:
     source: MaskSource
     problems: dict[int, tuple[str, str]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    bad: ClassVar[tuple[tuple[str, str], ...]] = ()
     kind: ClassVar[str] = "class maps"
     every_class_needed: ClassVar[bool] = False  # rare classes may be in one split alone
 

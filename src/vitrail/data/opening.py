@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from vitrail.data import hub
+from vitrail.data.coco import Coco, is_coco_folder
 from vitrail.data.examples import Examples, Images
 from vitrail.data.folders import ClassFolders
 from vitrail.data.index import Index, Source, read_index
@@ -27,6 +28,7 @@ def open_data(
     *,
     classes: Sequence[str] | None = None,
     skip_broken: bool = False,
+    drop_bad: bool = False,
     val_fraction: float = 0.2,
     seed: int = 0,
 ) -> Examples:
@@ -35,6 +37,7 @@ def open_data(
     Args:
         source: class folders (ROOT/train/CLASS/*.jpg with val and test beside train, or ROOT/CLASS/*.jpg);
             images with masks (ROOT/images/train/*.jpg and ROOT/masks/train/*.png, or lists of both);
+            images with boxes, as COCO's JSON (`vitrail.data.coco`);
             a folder of tar shards (train-*.tar, train-*.tar.gz, ...); a .csv or .tsv of file and label; or
             a data set of the hub, hf:owner/name@revision; or what `open_source` gave for one of these, whose
             files are then listed once for all splits.
@@ -46,6 +49,8 @@ def open_data(
         classes: the names that labels refer to, such as a trained model's; None takes the source's own,
             those of train for every split. With names given, test may lack some of them.
         skip_broken: leave broken pictures out and list them in `broken`, instead of raising.
+        drop_bad: leave annotations out that cannot be used, cut boxes that reach outside of their image, and
+            list both in the truth's `bad`, instead of raising.
         val_fraction: in (0, 1).
         seed: of the held-out split alone.
     Raises: InputError for anything that does not fit, naming files.
@@ -62,7 +67,7 @@ def open_data(
     if len(set(names)) < len(names):
         raise InputError(f"class names must be unique, but are {listed(names)}")
     notes: list[str] = []
-    found = [_examples(opened, part, names, skip_broken, notes) for part in parts]
+    found = [_examples(opened, part, names, skip_broken, drop_bad, notes) for part in parts]
     data = found[0] if len(found) == 1 else _joined(found)
     if cut:
         data = _cut(data, source, split, val_fraction, seed, whole=have == ("",))
@@ -115,12 +120,16 @@ def open_source(source: str | Path) -> Source:
             return Table(path)
         if is_shard(path):
             return Shards(path)
+        if path.suffix.lower() == ".json":
+            return Coco(path)
         raise InputError(
             f"{source} is a file, but neither a table (.csv, .tsv) nor a shard (.tar, .tar.gz); "
             "give a folder of class folders or shards, or a table of file and label"
         )
     if is_mask_folder(path):
         return MaskFolders(path)
+    if is_coco_folder(path):
+        return Coco(path)
     entries = sorted(p for p in path.iterdir() if not p.name.startswith("."))
     shards = [p.name for p in entries if is_shard(p)]
     if not shards:
@@ -184,10 +193,17 @@ def _parts(source: Source, split: str) -> tuple[list[str], bool]:
 
 
 def _examples(
-    source: Source, part: str, classes: tuple[str, ...], skip_broken: bool, notes: list[str]
+    source: Source,
+    part: str,
+    classes: tuple[str, ...],
+    skip_broken: bool,
+    drop_bad: bool,
+    notes: list[str],
 ) -> Examples:
     index = read_index(source, part)
     truth = source.truth(part, index, classes)
+    if truth.bad and not drop_bad:
+        raise InputError(bad_message(truth.bad, f"{source.name} {part}".strip()))
     problems = {
         **truth.problems,
         **{
@@ -199,7 +215,12 @@ def _examples(
     if broken and not skip_broken:
         raise InputError(broken_message(broken, len(index)))
     images = Images(index.keys, index.sizes, index.digests, index.places, source)
-    data = Examples(images, truth, part, tuple(broken))
+    data = Examples(images, truth, part, tuple(broken), bad=truth.bad)
+    if truth.bad:
+        notes.append(
+            f"{len(truth.bad):,} bad annotations of {source.name} {part} are left out, or cut at the image's "
+            f"edge; vitrail data check {source.name} names them"
+        )
     if broken:
         are = "is" if len(broken) == 1 else "are"
         notes.append(f"{len(broken)} of {len(index)} pictures {are} broken and left out")
@@ -222,12 +243,29 @@ def broken_message(broken: Sequence[tuple[str, str]], total: int) -> str:
     )
 
 
+def bad_message(bad: Sequence[tuple[str, str]], source: str) -> str:
+    """One message for all annotations that cannot be used."""
+    lines = [f"  {where}: {what}" for where, what in bad[:SHOWN]]
+    if len(bad) > SHOWN:
+        lines.append(f"  ... and {len(bad) - SHOWN:,} more")
+    annotations = "annotation cannot" if len(bad) == 1 else "annotations cannot"
+    return "\n".join(
+        [
+            f"{source}: {len(bad):,} {annotations} be used as they stand:",
+            *lines,
+            "repair or remove them, or go on with --drop-bad, which leaves them out and cuts boxes at the "
+            "image's edge",
+        ]
+    )
+
+
 def _joined(parts: list[Examples]) -> Examples:
     first, *others = parts
     return Examples(
         first.images.joined([p.images for p in others]),
         first.truth.joined([p.truth for p in others]),
         broken=tuple(b for p in parts for b in p.broken),
+        bad=tuple(b for p in parts for b in p.bad),
     )
 
 

@@ -4,6 +4,7 @@ The same view is taken of an image and of what is true of it, whatever form that
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,11 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vitrail.data import rle
 from vitrail.data.augmentation import Augmentation
 from vitrail_runtime.preprocess import Geometry
 
 Box = tuple[int, int, int, int]  # (top, left, height, width) in pixels
 NO_CLASS = 255  # in a class map: a pixel without a class
+LEAST_SHARE = 0.25  # of a box's area that must be seen
+LEAST_SIDE = 1.0  # pixels of what is seen of it
 TRIES = 10  # for a part that fits
 LARGE = (
     8  # times the pixels of the result, from which only what is kept of a "simple" crop is resized
@@ -61,12 +65,48 @@ class View:
     def class_map(self, ids: np.ndarray) -> np.ndarray:
         """Class of every pixel of the original, (H, W) -> (height, width): that of the nearest pixel;
         NO_CLASS where the image is padded."""
-        rows, columns = (axis.nearest(n) for axis, n in zip(self._axes(), self.size, strict=True))
+        rows, columns = self._pixels()
         height, width = self.original
-        inside = ((rows >= 0) & (rows < height))[:, None] & ((columns >= 0) & (columns < width))
+        inside = _within(rows, height)[:, None] & _within(columns, width)
         picked = ids[rows.clip(0, height - 1)[:, None], columns.clip(0, width - 1)]
-        seen = np.where(inside, picked, np.asarray(NO_CLASS, ids.dtype))
-        return seen[:, ::-1].copy() if self.flip else seen
+        return np.where(inside, picked, np.asarray(NO_CLASS, ids.dtype))
+
+    def boxes(self, xyxy: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Boxes in pixels of the original, (n, 4), as the view shows them: float32, cut at its edges; and
+        (n,) bool, which of them are left.
+
+        A box is left where at least a quarter of its area (LEAST_SHARE) lies in the view, and what is seen of
+        it is at least a pixel (LEAST_SIDE) wide and high.
+        """
+        moved = self.geometry.boxes_to_input(xyxy)
+        height, width = self.size
+        if self.flip:
+            moved = moved[:, [2, 1, 0, 3]]
+            moved[:, 0::2] = width - moved[:, 0::2]
+        seen = moved.clip(0, np.array((width, height, width, height), np.float32))
+        sides = seen[:, 2:] - seen[:, :2]
+        area = (moved[:, 2:] - moved[:, :2]).prod(1)
+        return seen, (sides >= LEAST_SIDE).all(1) & (sides.prod(1) >= LEAST_SHARE * area)
+
+    def masks(self, packed: Sequence[bytes]) -> np.ndarray:
+        """Masks of the original, each packed as COCO does, -> (n, height, width) uint8 of 0 and 1: those of
+        the nearest pixels, 0 where the image is padded."""
+        rows, columns = self._pixels()
+        height, _ = self.original
+        inside = np.flatnonzero(_within(rows, height))
+        shown = np.zeros((len(packed), *self.size), np.uint8)
+        for mask, one in zip(shown, packed, strict=True):
+            first, part = rle.columns(one, height)
+            there = np.flatnonzero(_within(columns - first, part.shape[1]))
+            picked = part[rows[inside][:, None], columns[there] - first]
+            mask[inside[:, None], there] = picked
+        return shown
+
+    def _pixels(self) -> tuple[np.ndarray, np.ndarray]:
+        """The row and the column of the original that each of the view's shows, the nearest; beyond its edges
+        where the image is padded."""
+        rows, columns = (axis.nearest(n) for axis, n in zip(self._axes(), self.size, strict=True))
+        return rows, columns[::-1] if self.flip else columns
 
     @property
     def geometry(self) -> Geometry:
@@ -194,6 +234,10 @@ def crop_box(height: int, width: int, augmentation: Augmentation, rng: np.random
     crop_h = min(height, max(1, round(width / ratio)))
     crop_w = min(width, max(1, round(height * ratio)))
     return (height - crop_h) // 2, (width - crop_w) // 2, crop_h, crop_w
+
+
+def _within(places: np.ndarray, length: int) -> np.ndarray:
+    return (places >= 0) & (places < length)
 
 
 def _scaled(start: int, length: int, have: int, full: int) -> tuple[int, int]:
