@@ -16,7 +16,7 @@ import vitrail.backbones  # noqa: F401  (registers every backbone)
 from vitrail import weights as weights_room
 from vitrail.classifiers import Classifier, PooledHead
 from vitrail.configuration import check_choices, from_dict, to_dict
-from vitrail.detectors import rcnn
+from vitrail.detectors import cascade, rcnn
 from vitrail.detectors.keys import from_foreign
 from vitrail.registry import (
     BackboneEntry,
@@ -77,6 +77,8 @@ HEADS = {
     ),
     "faster_rcnn": _detector(rcnn.RCNNConfig()),
     "mask_rcnn": _detector(rcnn.MaskRCNNConfig()),
+    "cascade_rcnn": _detector(cascade.CascadeRCNNConfig()),
+    "cascade_mask_rcnn": _detector(cascade.CascadeMaskRCNNConfig()),
 }
 TASKS = ("classify", *dict.fromkeys(head.task for head in HEADS.values()))
 
