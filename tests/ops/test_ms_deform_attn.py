@@ -123,6 +123,23 @@ def test_every_gradient_is_the_slope(form):
     )
 
 
+@pytest.mark.parametrize(
+    "queries", [3, 40]
+)  # fewer rows of the maps than reads of a query, and more
+@pytest.mark.parametrize("alone", range(3))
+def test_an_input_that_alone_needs_a_gradient_gets_the_plain_one(alone, queries):
+    shapes = [(5, 7), (2, 3)] if queries == 40 else [(1, 2)]
+    found = []
+    for form in ("bag", "plain"):
+        inputs = draw(shapes, batch=2, queries=queries, heads=2, width=4)
+        leaves = [x.detach().requires_grad_(i == alone) for i, x in enumerate(inputs)]
+        out = ms_deform_attn(leaves[0], shapes, *leaves[1:], implementation=form)
+        (out * torch.arange(out.numel()).view_as(out)).sum().backward()  # not the same everywhere
+        assert [x.grad is not None for x in leaves] == [i == alone for i in range(3)]
+        found.append(leaves[alone].grad)
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
+
+
 @given(
     shapes=st.lists(st.tuples(st.integers(1, 5), st.integers(1, 5)), min_size=1, max_size=4),
     batch=st.integers(1, 3),

@@ -15,14 +15,16 @@ One function, four forms that agree in the output and in every gradient:
 """
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.util import find_spec
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from vitrail_runtime.errors import InputError
 
@@ -130,46 +132,101 @@ def _corners(
     value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Rows of `value.flatten(0, 2)` that every query and head reads, and their weights: each
-    (B * Q * heads, L * P * 4)."""
+    (B * Q * heads, L * 4 * P)."""
     batch, tokens, heads, _ = value.shape
+    numbers = {"device": value.device, "dtype": torch.int32}
+    image = torch.arange(batch, **numbers)[:, None, None, None]
+    first = image * (tokens * heads) + torch.arange(heads, **numbers)[:, None]
     dtype = _at_least_float32(value.dtype)
-    device = value.device
-    sizes = torch.tensor(shapes, device=device)  # (L, 2) as (height, width)
-    starts = sizes.prod(1).cumsum(0) - sizes.prod(1)
-    heights, widths = sizes[:, :1, None], sizes[:, 1:, None]  # against (..., L, P, corner)
+    levels = zip(shapes, locations.to(dtype).unbind(3), weights.to(dtype).unbind(3), strict=True)
+    indices, factors, start = [], [], 0
+    for (height, width), place, weight in levels:  # at once they take twice the time on a CPU
+        column, left, right = _neighbours(place[..., 0] * width - 0.5, width)
+        row, top, bottom = _neighbours(place[..., 1] * height - 0.5, height)
+        top, bottom = weight * top, weight * bottom
+        factors.append(torch.stack([top * left, top * right, bottom * left, bottom * right], 3))
+        corner = (row * width + column + start) * heads + first
+        others = (heads, width * heads, (width + 1) * heads)
+        indices.append(torch.stack([corner, *(corner + step for step in others)], 3))
+        start = start + height * width
+    rows = torch.stack(indices, 3).clamp_(0, batch * tokens * heads - 1)  # those without a share
+    return rows.flatten(3).flatten(0, 2), torch.stack(factors, 3).flatten(3).flatten(0, 2)
 
-    x, y = (locations.to(dtype) * sizes.flip(1)[:, None] - 0.5).unbind(-1)  # (B, Q, heads, L, P)
-    left, top = x.floor(), y.floor()
-    right, bottom = x - left, y - top  # how near the point is to the next pixel
-    xs = torch.stack([left, left + 1, left, left + 1], -1)
-    ys = torch.stack([top, top, top + 1, top + 1], -1)
-    shares = torch.stack(
-        [
-            (1 - right) * (1 - bottom),
-            right * (1 - bottom),
-            (1 - right) * bottom,
-            right * bottom,
-        ],
-        -1,
-    )
-    inside = (xs >= 0) & (xs < widths) & (ys >= 0) & (ys < heights)
+
+def _neighbours(at: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of places along an axis of `length` pixels: the pixel before each as int32, from -1 on, and the shares
+    of that and of the next, zero outside."""
+    before = at.detach().floor()
+    near = at - before  # how near the place is to the next pixel
+    here = (before >= 0) & (before < length)
+    there = (before >= -1) & (before < length - 1)
     # Zero before it becomes an integer: what NaN or 1e30 would become is anywhere in memory.
-    columns = torch.where(inside, xs, 0).long()
-    rows = torch.where(inside, ys, 0).long()
-    token = starts[:, None, None] + rows * widths + columns  # in S
-    first = torch.arange(batch, device=device)[:, None] * tokens  # (B, 1): of each image
-    head = torch.arange(heads, device=device)
-    indices = (token + first[:, :, None, None, None, None]) * heads + head[:, None, None, None]
-    # times, not where: a NaN in the network's output stays seen
-    factors = weights.to(dtype)[..., None] * shares * inside
-    return indices.flatten(3).flatten(0, 2), factors.flatten(3).flatten(0, 2)
+    pixel = before.masked_fill(~(here | there), 0).int()
+    return pixel, (1 - near) * here, near * there  # times: a NaN in the network's output stays seen
 
 
 def bag_attention(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
     indices, factors = _corners(value, shapes, locations, weights)
     table = value.to(factors.dtype).flatten(0, 2)  # a view where value is contiguous
-    out = F.embedding_bag(indices, table, per_sample_weights=factors, mode="sum")
+    if torch.compiler.is_compiling():  # which knows no sparse tensors
+        out = _bag(indices, factors, table)
+    else:
+        out = _WeightedRows.apply(table, indices, factors)
     return out.view(*locations.shape[:2], -1).to(value.dtype)
+
+
+def _bag(indices: Tensor, factors: Tensor, table: Tensor, starts: Tensor | None = None) -> Tensor:
+    return F.embedding_bag(indices, table, starts, per_sample_weights=factors, mode="sum")
+
+
+class _WeightedRows(torch.autograd.Function):
+    """table (T, D), indices and factors (N, K) -> (N, D), the sums of the rows times their factors.
+
+    The gradients that PyTorch has for `embedding_bag` take four times as long on a CPU. That of the table is
+    such a sum again, of the rows of the gradient that each row of the table went to; that of the factors are
+    products of the pairs of rows at the non-zeros of a sparse matrix.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, indices: Tensor, factors: Tensor) -> Tensor:
+        ctx.save_for_backward(table, indices, factors)
+        return _bag(indices, factors, table)
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, gradient: Tensor
+    ) -> tuple[Tensor | None, None, Tensor | None]:
+        table, indices, factors = ctx.saved_tensors
+        gradient = gradient.contiguous()
+        of_table = of_factors = None
+        if ctx.needs_input_grad[0]:
+            rows, order = indices.flatten().sort()
+            every = torch.arange(len(table), dtype=rows.dtype, device=rows.device)
+            starts = torch.searchsorted(rows, every)
+            shares = factors.flatten()[order]
+            of_table = _bag(order // indices.shape[1], shares, gradient, starts)
+        if ctx.needs_input_grad[2]:
+            of_factors = _products(indices, gradient, table)
+        return of_table, None, of_factors
+
+
+def _products(indices: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """(N, K): of row n of `left` (N, D) with the K rows of `right` (T, D) that `indices` names."""
+    if indices.shape[1] > len(right):  # no matrix of so few columns has as many places in a row
+        return (right[indices] @ left[..., None]).squeeze(-1)
+    ends = torch.arange(0, indices.numel() + 1, indices.shape[1], dtype=indices.dtype)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+        places = torch.sparse_csr_tensor(
+            ends,
+            indices.flatten(),
+            left.new_zeros(indices.numel()),
+            (len(left), len(right)),
+            check_invariants=False,  # a row may name a place twice, in any order
+        )
+    found = torch.sparse.sampled_addmm(places, left, right.t(), beta=0.0)
+    return found.values().view(indices.shape)
 
 
 def gather_attention(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
