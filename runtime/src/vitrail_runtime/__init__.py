@@ -2,7 +2,12 @@
 
 from vitrail_runtime.decoding import decode, read_size
 from vitrail_runtime.errors import ImageError, InputError, NewerVersion
-from vitrail_runtime.finish import FINISH, finish_classification, finish_segmentation
+from vitrail_runtime.finish import (
+    FINISH,
+    finish_classification,
+    finish_detection,
+    finish_segmentation,
+)
 from vitrail_runtime.pictures import find_pictures
 from vitrail_runtime.prediction import Prediction
 from vitrail_runtime.preprocess import (
@@ -25,6 +30,7 @@ __all__ = [
     "decode_size",
     "find_pictures",
     "finish_classification",
+    "finish_detection",
     "finish_segmentation",
     "prepare",
     "preprocessed_size",

@@ -102,6 +102,53 @@ def _segmented(logits: np.ndarray, geometry: Geometry, classes: Sequence[str]) -
     )
 
 
+def finish_detection(
+    outputs: Mapping[str, np.ndarray], geometries: Sequence[Geometry], classes: Sequence[str]
+) -> list[Prediction]:
+    """What a detector found -> B Predictions with boxes in pixels of the original images, best first.
+
+    outputs: boxes (B, D, 4) xyxy in pixels of the input, scores and labels (B, D), count (B,): how many of
+        the D rows of an image are answers; mask_crops (B, D, m, m), the probabilities over the boxes, of a
+        model that gives masks.
+    Boxes are cut at the rim of the original; what lies outside it altogether (in padding) is no answer.
+    Raises: InputError when the outputs do not fit `classes` or each other, NotFinite when they are NaN or
+        infinite.
+    """
+    boxes, scores, labels, count = (outputs[key] for key in ("boxes", "scores", "labels", "count"))
+    crops = outputs.get("mask_crops")
+    images, rows = scores.shape
+    if boxes.shape != (images, rows, 4) or labels.shape != (images, rows):
+        raise InputError(
+            f"boxes {boxes.shape}, scores {scores.shape} and labels {labels.shape} do not belong together; "
+            "expected (batch, rows, 4), (batch, rows) and (batch, rows)"
+        )
+    found = []
+    for i, geometry in enumerate(geometries):
+        these = slice(0, int(count[i]))
+        if not (np.isfinite(boxes[i, these]).all() and np.isfinite(scores[i, these]).all()):
+            raise NotFinite("the model gave boxes that are not finite; its weights are damaged")
+        own = labels[i, these].astype(np.int64)
+        if len(own) and (own.min() < 0 or own.max() >= len(classes)):
+            raise InputError(
+                f"the model gave labels from {own.min()} to {own.max()}, but has {len(classes)} classes; "
+                "give the classes that it was trained on"
+            )
+        original = geometry.boxes_to_original(boxes[i, these])
+        there = np.flatnonzero((original[:, 2:] > original[:, :2]).all(axis=1))
+        found.append(
+            Prediction(
+                labels=own[there],
+                scores=scores[i, these][there].astype(np.float32),
+                names=[classes[int(label)] for label in own[there]],
+                boxes=original[there],
+                mask_crops=None if crops is None else crops[i, these][there].astype(np.float32),
+                classes=classes,
+                size=geometry.original,
+            )
+        )
+    return found
+
+
 def _seen(length: int, scale: float, offset: float, cells: int) -> range:
     """The pixels of one axis whose centres lie within an input of `cells` pixels; at least one."""
     first = min(length - 1, max(0, math.ceil(offset / scale - 0.5)))
@@ -130,5 +177,18 @@ def _segment(
     return finish_segmentation(outputs["logits"], geometries, classes)
 
 
+def _detect(
+    outputs: Mapping[str, np.ndarray],
+    geometries: Sequence[Geometry],
+    classes: Sequence[str],
+    top_k: int,
+) -> list[Prediction]:
+    return finish_detection(outputs, geometries, classes)
+
+
 # Task -> (what a model's `forward_tensors` gives, geometries, classes, top_k) -> Predictions, one an image.
-FINISH: dict[str, Callable[..., list[Prediction]]] = {"classify": _classify, "segment": _segment}
+FINISH: dict[str, Callable[..., list[Prediction]]] = {
+    "classify": _classify,
+    "segment": _segment,
+    "detect": _detect,
+}

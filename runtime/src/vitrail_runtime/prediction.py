@@ -1,7 +1,7 @@
 """What a model says of one picture, in words and numbers that need no model to read."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -9,8 +9,10 @@ from PIL import Image
 
 from vitrail_runtime.decoding import Source
 from vitrail_runtime.errors import InputError
+from vitrail_runtime.rle import encode_part
 
 NO_CLASS = 255  # in a stored class map: a pixel without a class
+THRESHOLD = 0.5  # probability from which a pixel belongs to a mask
 
 
 @dataclass(eq=False)
@@ -46,6 +48,29 @@ class Prediction:
         ]
         return np.stack(pasted) if pasted else np.zeros((0, *self.size), dtype=bool)
 
+    @property
+    def rles(self) -> list[dict[str, Any]] | None:
+        """N masks as COCO's run-length encoding, without a mask of the whole image in memory."""
+        if self.mask_crops is None or self.boxes is None or self.size is None:
+            return None
+        found = []
+        for crop, box in zip(self.mask_crops, self.boxes, strict=True):
+            part, corner = _pasted(crop, box, self.size, THRESHOLD)
+            found.append(encode_part(part, corner, self.size))
+        return found
+
+    def above(self, score: float) -> "Prediction":
+        """Only the answers with at least this score. A segmentation stays whole."""
+        kept = np.flatnonzero(np.asarray(self.scores) >= score)
+        return replace(
+            self,
+            labels=self.labels[kept],
+            scores=self.scores[kept],
+            names=[self.names[i] for i in kept],
+            boxes=None if self.boxes is None else self.boxes[kept],
+            mask_crops=None if self.mask_crops is None else self.mask_crops[kept],
+        )
+
     def draw(self, image: Source | None = None, *, long_side: int = 1280) -> Image.Image:
         """The picture with what was found on it: boxes, masks and classes, the best scores in a bar below.
 
@@ -77,9 +102,12 @@ class Prediction:
         image.putpalette([value for colour in (*colours, (0, 0, 0)) for value in colour])
         return image
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self, *, masks: bool = False) -> dict[str, Any]:
         """JSON-ready: `path`, `size`, the best `label` (its name), its `score`, and all N under `top`,
-        with `box` where there are boxes. Masks and segmentation stay out."""
+        with `box` where there are boxes.
+
+        masks: with `mask`, COCO's run-length encoding, where there are masks. A segmentation stays out.
+        """
         top: list[dict[str, Any]] = [
             {"label": name, "index": int(label), "score": round(float(score), 6)}
             for name, label, score in zip(self.names, self.labels, self.scores, strict=True)
@@ -87,33 +115,79 @@ class Prediction:
         if self.boxes is not None:
             for entry, box in zip(top, self.boxes, strict=True):
                 entry["box"] = [round(float(v), 2) for v in box]
+        rles = self.rles if masks else None
+        if rles is not None:
+            for entry, rle in zip(top, rles, strict=True):
+                entry["mask"] = rle
         best = {"label": top[0]["label"], "score": top[0]["score"]} if top else {}
         size = list(self.size) if self.size else None
         return {"path": self.source, "size": size, **best, "top": top}
 
+    def to_coco(
+        self, image_id: int, category_ids: Sequence[int] | None = None
+    ) -> list[dict[str, Any]]:
+        """N entries of a COCO results file: image_id, category_id, bbox (x, y, width, height), score, and
+        `segmentation` where there are masks.
+
+        category_ids: of each of the model's classes; None: 1, 2, 3, ...
+        Raises: InputError when there are no boxes, or no id for a label.
+        """
+        if self.boxes is None:
+            raise InputError("this prediction has no boxes, so there are no COCO results of it")
+        highest = max(map(int, self.labels), default=-1)
+        if category_ids is not None and highest >= len(category_ids):
+            raise InputError(
+                f"there are {len(category_ids)} category ids, but the prediction has class {highest} "
+                "(counted from 0); give the id of each of the model's classes"
+            )
+        entries = []
+        for label, box, score in zip(self.labels, self.boxes, self.scores, strict=True):
+            x0, y0, x1, y1 = (float(v) for v in box)
+            category = int(label) + 1 if category_ids is None else int(category_ids[int(label)])
+            bbox = [x0, y0, x1 - x0, y1 - y0]
+            entries.append(
+                {
+                    "image_id": image_id,
+                    "category_id": category,
+                    "bbox": [round(v, 3) for v in bbox],
+                    "score": round(float(score), 6),
+                }
+            )
+        for entry, rle in zip(entries, self.rles or (), strict=False):
+            entry["segmentation"] = rle
+        return entries
+
 
 def paste_mask(
-    crop: np.ndarray, box_xyxy: np.ndarray, size: tuple[int, int], threshold: float = 0.5
+    crop: np.ndarray, box_xyxy: np.ndarray, size: tuple[int, int], threshold: float = THRESHOLD
 ) -> np.ndarray:
     """(m, n) probabilities over a box -> (H, W) bool of the picture, True at `threshold` and above.
 
     Values are interpolated linearly between the centres of the crop's cells and fade to zero over half
     a cell outside, as in Mask R-CNN's official pasting.
     """
+    part, (top, left) = _pasted(crop, box_xyxy, size, threshold)
+    out = np.zeros(size, dtype=bool)
+    out[top : top + part.shape[0], left : left + part.shape[1]] = part
+    return out
+
+
+def _pasted(
+    crop: np.ndarray, box_xyxy: np.ndarray, size: tuple[int, int], threshold: float
+) -> tuple[np.ndarray, tuple[int, int]]:
+    # The pixels that the box may touch, (h, w) bool, and the (top, left) of them.
     height, width = size
     x0, y0, x1, y1 = (float(v) for v in box_xyxy)
     rows = _cells(y0, y1, height, crop.shape[0])
     columns = _cells(x0, x1, width, crop.shape[1])
-    padded = np.pad(np.asarray(crop, dtype=np.float32), 1)
-    out = np.zeros(size, dtype=bool)
     if rows is None or columns is None:
-        return out
+        return np.zeros((0, 0), dtype=bool), (0, 0)
+    padded = np.pad(np.asarray(crop, dtype=np.float32), 1)
     (top, r0, fr), (left, c0, fc) = rows, columns
     fr = fr[:, None]
     across = padded[:, c0] * (1 - fc) + padded[:, c0 + 1] * fc
     values = across[r0] * (1 - fr) + across[r0 + 1] * fr
-    out[top : top + len(r0), left : left + len(c0)] = values >= threshold
-    return out
+    return values >= threshold, (top, left)
 
 
 def _cells(

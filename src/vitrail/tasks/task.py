@@ -20,7 +20,11 @@ if TYPE_CHECKING:
     from vitrail.data.batch import Batch
     from vitrail.data.examples import Examples
 
-TASKS = {"classify": "vitrail.tasks.classify", "segment": "vitrail.tasks.segment"}
+TASKS = {
+    "classify": "vitrail.tasks.classify",
+    "segment": "vitrail.tasks.segment",
+    "detect": "vitrail.tasks.detect",
+}
 DEFAULT = "classify"  # of a model that is called by its backbone alone
 
 
