@@ -10,7 +10,7 @@ from PIL import Image
 
 from tests.data.masks import class_maps
 from vitrail.cli import main
-from vitrail.data import digits, open_data
+from vitrail.data import digits, open_data, rle
 from vitrail.data.mask_folders import MaskFolders
 from vitrail_runtime.errors import InputError
 
@@ -194,7 +194,10 @@ def test_one_folder_holds_the_digits_of_one_task(sheets, capsys):
     assert "900 sheets of handwritten digits with masks in train, val and test" in out
     assert "--model semantic_fpn/efficientvit_m0" in out
     assert main(["data", "make", "digits", str(folder), "--task", "boxes"]) == 2
-    assert "made for one of classify, semantic, but the task is 'boxes'" in capsys.readouterr().err
+    assert (
+        "made for one of classify, semantic, detect, instances, but the task is 'boxes'"
+        in capsys.readouterr().err
+    )
     assert digits.SHEETS == {"train": 720, "val": 90, "test": 90}
 
 
@@ -206,6 +209,101 @@ def test_sheets_are_the_same_for_a_seed(sheets, tmp_path, monkeypatch):
     for name in ("images/train/0001.jpg", "masks/train/0001.png", "masks/test/0000.png"):
         assert (again / name).read_bytes() == (folder / name).read_bytes()
         assert (other / name).read_bytes() != (folder / name).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory) -> tuple[Path, dict[str, list[list[int]]]]:
+    """A small set of scenes with masks, and the source digits of each scene by split."""
+    folder = tmp_path_factory.mktemp("scenes") / "set"
+    known = {ink.tobytes(): i for i, ink in enumerate(digits._source()[0])}
+    drawn: list[list[int]] = []
+    real = digits.draw_scene
+
+    def seen(inks, labels, rng):
+        drawn.append([known[ink.tobytes()] for ink in inks])
+        return real(inks, labels, rng)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(digits, "draw_scene", seen)
+        patch.setattr(digits, "SHEETS", {"train": 30, "val": 50, "test": 6})
+        assert digits.make_digits(folder, task="instances") == folder
+    return folder, {"train": drawn[:30], "val": drawn[30:80], "test": drawn[80:]}
+
+
+def test_scenes_are_images_with_a_box_and_a_mask_of_every_digit(scenes):
+    folder, drawn = scenes
+    _, labels, _ = digits._source()
+    empty = 0
+    for split, mine in drawn.items():
+        data = open_data(folder, split)
+        truth = data.truth
+        assert (data.classes, data.notes, data.bad) == (tuple("0123456789"), (), ())
+        assert data.keys == [f"images/{split}/{n:04d}.jpg" for n in range(1, len(mine) + 1)]
+        for i, digit in enumerate(mine):
+            told = truth.target(i, None)
+            there = labels[digit].tolist()
+            assert len(digit) <= 8
+            assert len(told) == len(digit) or 1 <= len(told) < len(digit)
+            rest = iter(there)
+            assert all(label in rest for label in told.labels.tolist())  # in their order
+            assert not told.crowd.any()
+            grey = np.asarray(Image.fromarray(data.images.read(i)).convert("L"), float)
+            inside = np.zeros(grey.shape, bool)
+            for box, area, mask in zip(told.boxes, told.areas, told.masks, strict=True):
+                around, pixels = rle.box_and_area(mask["counts"], mask["size"][0])
+                assert (box.tolist(), area) == (list(around), pixels)
+                x1, y1, x2, y2 = around
+                assert not inside[y1:y2, x1:x2].any()
+                inside[y1:y2, x1:x2] = True
+                shown = rle.columns(mask["counts"], mask["size"][0])[1][y1:y2].astype(bool)
+                part = grey[y1:y2, x1:x2]
+                assert part[shown].mean() < part[~shown].mean() - 20
+            empty += not digit
+    assert 0 < empty < 10
+    heights, widths = data.images.sizes.T
+    assert 112 <= heights.min() <= heights.max() <= 192
+    assert 112 <= widths.min() <= widths.max() <= 224
+
+
+def test_scenes_share_no_source_digit_between_splits_and_use_all_before_one_again(scenes):
+    _, drawn = scenes
+    splits = np.array(digits.split_digits(digits._source()[1], 0))
+    for split, of_scenes in drawn.items():
+        assert {splits[i] for mine in of_scenes for i in mine} == {split}
+    first = [i for mine in drawn["val"] for i in mine][:172]
+    assert len(set(first)) == 172  # of 179
+    assert max(len(mine) for mine in drawn["val"]) == 8
+
+
+def test_scenes_for_detection_are_the_same_without_masks(scenes, tmp_path, monkeypatch):
+    folder, _ = scenes
+    monkeypatch.setattr(digits, "SHEETS", {"train": 4, "val": 2, "test": 1})
+    boxes = digits.make_digits(tmp_path / "boxes", task="detect")
+    name = "images/train/0003.jpg"
+    assert (boxes / name).read_bytes() == (folder / name).read_bytes()
+    ours, theirs = open_data(boxes, "train").truth, open_data(folder, "train").truth
+    assert (ours.has_masks, theirs.has_masks) == (False, True)
+    count = len(ours.labels)
+    assert count > 5
+    assert ours.boxes.tolist() == theirs.boxes[:count].tolist()
+    assert ours.labels.tolist() == theirs.labels[:count].tolist()
+    assert ours.areas.tolist() == (ours.boxes[:, 2:] - ours.boxes[:, :2]).prod(1).tolist()
+    assert ours.category_ids.tolist() == list(range(1, 11))
+    other = digits.make_digits(tmp_path / "other", task="detect", seed=1)
+    assert (other / name).read_bytes() != (folder / name).read_bytes()
+
+
+@pytest.mark.parametrize("task", ["detect", "instances"])
+def test_what_scenes_are_made_for_is_said(task, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(digits, "SHEETS", {"train": 2, "val": 1, "test": 1})
+    assert main(["data", "make", "digits", str(tmp_path / "x"), "--task", task]) == 0
+    out = capsys.readouterr().out
+    head = {"detect": "faster_rcnn", "instances": "mask_rcnn"}[task]
+    what = {"detect": "with boxes in train", "instances": "with boxes and masks in train"}[task]
+    assert f"--model {head}/efficientvit_m0" in out
+    assert f"900 scenes of handwritten digits {what}" in out
+    about = (tmp_path / "x" / "ABOUT.txt").read_text()
+    assert f"`vitrail data make digits --task {task}`" in about
 
 
 def test_an_unknown_action_is_one_message(capsys):

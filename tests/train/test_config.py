@@ -225,6 +225,7 @@ def test_every_setting_but_those_of_carrying_it_out_makes_another_run(tmp_path):
         "crop_pct": 0.5,
         "resize": "fit",
         "skip_broken": True,
+        "drop_bad": True,
         "epochs": 2,
         "max_steps": 3,
         "max_minutes": 4.0,
@@ -286,7 +287,7 @@ def test_the_defaults_are_what_the_documentation_says():
     assert (c.seed, c.val_fraction, c.eval_every, c.early_stopping) == (0, 0.2, 1, None)
     assert (c.keep, c.keep_every, c.save_every, c.log_every) == (2, None, 5.0, 20)
     assert (c.precision, c.parallel, c.device, c.train_only) == ("fp32", "data", "auto", "full")
-    assert (c.skip_broken, c.grad_checkpointing, c.tensorboard) == (False, False, False)
+    assert (c.skip_broken, c.drop_bad, c.grad_checkpointing, c.tensorboard) == (False,) * 4
     given = (c.max_steps, c.max_minutes, c.weights, c.image_size, c.crop_pct, c.resize, c.workers)
     assert (*given, c.threads) == (None,) * 8
     assert (c.model, c.model_fields, c.head_fields, c.task) == ("", {}, {}, {})

@@ -35,6 +35,7 @@ RUN: Table = {
     "grad_checkpointing": (False, OUTWARD),
     "parallel": ("data", OUTWARD),
     "skip_broken": (False, OUTWARD),
+    "drop_bad": (False, OUTWARD),
     "seed": (0, OUTWARD),
     "val_fraction": (0.2, "ours: where the data has no val split; ImageNet has one"),
     "weights": (None, "ours: from nothing, unless --weights is given"),

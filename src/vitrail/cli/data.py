@@ -15,12 +15,12 @@ from vitrail_runtime.errors import InputError
 if TYPE_CHECKING:
     from vitrail.data.checkup import Checkup, SplitSummary
 
-HELP = """usage: vitrail data make digits DIR      write the embedded digits (--task semantic: with masks)
+HELP = """usage: vitrail data make digits DIR      write the embedded digits (--task: what for)
        vitrail data check SOURCE         find broken files, duplicates, leaks and missing classes
        vitrail data show SOURCE          draw a contact sheet
 
-A SOURCE is a folder of class folders, of images with masks or of tar shards, a .csv of file and label, or
-hf:owner/name@revision.
+A SOURCE is a folder of class folders, of images with masks, of images with boxes (COCO, YOLO, Pascal VOC) or
+of tar shards, a COCO .json, a YOLO .yaml, a .csv of file and label, or hf:owner/name@revision.
 vitrail data ACTION --help tells an action's options."""
 
 SHOWN = 10  # places named for each finding
@@ -33,7 +33,8 @@ class MakeFlags:
     what: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="digits DIR")]
     """The data set, and where it goes."""
     task: str = DEFAULT
-    """What they are for: classify (class folders, a digit an image) or semantic (several, with a mask)."""
+    """What they are for: classify (class folders, a digit an image), semantic (several, with a mask of the
+    whole), detect (several, with a box for each) or instances (with a box and a mask for each)."""
     seed: int = 0
     """Of the splits, and of colours, sizes and places."""
 
@@ -46,7 +47,8 @@ class CheckFlags:
     """
 
     sources: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="SOURCE")]
-    """A folder of class folders, of images with masks or of tar shards, a .csv, or hf:owner/name@revision."""
+    """A folder of class folders, of images with masks or boxes or of tar shards, a .json, .yaml or .csv, or
+    hf:owner/name@revision."""
     json: bool = False
     """The whole finding as JSON, on stdout."""
 
@@ -56,7 +58,8 @@ class ShowFlags:
     """Draw a contact sheet: class names, counts, sizes, and images (with class maps) of the first split."""
 
     sources: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="SOURCE")]
-    """A folder of class folders, of images with masks or of tar shards, a .csv, or hf:owner/name@revision."""
+    """A folder of class folders, of images with masks or boxes or of tar shards, a .json, .yaml or .csv, or
+    hf:owner/name@revision."""
     out: Path = Path("sheet.png")
     """Where to write it."""
     split: str | None = None

@@ -50,6 +50,9 @@ class EvalFlags:
     """Where the model runs, such as cpu or cuda; auto: a GPU where there is one."""
     skip_broken: bool = False
     """Measure without the pictures that cannot be read, instead of stopping."""
+    drop_bad: bool = False
+    """Measure without the annotations that cannot be used, and with boxes cut at their image's edge, instead
+    of stopping."""
     json: bool = False
     """All scores as one JSON object on stdout, instead of the table."""
 
@@ -151,7 +154,8 @@ def open_pictures(flags: EvalFlags, split: str, classes: Any) -> Any:
     from vitrail.data import open_data
 
     share = held_out(Path(flags.run)) if flags.val_fraction is None else flags.val_fraction
-    how: dict[str, Any] = {"skip_broken": flags.skip_broken, "val_fraction": share}
+    how: dict[str, Any] = {"skip_broken": flags.skip_broken, "drop_bad": flags.drop_bad}
+    how["val_fraction"] = share
     data = open_data(flags.data, split, classes=classes, **how)
     for note in data.notes:
         print(f"vitrail: {note}", file=sys.stderr)
@@ -161,6 +165,8 @@ def open_pictures(flags: EvalFlags, split: str, classes: Any) -> Any:
         )
     for where, what in data.broken:
         print(f"vitrail: left out {where}: {what}", file=sys.stderr)
+    for where, what in data.bad:
+        print(f"vitrail: left out or cut {where}: {what}", file=sys.stderr)
     return data
 
 

@@ -74,7 +74,8 @@ def report_run(config: Any, folder: Path, name: str = "best") -> Path:
     from vitrail.models import load
 
     model = load(folder / name)
-    how: dict[str, Any] = {"skip_broken": config.skip_broken, "val_fraction": config.val_fraction}
+    how: dict[str, Any] = {"skip_broken": config.skip_broken, "drop_bad": config.drop_bad}
+    how["val_fraction"] = config.val_fraction
     data = open_data(config.data, "val", classes=model.classes, **how)
     predictions = read_predictions(folder / name / "predictions.npz", data)
     scores = read_scores(folder / name / "metrics.json")

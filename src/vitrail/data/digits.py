@@ -3,25 +3,32 @@
 The source is the 8 x 8 "Optical Recognition of Handwritten Digits" (Alpaydin and Kaynak, 1998, UCI, CC BY
 4.0). Digits are drawn upscaled, in dark ink on tinted, unevenly lit paper of one of many sizes and shapes:
 enough variety that colour, place and size say nothing, small enough to learn on a CPU in minutes. For
-classification each is drawn once, alone; for semantic segmentation several stand on a sheet, beside a mask.
+classification each is drawn once, alone; for semantic segmentation several stand on a sheet, beside a mask;
+for detection and instance segmentation they lie scattered on larger sheets, in COCO's JSON.
 """
 
 import importlib.resources
+import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from vitrail.data import rle
 from vitrail_runtime.errors import InputError
 
 SHARES = {"train": 0.8, "val": 0.1, "test": 0.1}  # of each class
 SHEETS = {"train": 720, "val": 90, "test": 90}  # for segmentation: each digit is drawn about twice
 MOST_ON_A_SHEET = 6
+MOST_IN_A_SCENE = 8
+EMPTY_SCENE = 25  # one of so many shows paper alone
 CLASSES = {  # of a pixel, and its colour
     "background": (32, 36, 44), "0": (230, 25, 75), "1": (60, 180, 75), "2": (255, 225, 25),
     "3": (0, 130, 200), "4": (245, 130, 48), "5": (145, 30, 180), "6": (70, 240, 240),
@@ -43,6 +50,8 @@ def make_digits(folder: str | Path, *, task: str = "classify", seed: int = 0) ->
     "classify": class folders FOLDER/{train,val,test}/{0..9}/NNNN.jpg, 1,797 images in all.
     "semantic": FOLDER/images/{train,val,test}/NNNN.jpg, FOLDER/masks/{train,val,test}/NNNN.png with the class
         of every pixel (background, 0 to 9) and classes.txt, 900 images in all.
+    "detect": FOLDER/images/{train,val,test}/NNNN.jpg, and FOLDER/{train,val,test}.json in COCO's format with
+        a box around every digit, 900 images in all. "instances": likewise, with the mask of every digit.
 
     The same seed gives the same files byte for byte (with the same Pillow). Splits are drawn by source
     digit, so none is on two sides. A folder that already holds this set is left as it is; one that holds
@@ -93,22 +102,86 @@ def _write_alone(folder: Path, images: np.ndarray, labels: np.ndarray, seed: int
 
 
 def _write_sheets(folder: Path, images: np.ndarray, labels: np.ndarray, seed: int) -> None:
-    splits = np.array(split_digits(labels, seed))
     lines = [f"{name} {r} {g} {b}" for name, (r, g, b) in CLASSES.items()]
     (folder / "classes.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    for place, (split, count) in enumerate(SHEETS.items()):
+    for split, rng, drawn in _sets_of_digits(labels, seed, MOST_ON_A_SHEET, _on_a_sheet):
         for kind in ("images", "masks"):
             (folder / kind / split).mkdir(parents=True)
-        rng = np.random.default_rng([seed, len(labels), place])
-        waiting: list[int] = []
-        for number in range(count):
-            if len(waiting) < MOST_ON_A_SHEET:  # every digit once, then all of them again
-                waiting += rng.permutation(np.flatnonzero(splits == split)).tolist()
-            wanted = int(rng.integers(2, MOST_ON_A_SHEET + 1))
-            mine, waiting = waiting[:wanted], waiting[wanted:]
+        for number, mine in enumerate(drawn):
             image, mask = draw_sheet(images[mine], labels[mine], rng)
             image.save(folder / "images" / split / f"{number:04d}.jpg", quality=92)
             mask.save(folder / "masks" / split / f"{number:04d}.png")
+
+
+def _write_scenes(
+    folder: Path, images: np.ndarray, labels: np.ndarray, seed: int, *, masks: bool = False
+) -> None:
+    categories = [{"id": k + 1, "name": str(k)} for k in range(10)]
+    for split, rng, drawn in _sets_of_digits(labels, seed, MOST_IN_A_SCENE, _in_a_scene):
+        (folder / "images" / split).mkdir(parents=True)
+        entries: list[dict[str, Any]] = []
+        found: list[dict[str, Any]] = []
+        for number, mine in enumerate(drawn, 1):
+            image, placed = draw_scene(images[mine], labels[mine], rng)
+            name = f"{split}/{number:04d}.jpg"
+            image.save(folder / "images" / name, quality=92)
+            entry = {"id": number, "file_name": name, "height": image.height, "width": image.width}
+            entries.append(entry)
+            for digit in placed:
+                about = {"id": len(found) + 1, "image_id": number, "iscrowd": 0}
+                found.append(about | _annotation(digit, image.size, masks=masks))
+        told = {"images": entries, "annotations": found, "categories": categories}
+        (folder / f"{split}.json").write_text(json.dumps(told), encoding="utf-8")
+
+
+def _annotation(digit: "Placed", size: tuple[int, int], *, masks: bool) -> dict[str, Any]:
+    """A digit as COCO writes it; its area is that of the mask only where there is one."""
+    high, wide = digit.strokes.shape
+    box = [digit.left, digit.top, wide, high]
+    told: dict[str, Any] = {"category_id": digit.label + 1, "bbox": box, "area": wide * high}
+    if masks:
+        width, height = size
+        mask = np.zeros((height, width), bool)
+        mask[digit.top : digit.top + high, digit.left : digit.left + wide] = digit.strokes
+        packed = rle.from_mask(mask).decode()
+        told["segmentation"] = {"size": [height, width], "counts": packed}
+        told["area"] = int(mask.sum())
+    return told
+
+
+def _on_a_sheet(rng: np.random.Generator) -> int:
+    return int(rng.integers(2, MOST_ON_A_SHEET + 1))
+
+
+def _in_a_scene(rng: np.random.Generator) -> int:
+    return 0 if rng.integers(EMPTY_SCENE) == 0 else int(rng.integers(1, MOST_IN_A_SCENE + 1))
+
+
+def _sets_of_digits(
+    labels: np.ndarray, seed: int, most: int, count: Callable[[np.random.Generator], int]
+) -> Iterator[tuple[str, np.random.Generator, Iterator[list[int]]]]:
+    """For each split: its name, its random numbers, and the digits of each of its images in turn, `count`
+    of them and `most` at most."""
+    splits = np.array(split_digits(labels, seed))
+    for place, (split, images) in enumerate(SHEETS.items()):
+        rng = np.random.default_rng([seed, len(labels), place])
+        yield split, rng, _dealt(np.flatnonzero(splits == split), images, rng, most, count)
+
+
+def _dealt(
+    digits: np.ndarray,
+    images: int,
+    rng: np.random.Generator,
+    most: int,
+    count: Callable[[np.random.Generator], int],
+) -> Iterator[list[int]]:
+    waiting: list[int] = []
+    for _ in range(images):
+        if len(waiting) < most:  # every digit once, then all of them again
+            waiting += rng.permutation(digits).tolist()
+        wanted = count(rng)
+        mine, waiting = waiting[:wanted], waiting[wanted:]
+        yield mine
 
 
 @dataclass(frozen=True)
@@ -126,6 +199,16 @@ SETS = {  # by what they are made for
         _write_sheets,
         "900 sheets of handwritten digits with masks",
         "semantic_fpn/efficientvit_m0",
+    ),
+    "detect": DigitSet(
+        _write_scenes,
+        "900 scenes of handwritten digits with boxes",
+        "faster_rcnn/efficientvit_m0",
+    ),
+    "instances": DigitSet(
+        partial(_write_scenes, masks=True),
+        "900 scenes of handwritten digits with boxes and masks",
+        "mask_rcnn/efficientvit_m0",
     ),
 }
 
@@ -171,12 +254,56 @@ def draw_sheet(
     """
     height = int(rng.integers(72, 145))
     width = int(np.clip(round(height * np.exp(rng.uniform(-0.35, 0.35))), 72, 168))
-    canvas = rng.uniform(170, 245) + rng.uniform(-25, 25, 3) + _shading(height, width, rng)
+    canvas, placed = _scattered(inks, labels, height, width, (0.4, 0.65), rng)
     mask = np.zeros((height, width), np.uint8)
+    for digit in placed:
+        high, wide = digit.strokes.shape
+        here = mask[digit.top : digit.top + high, digit.left : digit.left + wide]
+        here[digit.strokes] = digit.label + 1
+    shown = Image.fromarray(mask)
+    shown.putpalette([c for colour in CLASSES.values() for c in colour])
+    return _noisy(canvas, rng), shown
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A digit on a sheet. strokes: (height, width) bool of the box around it; top, left: of the box."""
+
+    label: int
+    top: int
+    left: int
+    strokes: np.ndarray
+
+
+def draw_scene(
+    inks: np.ndarray, labels: np.ndarray, rng: np.random.Generator
+) -> tuple[Image.Image, list[Placed]]:
+    """Digits scattered on a larger sheet, small ones and large ones, and where each of them lies.
+
+    `inks` is (n, 8, 8); height is 112 to 192 pixels, width 112 to 224. A digit that finds no free place is
+    left out; the first always has one.
+    """
+    height = int(rng.integers(112, 193))
+    width = int(np.clip(round(height * np.exp(rng.uniform(-0.35, 0.35))), 112, 224))
+    canvas, placed = _scattered(inks, labels, height, width, (0.15, 0.45), rng)
+    return _noisy(canvas, rng), placed
+
+
+def _scattered(
+    inks: np.ndarray,
+    labels: np.ndarray,
+    height: int,
+    width: int,
+    share: tuple[float, float],
+    rng: np.random.Generator,
+) -> tuple[np.ndarray, list[Placed]]:
+    """Digits on paper, none over another, each within `share` of the short side; and where they lie."""
+    canvas = rng.uniform(170, 245) + rng.uniform(-25, 25, 3) + _shading(height, width, rng)
     taken = np.zeros((height, width), bool)
+    placed = []
     for ink, label in zip(inks, labels.tolist(), strict=True):
         pen = rng.uniform(10, 85) + rng.uniform(-35, 35, 3)
-        alpha = _strokes(ink, round(min(height, width) * rng.uniform(0.4, 0.65)), rng)
+        alpha = _strokes(ink, round(min(height, width) * rng.uniform(*share)), rng)
         rows, columns = np.flatnonzero(alpha.any(1)), np.flatnonzero(alpha.any(0))
         alpha = alpha[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
         high, wide = alpha.shape
@@ -187,11 +314,16 @@ def draw_sheet(
             if not taken[here].any():
                 taken[here] = True
                 _lay(canvas[here], pen, alpha)
-                mask[here][alpha > 0.3] = label + 1
+                placed.append(_tight(label, top, left, alpha > 0.3))
                 break
-    shown = Image.fromarray(mask)
-    shown.putpalette([c for colour in CLASSES.values() for c in colour])
-    return _noisy(canvas, rng), shown
+    return canvas, placed
+
+
+def _tight(label: int, top: int, left: int, strokes: np.ndarray) -> Placed:
+    """In the smallest box around its strokes."""
+    rows, columns = np.flatnonzero(strokes.any(1)), np.flatnonzero(strokes.any(0))
+    inner = strokes[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    return Placed(label, top + int(rows[0]), left + int(columns[0]), inner)
 
 
 def _strokes(ink: np.ndarray, side: int, rng: np.random.Generator) -> np.ndarray:

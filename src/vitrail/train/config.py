@@ -95,6 +95,9 @@ class TrainConfig:
     """
     skip_broken: bool = False
     """Train without the images that cannot be read, instead of stopping."""
+    drop_bad: bool = False
+    """Train without the annotations that cannot be used, and with boxes cut at their image's edge, instead of
+    stopping."""
 
     epochs: int = 30
     """Passes over the data."""

@@ -144,7 +144,8 @@ def open_splits(config: TrainConfig, world: int) -> tuple[Examples, Examples]:
     check_world(config, world)
     if config.tensorboard:
         check_tensorboard()
-    how: dict[str, Any] = {"skip_broken": config.skip_broken, "val_fraction": config.val_fraction}
+    how: dict[str, Any] = {"skip_broken": config.skip_broken, "drop_bad": config.drop_bad}
+    how["val_fraction"] = config.val_fraction
     source = open_source(config.data)
     train_data = open_data(source, "train", **how)
     check_truth(task_of_model(config.model), train_data, config.model)
