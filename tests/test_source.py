@@ -35,6 +35,7 @@ KNOWN = {  # what stands there all the same, and why
         "top1",
     ): "papers' ImageNet score of a backbone, which they give for all of them",
     ("cli/predict.py", "segmentation"): "a field of Prediction: what is there is written",
+    ("cli/predict.py", "boxes"): "likewise",
 }
 LINES = 60  # of a function, at most
 LONG = {  # (file, function): why it is longer
@@ -42,7 +43,6 @@ LONG = {  # (file, function): why it is longer
         "ops/triton/ms_deform_attn.py",
         "_backward",
     ): "a kernel, which Triton compiles as one function",
-    ("train/replay.py", "replay"): "its questions share one model, its shares, weights and seeds",
 }
 
 

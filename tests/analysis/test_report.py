@@ -451,6 +451,18 @@ def test_the_curves_show_both_losses_and_the_advice_that_the_model_learns_by_hea
     assert "by heart" not in " ".join(training_advice(history[:-2], "top1"))
 
 
+def test_a_task_without_a_loss_of_validation_has_its_curves_and_advice_of_scores():
+    history = [{"step": 10 * i, "loss": 2.0 - 0.3 * i, "lr": 0.1} for i in range(1, 5)]
+    history += [{"step": 10 * i, "epoch": i, "AP": 0.1 * i} for i in range(1, 5)]
+    drawn = curves(history, "AP")
+    assert ">training, with augmentation<" in drawn
+    assert ">validation<" not in drawn
+    assert ">AP on the validation split<" in drawn
+    assert training_advice(history, "AP") == [
+        "The score still rose at the last evaluation: train longer."
+    ]
+
+
 def test_names_in_other_alphabets_are_drawn_without_a_word_of_missing_letters():
     fig, ax = page.figure()
     ax.set_title("猫")

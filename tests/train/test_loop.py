@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from tests.train.conftest import VIT, tiny_config
+from vitrail.data.batch import Dense, Padded
 from vitrail.train import loop
 from vitrail.train.build import build_model
 from vitrail.train.config import TrainConfig
@@ -25,7 +26,7 @@ from vitrail.train.evaluate import evaluate
 from vitrail.train.folder import RunFolder
 from vitrail.train.interrupt import Interrupt
 from vitrail.train.ranks import SharedError
-from vitrail.train.replay import NAME, replay, some
+from vitrail.train.replay import NAME, batch_of, flat, nested, replay, some
 from vitrail.train.run import Run
 from vitrail.train.state import read_header, states
 from vitrail.train.trainer import failures_told, train
@@ -397,10 +398,17 @@ def test_the_shares_of_several_processes_replay_with_the_draws_of_each(
         train(config)
     file = tmp_path / "run" / NAME
     kept, about = read_safetensors(file), json.loads(read_metadata(file)["vitrail"])
-    write_state(kept, file, metadata={"vitrail": json.dumps(about | {"world": 2})})
-    model = build_model(config, tuple(about["classes"])).train()
-    model.load_state_dict({k[6:]: v for k, v in kept.items() if k.startswith("model.")})
-    targets = kept["targets"]
+    halves = {
+        f"{rank}.{name}": kept[f"0.{name}"][3 * rank : 3 * rank + 3].clone()
+        for name in ("images", "targets", "indices")
+        for rank in range(2)
+    }
+    weights = {k: v for k, v in kept.items() if k.startswith("model.")}
+    about = json.dumps(about | {"padding": [{}, {}]})
+    write_state(weights | halves, file, metadata={"vitrail": about})
+    model = build_model(config, tiny.classes).train()
+    model.load_state_dict({k[6:]: v for k, v in weights.items()})
+    targets = kept["0.targets"]
     if tiny.headline == "mIoU":
         weight = balanced(examples)
         labelled = targets[targets != 255]
@@ -410,7 +418,7 @@ def test_the_shares_of_several_processes_replay_with_the_draws_of_each(
     else:
         total, how = 6, {"label_smoothing": 0.2}
     losses = []
-    for rank, images in enumerate((kept["images"][:3], kept["images"][3:])):
+    for rank, images in enumerate((kept["0.images"][:3], kept["0.images"][3:])):
         key = np.random.SeedSequence([config.seed, 0, rank]).generate_state(1, np.uint64)[0]
         torch.manual_seed(int(key) // 2)
         own = targets[3 * rank : 3 * rank + 3]
@@ -423,6 +431,31 @@ def test_the_shares_of_several_processes_replay_with_the_draws_of_each(
     assert found["loss"] == pytest.approx(loss.item(), rel=1e-6)
     assert found["gradient_norm"] == pytest.approx(norm, rel=1e-5)
     assert (found["step"], found["num_images"]) == (1, 6)
+
+
+def test_a_padded_share_with_targets_by_image_is_kept_and_found_again():
+    targets = (
+        {"boxes": torch.ones(2, 4), "labels": torch.tensor([1, 0])},
+        {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)},
+        *({"boxes": torch.full((1, 4), 1.0 * i), "labels": torch.tensor([i])} for i in range(9)),
+    )
+    met = {"images": torch.rand(11, 3, 4, 6), "targets": targets, "indices": torch.arange(11)}
+    named = flat(met)
+    assert set(named) > {"images", "indices", "targets.0.boxes", "targets.10.labels"}
+    back = nested(named)
+    assert isinstance(back["targets"], tuple)
+    assert len(back["targets"]) == 11
+    for want, got in zip(targets, back["targets"], strict=True):
+        assert want.keys() == got.keys()
+        assert all(torch.equal(want[k], got[k]) for k in want)
+    sizes = ((4, 6), *((3, 5),) * 10)
+    padding = json.loads(json.dumps({"sizes": sizes}))
+    batch = batch_of(back, padding)
+    assert isinstance(batch, Padded)
+    assert (batch.sizes, batch.padding) == (sizes, {"sizes": sizes})
+    assert torch.equal(batch.images, met["images"])
+    assert torch.equal(batch.indices, met["indices"])
+    assert isinstance(batch_of(back, {}), Dense)
 
 
 def balanced(root: Path) -> torch.Tensor:

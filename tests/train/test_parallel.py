@@ -205,9 +205,12 @@ def test_a_batch_that_gave_no_number_is_told_once_and_kept_with_all_shares(pictu
     plan = BatchPlan(length=24, batch_size=12, size=(32, 32))
     batch = list(plan.batches(epoch))[number]
     kept = load_file(tmp_path / "run" / NAME)
-    assert kept["indices"].tolist() == list(batch.indices)
-    assert kept["images"].shape == (12, 3, 32, 32)
-    assert kept["targets"].argmax(1).tolist() == [i // 8 for i in batch.indices]
+    indices, targets = (
+        torch.cat([kept[f"{rank}.{name}"] for rank in range(2)]) for name in ("indices", "targets")
+    )
+    assert indices.tolist() == list(batch.indices)
+    assert [kept[f"{rank}.images"].shape for rank in range(2)] == [(6, 3, 32, 32)] * 2
+    assert targets.argmax(1).tolist() == [i // 8 for i in batch.indices]
     assert replay(config.out)["num_images"] == 12
 
 

@@ -91,7 +91,7 @@ def training_advice(history: Sequence[Mapping[str, Any]], headline: str) -> list
         best = max(evals, key=lambda e: e[1])
         if best == evals[-1]:
             said.append("The score still rose at the last evaluation: train longer.")
-    losses = [(r["loss"], r["step"]) for r in history if headline in r]
+    losses = [(r["loss"], r["step"]) for r in history if headline in r and "loss" in r]
     if len(losses) >= 3 and losses[-1][0] > OVERFITTED * min(losses)[0]:
         lowest, step = min(losses)
         said.append(
@@ -138,6 +138,7 @@ def curves(history: Sequence[dict[str, Any]], headline: str) -> str:
     """Losses, score and learning rate by step; the page is about the model of the ringed evaluation."""
     train = [r for r in history if "loss" in r and "lr" in r]
     evals = [r for r in history if headline in r]
+    measured = [r for r in evals if "loss" in r]  # not every task has a loss without training
     dots = {"color": page.GOOD, "marker": "o", "markersize": 4}
 
     def drawn(title: str, *lines: tuple[list[dict[str, Any]], str, dict[str, Any]]) -> Any:
@@ -152,7 +153,7 @@ def curves(history: Sequence[dict[str, Any]], headline: str) -> str:
     losses, ax = drawn(
         "loss",
         (train, "loss", {"color": page.ACCENT, "label": "training, with augmentation"}),
-        (evals, "loss", {**dots, "label": "validation"}),
+        (measured, "loss", {**dots, "label": "validation"}),
     )
     ax.legend(frameon=False, fontsize=8)
     figures = [losses]

@@ -121,7 +121,7 @@ def score(run: Run) -> None:
             )
         except NotFinite:
             raise report_once(not_finite(run)) from None
-        if not math.isfinite(scores["loss"]):
+        if not all(map(math.isfinite, scores.values.values())):
             raise report_once(not_finite(run))
         run.save_model(run.rank_scores(scores), scores)
     run.log_evaluation(scores)

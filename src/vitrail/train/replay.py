@@ -5,13 +5,13 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from vitrail.adapt.freeze import freeze, train_mode
-from vitrail.data.batch import Batch
+from vitrail.data.batch import Batch, Dense, Padded
 from vitrail.train.config import TrainConfig, read_config
 from vitrail.train.folder import RunFolder, explained
 from vitrail.train.state import newest_whole, whole
@@ -21,6 +21,7 @@ from vitrail_runtime.errors import InputError
 if TYPE_CHECKING:
     from vitrail.train.run import Run
 
+T = TypeVar("T")
 NAME = "nonfinite.safetensors"
 HELPS = (
     "what usually helps: a lower --lr, a longer --warmup-epochs, --clip-grad 1, --precision fp32; it is "
@@ -32,17 +33,16 @@ def keep_batch(run: "Run", batch: Batch) -> InputError:
     """Write the batch of every process, and the weights that met it; returns the error to raise."""
     at, accelerator = run.at, run.accelerator
     model = {f"model.{k}": whole(v) for k, v in run.model.state_dict().items()}
-    indices = batch.indices.to(batch.images.device)
-    met = {"images": batch.images, "targets": batch.targets, "indices": indices}
-    gathered: Any = accelerator.gather(met)
-    tensors = {key: value.cpu() for key, value in gathered.items()}
+    met = {"images": batch.images, "targets": batch.targets, "indices": batch.indices}
+    shares = gather_shares((flat(met), batch.padding))
     path = run.folder.path / NAME
     if accelerator.is_main_process:
-        keys = [run.train_data.where(i) for i in tensors["indices"].tolist()]
+        tensors = {f"{rank}.{k}": v for rank, (own, _) in enumerate(shares) for k, v in own.items()}
+        keys = [run.train_data.where(i) for own, _ in shares for i in own["indices"].tolist()]
         about = {
             "step": at.step,
             "epoch": at.epoch,
-            "world": run.world,
+            "padding": [padding for _, padding in shares],
             "classes": list(run.train_data.classes),
             "images": keys,
             "model_options": run.task.model_options(run.settings, run.train_data.truth),
@@ -57,6 +57,37 @@ def keep_batch(run: "Run", batch: Batch) -> InputError:
         f"look at it with: vitrail train --replay {run.folder.path}\n"
         f"{HELPS}"
     )
+
+
+def gather_shares(own: T) -> list[T]:
+    """What each process has, on all of them."""
+    if not torch.distributed.is_initialized():
+        return [own]
+    shares: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(shares, own)
+    return shares
+
+
+def flat(value: Any, name: str = "") -> dict[str, Tensor]:
+    """Tensors in dicts and tuples, by the way to them, on the CPU: {"targets.3.boxes": ...}."""
+    if isinstance(value, Tensor):
+        return {name: value.detach().cpu()}
+    items = value.items() if isinstance(value, Mapping) else enumerate(value)
+    prefix = f"{name}." if name else ""
+    return {k: v for key, inner in items for k, v in flat(inner, f"{prefix}{key}").items()}
+
+
+def nested(tensors: Mapping[str, Tensor]) -> Any:
+    """What `flat` was given."""
+    if "" in tensors:
+        return tensors[""]
+    parts: dict[str, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        key, _, rest = name.partition(".")
+        parts.setdefault(key, {})[rest] = value
+    if all(key.isdecimal() for key in parts):
+        return tuple(nested(parts[key]) for key in sorted(parts, key=int))
+    return {key: nested(inner) for key, inner in parts.items()}
 
 
 def not_finite(run: "Run") -> InputError:
@@ -89,7 +120,6 @@ def replay(path: str | Path) -> dict[str, Any]:
     `loss_fp32` in full precision, names of `weights` that are not finite, and `images` of which the model's
     answer is not, of `num_images`. Raises InputError when the folder keeps no batch.
     """
-    from vitrail.data.batch import Dense
     from vitrail.train.build import build_model, task_and_settings
     from vitrail.train.run import seed_update
 
@@ -100,16 +130,11 @@ def replay(path: str | Path) -> dict[str, Any]:
     task, settings = task_and_settings(config)
     for name, value in about["model_options"].items():
         setattr(model, name, value)
-    shares = [
-        Dense(images, targets, indices)
-        for images, targets, indices in zip(
-            *(tensors[name].chunk(about["world"]) for name in ("images", "targets", "indices")),
-            strict=True,
-        )
-    ]
+    kept = nested({k: v for k, v in tensors.items() if not k.startswith("model.")})
+    shares = [batch_of(*share) for share in zip(kept, about["padding"], strict=True)]
     weight = float(sum(model.weight(share.targets) for share in shares)) or 1.0
 
-    def answers(bf16: bool, ask: Callable[[Dense], Any]) -> list[Any]:
+    def answers(bf16: bool, ask: Callable[[Any], Any]) -> list[Any]:
         """Of `ask`, part by part as it was trained."""
         model.load_state_dict(weights)  # a forward pass moves running statistics
         train_mode(model)
@@ -121,13 +146,14 @@ def replay(path: str | Path) -> dict[str, Any]:
                     out.append(ask(part))
         return out
 
-    def loss_of(part: Dense) -> Tensor:
+    def loss_of(part: Batch) -> Tensor:
         losses = model.losses(part.images, part.targets, **part.padding, **task.options(settings))
         return torch.stack(list(losses.values())).sum() / weight
 
-    def finite(part: Dense) -> Tensor:
+    def finite(part: Batch) -> Tensor:
         outputs = model.forward_tensors(part.images)
-        return torch.stack([o.flatten(1).isfinite().all(1) for o in outputs.values()]).all(0)
+        good = (o.reshape(len(o), -1).isfinite().all(1) for o in outputs.values())
+        return torch.stack(list(good)).all(0)
 
     bf16 = config.precision == "bf16"
     loss = torch.stack(answers(bf16, loss_of)).sum()
@@ -146,6 +172,14 @@ def replay(path: str | Path) -> dict[str, Any]:
         "images": [about["images"][i] for i in bad],
         "num_images": len(about["images"]),
     }
+
+
+def batch_of(kept: Mapping[str, Any], padding: Mapping[str, Any]) -> Batch:
+    """A process's share of the batch."""
+    images, targets, indices = (kept[name] for name in ("images", "targets", "indices"))
+    if not padding:
+        return Dense(images, targets, indices)
+    return Padded(images, targets, indices, tuple(map(tuple, padding["sizes"])))
 
 
 def _kept(folder: RunFolder) -> tuple[TrainConfig, dict[str, Tensor], dict[str, Any]]:

@@ -151,8 +151,9 @@ class Run:
         """A row with the scores, and a line for the person who waits."""
         self._add_row(kind="eval", **scores.values, best=self.at.best)
         mark = " (best)" if self.at.best_step == self.at.step else ""
+        loss = f"val loss {scores['loss']:.4f}  " if "loss" in scores.values else ""
         self.progress.say(
-            f"epoch {self.epochs_done:.1f}  step {self.at.step}  val loss {scores['loss']:.4f}  "
+            f"epoch {self.epochs_done:.1f}  step {self.at.step}  {loss}"
             f"{self.task.shown} {scores.best:.4f}{mark}"
         )
 
