@@ -2,6 +2,7 @@
 
 import json
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,8 @@ from vitrail.predictor import Predictor
 from vitrail.segmenters.inference import Inference, InferredSegmenter
 from vitrail_runtime.drawing import colour_of
 from vitrail_runtime.prediction import Prediction
+from vitrail_runtime.preprocess import Preprocessing
+from vitrail_runtime.rle import decode_mask
 
 CLASSES = ["ant", "[bold]bee", "cat ä"]
 
@@ -231,3 +234,118 @@ def test_no_mask_ever_overwrites_an_image(trained, pictures, tmp_path, capsys):
     assert main(["predict", trained, str(image), "--out", str(tmp_path / "out")]) == 2
     assert "masks/a.png with a mask (of " in capsys.readouterr().err
     assert image.read_bytes() == before
+
+
+class Finder(torch.nn.Module):
+    """A detector with the same three boxes in every image, of which one is doubtful."""
+
+    task = "detect"
+    classes = ("ant", "bee", "cat")
+    preprocessing = Preprocessing(size=(20, 26), mode="squash")
+    info = SimpleNamespace(name="finder")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def forward_tensors(self, images):
+        boxes = torch.tensor([[1.0, 2, 11, 12], [4, 4, 8, 8], [0, 0, 26, 20]])
+        each = {
+            "boxes": boxes,
+            "scores": torch.tensor([0.9, 0.6, 0.2]),
+            "labels": torch.tensor([1, 1, 0]),
+            "count": torch.tensor(3),
+            "mask_crops": torch.full((3, 2, 2), 0.9),
+        }
+        return {name: torch.stack([value] * len(images)) for name, value in each.items()}
+
+
+@pytest.fixture
+def finder(trained, monkeypatch):
+    monkeypatch.setattr("vitrail.models.load", lambda folder: Finder())
+    return trained
+
+
+def test_a_detectors_boxes_are_drawn_and_kept_as_coco_results(finder, pictures, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(["predict", finder, str(pictures), "--out", str(out)]) == 0
+    rows = capsys.readouterr().out.splitlines()[1:]
+    assert [row.split()[-3:] for row in rows] == [["2", "bee", "90.0%"]] * 3
+    results = json.loads((out / "coco_results.json").read_text())
+    assert len(results) == 9
+    assert [r["image_id"] for r in results] == [1, 1, 1, 2, 2, 2, 3, 3, 3]
+    assert [r["category_id"] for r in results[:3]] == [2, 2, 1]
+    # 30 x 40 pixels were seen as 20 x 26
+    want = [40 / 26, 3, 10 * 40 / 26, 15]
+    assert results[0]["bbox"] == pytest.approx(want, abs=1e-3)
+    assert decode_mask(results[1]["segmentation"]).shape == (30, 40)
+    about = json.loads((out / "coco_images.json").read_text())
+    assert [c["name"] for c in about["categories"]] == ["ant", "bee", "cat"]
+    assert [c["id"] for c in about["categories"]] == [1, 2, 3]
+    assert [i["id"] for i in about["images"]] == [1, 2, 3]
+    assert about["images"][0]["file_name"] == str(pictures / "a.jpg")
+    assert (about["images"][0]["height"], about["images"][0]["width"]) == (30, 40)
+    lines = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
+    assert [len(line["top"]) for line in lines] == [2, 2, 2]
+    drawn = next(iter(Predictor(Finder())(pictures / "a.png"))).above(0.5).draw()
+    with Image.open(out / "a.png.jpg") as kept:
+        assert kept.size == drawn.size
+        assert np.abs(np.array(kept).astype(int) - np.array(drawn)).mean() < 4
+
+
+def test_the_threshold_decides_what_is_told_and_drawn(finder, pictures, capsys):
+    one = str(pictures / "a.png")
+    for threshold, left in (("0", 3), ("0.2", 3), ("0.65", 1), ("1", 0)):
+        assert main(["predict", finder, one, "--json", "--threshold", threshold]) == 0
+        assert len(json.loads(capsys.readouterr().out)["top"]) == left
+    assert main(["predict", finder, one, "--threshold", "1"]) == 0
+    assert "nothing found" in capsys.readouterr().out
+    assert main(["predict", finder, one, "--threshold", "50"]) == 2
+    assert "--threshold is a score from 0 to 1, but is 50" in capsys.readouterr().err
+
+
+def test_ids_are_those_of_a_coco_file_where_one_is_given(finder, pictures, tmp_path, capsys):
+    names = ["a.png", "a.jpg", "Bild ä.png", "sub/Bild ä.png"]
+    file = tmp_path / "known.json"
+    known = {
+        "images": [{"id": 70 + i, "file_name": name} for i, name in enumerate(names)],
+        "categories": [{"id": i, "name": n} for i, n in ((9, "cat"), (4, "ant"), (7, "bee"))],
+    }
+    file.write_text(json.dumps(known), encoding="utf-8-sig")  # with a byte order mark
+    out = tmp_path / "out"
+    how = ["predict", finder, str(pictures), "--out", str(out), "--coco", str(file)]
+    assert main(how) == 0
+    results = json.loads((out / "coco_results.json").read_text())
+    assert [r["image_id"] for r in results[::3]] == [71, 70, 73]
+    assert [r["category_id"] for r in results[:3]] == [7, 7, 4]
+    about = json.loads((out / "coco_images.json").read_text())
+    assert [c["id"] for c in about["categories"]] == [4, 7, 9]
+    capsys.readouterr()
+    for change, said in (
+        ({"images": known["images"][1:]}, "1 of 3 images are not in the annotations"),
+        ({"categories": known["categories"][1:]}, "no category for classes of the model: cat"),
+        ({"images": [{"id": 1}]}, "`images` with id and file_name"),
+        ({"images": None}, "`images` with id and file_name"),
+    ):
+        file.write_text(json.dumps(known | change))
+        assert main(how) == 2
+        assert said in capsys.readouterr().err
+    for text, said in (("{", "is no JSON"), ("[" * 9999, "is no JSON")):
+        file.write_text(text)
+        assert main(how) == 2
+        assert said in capsys.readouterr().err
+    file.write_text("[]")
+    assert main(how) == 2
+    assert "`images` with id" in capsys.readouterr().err
+    assert main([*how[:-1], str(tmp_path / "none.json")]) == 2
+    assert "cannot be read: No such file" in capsys.readouterr().err
+    assert main(["predict", finder, str(pictures), "--coco", str(file)]) == 2
+    assert "--out asks for" in capsys.readouterr().err
+
+
+def test_a_classifier_is_not_cut_at_the_threshold(trained, pictures, tmp_path, capsys):
+    one = str(pictures / "a.png")
+    how = ["predict", trained, one, "--json", "--threshold", "1", "--out", str(tmp_path / "out")]
+    assert main(how) == 0
+    assert len(json.loads(capsys.readouterr().out)["top"]) == 3
+    assert not list((tmp_path / "out").glob("coco*"))

@@ -11,6 +11,7 @@ from vitrail.cli import main
 from vitrail.cli.eval import show
 from vitrail.data import open_data
 from vitrail.models import save
+from vitrail.segmenters.inference import Inference, InferredSegmenter
 from vitrail.tasks.classify import scores_of
 from vitrail.train.evaluate import evaluate
 from vitrail.train.trainer import train
@@ -126,3 +127,30 @@ def test_what_is_written_is_what_evaluation_gives(run, pictures, capsys):
     scores = evaluate(model, open_data(pictures, "val"), batch_size=64)
     about = {"model": str(run), "data": str(pictures), "split": "val", "probe": None}
     assert printed == about | scores.to_dict()
+
+
+def test_eval_asks_a_segmenter_in_windows_scales_and_mirrored(masks, tmp_path, capsys):
+    settings = {"model": "linear/vit_tiny_patch16", "model_fields": VIT["model_fields"]}
+    config = tiny_config(masks, tmp_path / "run", **settings, epochs=1)
+    train(config)
+    how = ["eval", config.out, "--data", str(masks), "--json"]
+    asked = ["--window", "20", "--stride", "10", "--scales", "1", "1.5", "--flip"]
+    assert main([*how, *asked]) == 0
+    found = json.loads(capsys.readouterr().out)
+    model = vitrail.load(f"{config.out}/best")
+    data = open_data(masks, "val", classes=model.classes)
+    inference = Inference(window=20, stride=10, scales=(1.0, 1.5), flip=True)
+    want = evaluate(InferredSegmenter(model, inference), data)
+    assert found["loss"] == pytest.approx(want["loss"], rel=1e-5)
+    assert found["loss"] != pytest.approx(evaluate(model, data)["loss"], rel=1e-5)
+    assert found["confusion"] == want["confusion"]
+
+
+def test_ways_to_ask_are_for_trained_segmenters(run, pictures, capsys):
+    how = ["eval", str(run), "--data", str(pictures)]
+    assert main([*how, "--flip"]) == 2
+    assert "windows, scales and flips are for segmenters" in capsys.readouterr().err
+    assert main([*how, "--probe", "knn", "--scales", "2"]) == 2
+    assert "do not go with --probe" in capsys.readouterr().err
+    assert main([*how, "--stride", "4"]) == 2
+    assert "needs a window" in capsys.readouterr().err

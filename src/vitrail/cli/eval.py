@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from vitrail.cli.flags import parse_flags
+from vitrail.cli.flags import InferenceFlags, parse_flags
 from vitrail.train.config import TrainConfig, read_config
 from vitrail_runtime.errors import InputError
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalFlags:
+class EvalFlags(InferenceFlags):
     """Measure a trained model: the scores of its task, in all and by class.
 
     The scores are also written to RUN/eval.json. With --probe, measure how good the frozen backbone is on the
@@ -29,7 +29,7 @@ class EvalFlags:
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
     """A run folder (its best model) or a model folder; with --probe also a name from `vitrail models`."""
     data: str
-    """Where the pictures are: class folders, tar shards or a CSV file."""
+    """Where the pictures are, in any form that vitrail train takes."""
     split: Literal["val", "test", "train", "all"] = "val"
     """Which of them."""
     val_fraction: float | None = None
@@ -61,6 +61,10 @@ def run(argv: list[str]) -> None:
     flags = parse_flags(EvalFlags, argv, prog="vitrail eval")
     if flags.probe is None and (flags.weights or flags.image_size):
         raise InputError("--weights and --image-size go with --probe; a trained model has its own")
+    if flags.probe is not None and flags.asked():
+        raise InputError(
+            "--window, --stride, --scales and --flip ask a trained model; they do not go with --probe"
+        )
     if flags.report is not None and flags.probe is not None:
         raise InputError("--report shows a trained model's answers; it does not go with --probe")
     if flags.report is not None and flags.report.is_dir():
@@ -100,7 +104,7 @@ def measure(flags: EvalFlags, folder: Path) -> "Scores":
     from vitrail.tasks.task import label_map
     from vitrail.train.evaluate import evaluate
 
-    model = load(folder).to(choose_device(flags.device))
+    model = flags.applied(load(folder)).to(choose_device(flags.device))
     # Shows both lists where they differ.
     label_map(open_source(flags.data).classes(), model.classes)
     data = open_pictures(flags, flags.split, model.classes)

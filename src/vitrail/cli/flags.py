@@ -18,6 +18,38 @@ T = TypeVar("T")
 _errors: Any = getattr(tyro, "_errors", None)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InferenceFlags:
+    """How an image is put to a model, for verbs that ask one."""
+
+    window: int | None = None
+    """Of a segmenter: the side of square windows that slide over the image, in pixels of its input."""
+    stride: int | None = None
+    """With --window: pixels from one to the next; none: two thirds of it."""
+    scales: tuple[float, ...] = (1.0,)
+    """Of a segmenter: sizes, relative to its input, at which it sees an image; answers are averaged."""
+    flip: bool = False
+    """Of a segmenter: also ask of the mirrored image, and average."""
+
+    def asked(self) -> bool:
+        """Whether in any way but the plain one."""
+        from vitrail.segmenters.inference import Inference
+
+        return self._inference() != Inference()
+
+    def applied(self, model: Any) -> Any:
+        """The model, asked in this way. Raises InputError where it cannot be."""
+        from vitrail.segmenters.inference import inferred
+
+        return inferred(model, self._inference())
+
+    def _inference(self) -> Any:
+        from vitrail.segmenters.inference import Inference
+
+        how = {"window": self.window, "stride": self.stride, "scales": self.scales}
+        return Inference(**how, flip=self.flip)
+
+
 def parse_flags(
     kind: type[T],
     argv: Sequence[str],

@@ -8,23 +8,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
-from vitrail.cli.flags import parse_flags
+from vitrail.cli.flags import InferenceFlags, parse_flags
 from vitrail_runtime.errors import InputError
 
 if TYPE_CHECKING:
+    from vitrail_runtime.coco import CocoIds, CocoResults
     from vitrail_runtime.prediction import Prediction
 
 
 @dataclass(frozen=True, kw_only=True)
-class PredictFlags:
+class PredictFlags(InferenceFlags):
     """Say what is on pictures: vitrail predict RUN photo.jpg folder "holidays/*.jpg".
 
     Prints a table, or JSON lines with --json; --out writes annotated pictures and predictions.jsonl.
-    A segmenter's scores are shares of the image, and --out also gets its masks.
+    A segmenter's scores are shares of the image, and --out also gets its masks. A detector's boxes are drawn,
+    and --out also gets them as COCO results.
     """
 
     model: Annotated[Positional[Path], arg(metavar="RUN")]
@@ -35,7 +37,8 @@ class PredictFlags:
     """One JSON object per picture on stdout, and nothing else there."""
     out: Path | None = None
     """A folder for annotated pictures and predictions.jsonl; of a segmenter also for masks/*.png, the
-    index of the class of every pixel, with a palette, 255 for none."""
+    index of the class of every pixel, with a palette, 255 for none; of a detector for coco_results.json, and
+    coco_images.json, which tells what its ids mean."""
     top_k: int = 5
     """How many classes to tell per picture."""
     skip_broken: bool = False
@@ -44,19 +47,17 @@ class PredictFlags:
     """Where the model runs, such as cpu or cuda; auto: a GPU where there is one."""
     batch_size: int = 16
     """Pictures per forward."""
-    window: int | None = None
-    """Of a segmenter: the side of square windows that slide over the image, in pixels of its input."""
-    stride: int | None = None
-    """With --window: pixels from one to the next; none: two thirds of it."""
-    scales: tuple[float, ...] = (1.0,)
-    """Of a segmenter: sizes, relative to its input, at which it sees an image; answers are averaged."""
-    flip: bool = False
-    """Of a segmenter: also ask of the mirrored image, and average."""
+    threshold: float = 0.5
+    """Of a detector: boxes with a lower score are neither told nor drawn; coco_results.json has them all."""
+    coco: Path | None = None
+    """With --out, of a detector: a COCO annotation file whose ids of images, by the ends of their paths, and
+    of categories, by name, coco_results.json shall have."""
 
 
 def run(argv: list[str]) -> int:
     flags = parse_flags(FlagCreatePairsOff[PredictFlags], argv, prog="vitrail predict")
 
+    from vitrail_runtime.coco import CocoIds
     from vitrail_runtime.pictures import find_pictures
 
     # Whatever is wrong with the flags and inputs is said before a model is loaded.
@@ -64,17 +65,18 @@ def run(argv: list[str]) -> int:
         raise InputError("say which pictures: vitrail predict RUN photo.jpg folder '*.png'")
     pictures = list(dict.fromkeys(path for given in flags.inputs for path in find_pictures(given)))
     targets = {} if flags.out is None else annotated_paths(pictures, flags.out)
-
-    from vitrail.segmenters.inference import Inference, inferred
-
-    how = {"window": flags.window, "stride": flags.stride, "scales": flags.scales}
-    inference = Inference(**how, flip=flags.flip)
+    if not 0 <= flags.threshold <= 1:
+        raise InputError(f"--threshold is a score from 0 to 1, but is {flags.threshold}")
+    if flags.coco is not None and flags.out is None:
+        raise InputError("--coco is about coco_results.json, which --out asks for")
+    annotations = None if flags.coco is None else read_annotations(flags.coco)
+    flags.asked()  # refuses what cannot be
 
     from vitrail.models import load, model_folder
     from vitrail.predictor import Predictor
 
     predict = Predictor(
-        inferred(load(model_folder(flags.model)), inference),
+        flags.applied(load(model_folder(flags.model))),
         device=flags.device,
         batch_size=flags.batch_size,
         top_k=flags.top_k,
@@ -82,7 +84,8 @@ def run(argv: list[str]) -> int:
     )
     # Bar and lines would overwrite each other on one terminal.
     quiet = flags.json and sys.stdout.isatty()
-    tell(flags, watched(predict(pictures), len(pictures), bar=not quiet), targets)
+    ids = CocoIds([str(path) for path in pictures], predict.classes, annotations)
+    tell(flags, watched(predict(pictures), len(pictures), bar=not quiet), targets, ids)
     if predict.skipped:
         say(f"left out {len(predict.skipped)} of {len(pictures)} pictures:")
         for name, problem in predict.skipped:
@@ -94,41 +97,76 @@ def run(argv: list[str]) -> int:
     return 0
 
 
+def read_annotations(path: Path) -> Any:
+    """A COCO annotation file. Raises InputError where it cannot be read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise InputError(f"--coco {path} cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"--coco {path} is no JSON: {error}") from error
+
+
 def tell(
-    flags: PredictFlags, predictions: Iterator["Prediction"], targets: dict[str, Path]
+    flags: PredictFlags,
+    predictions: Iterator["Prediction"],
+    targets: dict[str, Path],
+    ids: "CocoIds",
 ) -> None:
     """Print each prediction as it comes, or all in a table; write them where --out asks for it."""
-    seen, log = [], None
+    seen = []
+    kept = None if flags.out is None else Kept(flags.out, targets, ids)
     try:
-        if flags.out is not None:
-            with writing_to(flags.out):
-                flags.out.mkdir(parents=True, exist_ok=True)
-                log = (flags.out / "predictions.jsonl").open("w", encoding="utf-8")
         for prediction in predictions:
-            line = json.dumps(prediction.to_dict())
-            if flags.out is not None and log is not None:
-                keep(prediction, targets[str(prediction.source)], flags.out, log)
+            whole = prediction
+            if prediction.boxes is not None:
+                prediction = prediction.above(flags.threshold)
+            if kept is not None:
+                kept.add(prediction, whole)
             if flags.json:
-                print(line)
+                print(json.dumps(prediction.to_dict()))
             else:
                 seen.append(prediction)
     finally:  # also what was found before an error or an interruption is shown
-        if log is not None:
-            log.close()
+        if kept is not None:
+            kept.close()
         if seen:
             print_table(seen, sys.stdout)
 
 
-def keep(prediction: "Prediction", target: Path, out: Path, log: TextIO) -> None:
-    """Write the annotated image, the class map where there is one, and a line that names it."""
-    found = prediction.to_dict()
-    with writing_to(out):
-        save_annotated(prediction, target)
-        if prediction.segmentation is not None:
-            mask = mask_path(target, out)
-            save_mask(prediction, mask)
-            found["mask"] = mask.relative_to(out).as_posix()
-        print(json.dumps(found), file=log, flush=True)
+class Kept:
+    """What --out asks for: annotated images, class maps and COCO results where there are any, and a log with
+    a line for each image."""
+
+    def __init__(self, out: Path, targets: dict[str, Path], ids: "CocoIds") -> None:
+        self.out, self.targets, self.ids = out, targets, ids
+        self.results: CocoResults | None = None
+        with writing_to(out):
+            out.mkdir(parents=True, exist_ok=True)
+            self.log = (out / "predictions.jsonl").open("w", encoding="utf-8")
+
+    def add(self, prediction: "Prediction", whole: "Prediction") -> None:
+        """whole: with the answers that are not worth showing, too."""
+        found = prediction.to_dict()
+        target = self.targets[str(prediction.source)]
+        with writing_to(self.out):
+            save_annotated(prediction, target)
+            if prediction.segmentation is not None:
+                mask = mask_path(target, self.out)
+                save_mask(prediction, mask)
+                found["mask"] = mask.relative_to(self.out).as_posix()
+            if whole.boxes is not None:
+                from vitrail_runtime.coco import CocoResults
+
+                self.results = self.results or CocoResults(self.out, self.ids)
+                self.results.add(whole)
+            print(json.dumps(found), file=self.log, flush=True)
+
+    def close(self) -> None:
+        self.log.close()
+        if self.results is not None:
+            with writing_to(self.out):
+                self.results.close()
 
 
 def annotated_paths(pictures: list[Path], out: Path) -> dict[str, Path]:
@@ -242,6 +280,8 @@ def print_table(predictions: list["Prediction"], file: TextIO) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    from vitrail_runtime.coco import counted
+
     # Without a terminal lines are as long as they need to be, for grep and the like.
     console = Console(file=file, width=None if file.isatty() else 1000, highlight=False)
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
@@ -250,6 +290,10 @@ def print_table(predictions: list["Prediction"], file: TextIO) -> None:
     table.add_column("score", justify="right")
     table.add_column("or", style="dim", overflow="ellipsis", no_wrap=True)
     for p in predictions:
+        if p.boxes is not None and p.names:
+            cells = (printable(p.source or ""), counted(p.names), f"{p.scores[0]:.1%}", "")
+            table.add_row(*map(Text, cells))
+            continue
         others = zip(p.names[1:], p.scores[1:], strict=True)
         rest = ", ".join(f"{name} {score:.1%}" for name, score in others)
         best = (p.names[0], f"{p.scores[0]:.1%}") if p.names else ("nothing found", "")
