@@ -25,6 +25,10 @@ FIGURES: dict[str, tuple[float | None, float | None, float | None, int]] = {
     "deit_base_distilled_patch16": (87, None, 83.4, 224),
     # github.com/Traffic-X/ViT-CoMer, README.md: whole detectors and segmenters alone
     **{f"vit_comer_{size}": (None, None, None, 224) for size in ("tiny", "small", "base", "large")},
+    # Both papers measure detectors and segmenters alone
+    **{
+        f"resnet{d}_{form}": (None, None, None, 224) for d in (50, 101) for form in ("dcn", "dcnv2")
+    },
     # github.com/facebookresearch/dinov2, README.md: "ImageNet linear"
     "vit_small_patch14_dinov2": (21, None, 81.1, 224),
     "vit_small_patch14_reg4_dinov2": (21, None, 80.9, 224),

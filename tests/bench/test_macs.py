@@ -3,6 +3,7 @@ import torch
 from torch import nn
 
 from vitrail.bench.macs import count_macs, count_params
+from vitrail.layers.deform_conv import DeformConv2d
 from vitrail.models import create_model
 
 
@@ -11,6 +12,15 @@ def test_a_grouped_convolution_and_a_linear_layer_are_counted_by_hand():
     model = nn.Sequential(conv, nn.BatchNorm2d(6), nn.Flatten(), nn.Linear(6 * 5 * 4, 7))
     assert count_macs(model, 10, 8) == 6 * 9 * 5 * 4 + 120 * 7
     assert count_params(model) == 6 * 9 + 6 + 12 + 120 * 7 + 7
+
+
+def test_a_deformable_convolution_counts_as_two_plain_ones():
+    """Its own, and the one that says where it reads."""
+    conv = DeformConv2d(8, 12, 3, stride=2, padding=1, groups=2)
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), conv)
+    places = 10 * 15
+    want = 3 * 8 * 20 * 30 + places * (12 * 4 * 9 + 27 * 8 * 9)
+    assert count_macs(model, 20, 30) == want
 
 
 def test_counting_leaves_a_model_as_it_was():

@@ -100,14 +100,15 @@ def from_torchvision(state: Tensors, config: ResNetConfig) -> Tensors:
 
 MARKS = ("conv1.weight", "layer1.0.conv1.weight", "layer4.1.conv2.weight")
 
+LAYOUTS = {
+    "torchvision": Layout(from_torchvision, marks=MARKS, source="torchvision ResNet*_Weights"),
+    "timm": Layout(from_torchvision, marks=MARKS, source="timm/resnet*"),
+}
 
 register_backbone(
     ResNet,
     VARIANTS,
     tiny=ResNetConfig(depths=(1, 1, 1, 1), dilated_c5=True),
-    layouts={
-        "torchvision": Layout(from_torchvision, marks=MARKS, source="torchvision ResNet*_Weights"),
-        "timm": Layout(from_torchvision, marks=MARKS, source="timm/resnet*"),
-    },
+    layouts=LAYOUTS,
     preprocessing=Preprocessing(interpolation="bilinear"),
 )

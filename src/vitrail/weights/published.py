@@ -217,6 +217,9 @@ PUBLISHED: dict[str, Published] = {
     "resnet50": Published(None, 3.8, 77.2, RESNET_TABLES, macs_note=STRIDE, remark=TEN_CROPS),
     "resnet101": Published(None, 7.6, 78.3, RESNET_TABLES, macs_note=STRIDE, remark=TEN_CROPS),
     "resnet152": Published(None, 11.3, 78.6, RESNET_TABLES, macs_note=STRIDE, remark=TEN_CROPS),
+    # backbones/resnet_dcn.py
+    **{f"resnet{depth}_{form}": Published(None, None, None, "none", remark=DENSE)
+        for depth in (50, 101) for form in ("dcn", "dcnv2")},
     # backbones/swin.py
     "swin_tiny_patch4_window7": Published(29, 4.5, 81.3, TABLE_1,
         params_note="the official README has 28 M"),
