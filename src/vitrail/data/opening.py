@@ -16,6 +16,8 @@ from vitrail.data.index import Index, Source, read_index
 from vitrail.data.mask_folders import MaskFolders, is_mask_folder
 from vitrail.data.shards import Shards, is_shard, split_of
 from vitrail.data.tables import Table, is_table
+from vitrail.data.voc import Voc, is_voc_folder
+from vitrail.data.yolo import YAML_SUFFIXES, Yolo, is_yolo_folder, yolo_file
 from vitrail_runtime.errors import InputError, listed
 
 SPLITS = ("train", "val", "test", "all")
@@ -37,7 +39,8 @@ def open_data(
     Args:
         source: class folders (ROOT/train/CLASS/*.jpg with val and test beside train, or ROOT/CLASS/*.jpg);
             images with masks (ROOT/images/train/*.jpg and ROOT/masks/train/*.png, or lists of both);
-            images with boxes, as COCO's JSON (`vitrail.data.coco`);
+            images with boxes, in COCO's JSON, YOLO's text files or Pascal VOC's XML (`data/coco.py`,
+            `data/yolo.py`, `data/voc.py`);
             a folder of tar shards (train-*.tar, train-*.tar.gz, ...); a .csv or .tsv of file and label; or
             a data set of the hub, hf:owner/name@revision; or what `open_source` gave for one of these, whose
             files are then listed once for all splits.
@@ -122,14 +125,21 @@ def open_source(source: str | Path) -> Source:
             return Shards(path)
         if path.suffix.lower() == ".json":
             return Coco(path)
+        if path.suffix.lower() in YAML_SUFFIXES:
+            return Yolo(path)
         raise InputError(
-            f"{source} is a file, but neither a table (.csv, .tsv) nor a shard (.tar, .tar.gz); "
+            f"{source} is a file, but neither a table (.csv, .tsv) nor a shard (.tar, .tar.gz), COCO's "
+            ".json or YOLO's .yaml; "
             "give a folder of class folders or shards, or a table of file and label"
         )
     if is_mask_folder(path):
         return MaskFolders(path)
     if is_coco_folder(path):
         return Coco(path)
+    if is_voc_folder(path):
+        return Voc(path)
+    if yolo_file(path) or is_yolo_folder(path):
+        return Yolo(path)
     entries = sorted(p for p in path.iterdir() if not p.name.startswith("."))
     shards = [p.name for p in entries if is_shard(p)]
     if not shards:
