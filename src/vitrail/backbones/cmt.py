@@ -38,20 +38,14 @@ import torch
 from torch import Tensor, nn
 
 from vitrail.backbones.vit import PatchEmbed as ViTPatchEmbed
-from vitrail.backbones.vit import ViT, ViTConfig
+from vitrail.backbones.vit import ViT, ViTConfig, smallest
 from vitrail.features import Features, FeatureSpec, check_images, pad_to_multiple, pyramid_specs
 from vitrail.layers.attention import attend, map_to_tokens, tokens_to_map
 from vitrail.layers.checkpoint import checkpointed
 from vitrail.layers.mlp import Mlp
 from vitrail.layers.position import resample_positions
 from vitrail.layers.residual import DropPath, drop_path_schedule
-from vitrail.registry import (
-    Layout,
-    Tensors,
-    register_backbone,
-    register_study,
-    rename_keys,
-)
+from vitrail.registry import Layout, Tensors, register_backbone, register_study, rename_keys
 from vitrail_runtime.errors import InputError
 from vitrail_runtime.preprocess import Preprocessing
 
@@ -465,14 +459,5 @@ register_backbone(
 register_study(
     ViT,
     ConvStemViTConfig,
-    tiny=ConvStemViTConfig(
-        embed_dim=32,
-        depth=1,
-        num_heads=2,
-        patch_size=8,
-        image_size=(24, 40),
-        mlp_ratio=2.0,
-        stem="conv",
-        drop_path_rate=0.1,
-    ),
+    tiny=smallest(ConvStemViTConfig, depth=1, image_size=(24, 40), stem="conv"),
 )

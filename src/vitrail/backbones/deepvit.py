@@ -28,18 +28,8 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitrail.backbones.vit import (
-    Attention,
-    Block,
-    ViT,
-    ViTConfig,
-    ViTHead,
-)
-from vitrail.backbones.vit_keys import (
-    TIMM_MARKS,
-    from_timm,
-    resample_to,
-)
+from vitrail.backbones.vit import Attention, Block, ViT, ViTConfig, ViTHead, smallest
+from vitrail.backbones.vit_keys import TIMM_MARKS, from_timm, resample_to
 from vitrail.features import pad_to_multiple
 from vitrail.layers.residual import drop_path_schedule
 from vitrail.registry import Layout, register_backbone
@@ -110,13 +100,7 @@ class ConvStem(nn.Module):
 class ReAttention(Attention):
     """Attention whose maps are mixed across heads and normed before they meet the values (equation 3)."""
 
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        qkv_bias: bool,
-        scale_maps: bool,
-    ) -> None:
+    def __init__(self, dim: int, num_heads: int, qkv_bias: bool, scale_maps: bool) -> None:
         super().__init__(dim, num_heads, qkv_bias)
         self.reatten_matrix = nn.Conv2d(num_heads, num_heads, 1)
         self.var_norm = nn.BatchNorm2d(num_heads)
@@ -187,23 +171,17 @@ HALF = (0.5, 0.5, 0.5)  # the official models are shown images as the first ViT,
 register_backbone(
     DeepViT,
     VARIANTS,
-    tiny=DeepViTConfig(
-        embed_dim=32,
-        depth=2,
+    tiny=smallest(
+        DeepViTConfig,
         num_heads=4,
-        patch_size=8,
         image_size=(24, 40),
-        mlp_ratio=2.0,
         stem="conv",
         mix_from=1,
         scale_maps=True,
         branch_scale=0.5,
-        drop_path_rate=0.1,
     ),
     tail=ViTHead,
     resample=resample_to,
-    layouts={
-        "official": Layout(from_timm, TIMM_MARKS, source="github.com/zhoudaquan/dvit_repo"),
-    },
+    layouts={"official": Layout(from_timm, TIMM_MARKS, source="github.com/zhoudaquan/dvit_repo")},
     preprocessing=Preprocessing(crop_pct=0.9, mean=HALF, std=HALF),
 )

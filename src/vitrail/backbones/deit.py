@@ -13,14 +13,7 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from vitrail.backbones.vit import (
-    BASE,
-    SMALL,
-    TINY,
-    ViT,
-    ViTConfig,
-    ViTHead,
-)
+from vitrail.backbones.vit import BASE, SMALL, TINY, ViT, ViTConfig, ViTHead, smallest
 from vitrail.backbones.vit import LAYOUTS as VIT_LAYOUTS
 from vitrail.backbones.vit_keys import (
     HUGGINGFACE_EMBEDDING,
@@ -95,16 +88,7 @@ LAYOUTS = {
 register_backbone(
     DeiT,
     VARIANTS,
-    tiny=ViTConfig(
-        embed_dim=32,
-        depth=2,
-        num_heads=2,
-        patch_size=8,
-        image_size=32,
-        mlp_ratio=2.0,
-        drop_path_rate=0.1,
-        distillation_token=True,
-    ),
+    tiny=smallest(ViTConfig, distillation_token=True),
     layouts=LAYOUTS,
     tail=deit_tail,
     resample=resample_to,

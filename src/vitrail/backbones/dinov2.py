@@ -16,14 +16,7 @@ nothing. The head reads the class token and the mean of the map, as the paper's 
 
 from dataclasses import replace
 
-from vitrail.backbones.vit import (
-    BASE,
-    LARGE,
-    SMALL,
-    ViT,
-    ViTConfig,
-    ViTHead,
-)
+from vitrail.backbones.vit import BASE, LARGE, SMALL, ViT, ViTConfig, ViTHead, smallest
 from vitrail.backbones.vit_keys import (
     HUGGINGFACE_EMBEDDING,
     TIMM_MARKS,
@@ -103,20 +96,17 @@ LAYOUTS = {
 register_backbone(
     DINOv2,
     VARIANTS,
-    tiny=ViTConfig(
-        embed_dim=32,
-        depth=2,
-        num_heads=2,
+    tiny=smallest(
+        ViTConfig,
         patch_size=7,
         image_size=42,
-        mlp="swiglu",
         mlp_ratio=1.5,
+        mlp="swiglu",
         layer_scale_init=1e-1,
         num_reg_tokens=2,
         prefix_positions=False,
         pos_antialias=False,
         pos_offset=0.1,
-        drop_path_rate=0.1,
         pool="both",
     ),
     layouts=LAYOUTS,

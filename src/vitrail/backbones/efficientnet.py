@@ -19,29 +19,23 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from vitrail.features import Features, FeatureSpec, check_images
+from vitrail.features import Features, FeatureSpec
 from vitrail.layers.conv import (
     ConvNormAct,
     ConvPoolHead,
     InvertedResidual,
     SqueezeExcite,
     absorb_eps,
-    fast_layout,
     init_conv_weights,
     make_divisible,
-    run_stages,
     stage_specs,
+    stem_and_stages,
 )
-from vitrail.layers.conv_keys import (
-    TIMM_HEAD,
-    timm_stages,
-    torchvision_head,
-    torchvision_stages,
-)
+from vitrail.layers.conv_keys import TIMM_HEAD, timm_stages, torchvision_head, torchvision_stages
 from vitrail.registry import Layout, Tensors, register_backbone, rename_keys
 from vitrail_runtime.errors import InputError
 from vitrail_runtime.preprocess import Preprocessing
@@ -79,7 +73,7 @@ class EfficientNetConfig:
         return [math.ceil(self.depth * blocks) for _, _, _, blocks, _ in self.stages]
 
     @property
-    def norm(self) -> dict[str, float]:
+    def norm(self) -> dict[str, Any]:
         """epsilon and momentum of every BatchNorm."""
         if self.padding == "tf":
             return {"eps": 1e-3, "momentum": 0.01}
@@ -139,11 +133,9 @@ class EfficientNet(nn.Module):
         self.config = config
         self.grad_checkpointing = False
         same_pad = config.padding == "tf"
-        eps, momentum = config.norm["eps"], config.norm["momentum"]
         in_chans = make_divisible(32 * config.width)
-        self.stem = ConvNormAct(
-            3, in_chans, 3, stride=2, act=_silu, eps=eps, momentum=momentum, same_pad=same_pad
-        )
+        norm = config.norm
+        self.stem = ConvNormAct(3, in_chans, 3, stride=2, act=_silu, same_pad=same_pad, **norm)
         depths = config.depths()
         dims = [make_divisible(dim * config.width) for _, _, dim, _, _ in config.stages]
         strides = [stride for *_, stride in config.stages]
@@ -165,9 +157,8 @@ class EfficientNet(nn.Module):
                         # A quarter of the narrow width, not of the wide one.
                         se=SqueezeExcite(hidden_dim, max(1, in_chans // 4), act=_silu),
                         drop_path=config.drop_path_rate * index / sum(depths),
-                        eps=eps,
-                        momentum=momentum,
                         same_pad=same_pad,
+                        **norm,
                     )
                 )
                 in_chans = dims[i]
@@ -176,10 +167,7 @@ class EfficientNet(nn.Module):
         init_conv_weights(self)
 
     def forward(self, images: Tensor, record: dict[str, Tensor] | None = None) -> Features:
-        check_images(images, self)
-        checkpointing = self.grad_checkpointing and self.training
-        x = self.stem(fast_layout(images))
-        return Features(run_stages(x, self.stages, self.outputs, record, checkpointing))
+        return stem_and_stages(self, images, record)
 
 
 def efficientnet_head(
@@ -248,9 +236,7 @@ register_backbone(
         ),
     },
     preprocessing={
-        prefix + name: Preprocessing(
-            size=(config.image_size, config.image_size), crop_pct=crop, interpolation="bicubic"
-        )
+        prefix + name: Preprocessing(size=(config.image_size, config.image_size), crop_pct=crop)
         for (name, config), crop in zip(NATIVE.items(), CROP_PCT, strict=True)
         for prefix in ("", "tf_")
     },

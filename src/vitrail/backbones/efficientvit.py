@@ -30,18 +30,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitrail.backbones.vit import Block, KeysValues, Run, ViT, ViTConfig
+from vitrail.backbones.vit import Block, KeysValues, Run, ViT, ViTConfig, smallest
 from vitrail.features import Features, FeatureSpec, check_images, pyramid_specs
 from vitrail.layers.checkpoint import checkpointed
 from vitrail.layers.conv import ConvNormAct, SqueezeExcite, fast_layout
 from vitrail.layers.tables import cached_table
-from vitrail.registry import (
-    Layout,
-    Tensors,
-    register_backbone,
-    register_study,
-    rename_keys,
-)
+from vitrail.registry import Layout, Tensors, register_backbone, register_study, rename_keys
 from vitrail_runtime.errors import InputError
 
 
@@ -511,15 +505,5 @@ register_backbone(
 register_study(
     ViT,
     StudiedViTConfig,
-    tiny=StudiedViTConfig(
-        embed_dim=32,
-        depth=2,
-        num_heads=2,
-        patch_size=8,
-        image_size=32,
-        mlp_ratio=2.0,
-        attn_every=2,
-        qk_dim=6,
-        drop_path_rate=0.1,
-    ),
+    tiny=smallest(StudiedViTConfig, attn_every=2, qk_dim=6),
 )

@@ -13,14 +13,13 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from vitrail.features import Features, check_images
+from vitrail.features import Features
 from vitrail.layers.conv import (
     ConvNormAct,
-    fast_layout,
     init_conv_weights,
     make_divisible,
-    run_stages,
     stage_specs,
+    stem_and_stages,
 )
 from vitrail.registry import Layout, Tensors, register_backbone, rename_keys
 from vitrail_runtime.preprocess import Preprocessing
@@ -81,10 +80,7 @@ class MobileNetV1(nn.Module):
         init_conv_weights(self)
 
     def forward(self, images: Tensor, record: dict[str, Tensor] | None = None) -> Features:
-        check_images(images, self)
-        checkpointing = self.grad_checkpointing and self.training
-        x = self.stem(fast_layout(images))
-        return Features(run_stages(x, self.stages, self.outputs, record, checkpointing))
+        return stem_and_stages(self, images, record)
 
 
 def from_timm(state: Tensors, config: MobileNetV1Config) -> Tensors:

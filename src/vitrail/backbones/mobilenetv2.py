@@ -15,16 +15,15 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from vitrail.features import Features, FeatureSpec, check_images
+from vitrail.features import Features, FeatureSpec
 from vitrail.layers.conv import (
     ConvNormAct,
     ConvPoolHead,
-    InvertedResidual,
-    fast_layout,
     init_conv_weights,
+    inverted_residuals,
     make_divisible,
-    run_stages,
     stage_specs,
+    stem_and_stages,
 )
 from vitrail.layers.conv_keys import (
     TIMM_HEAD,
@@ -75,26 +74,12 @@ class MobileNetV2(nn.Module):
         self.stem = ConvNormAct(3, in_chans, 3, stride=2, act=_relu6)
         self.stages = nn.ModuleList()
         for dim, (ratio, _, depth, stride) in zip(dims, config.stages, strict=True):
-            blocks = nn.ModuleList()
-            for j in range(depth):
-                blocks.append(
-                    InvertedResidual(
-                        in_chans,
-                        dim,
-                        make_divisible(in_chans * ratio),
-                        stride=stride if j == 0 else 1,
-                        act=_relu6,
-                    )
-                )
-                in_chans = dim
-            self.stages.append(blocks)
+            self.stages.append(inverted_residuals(in_chans, dim, depth, ratio, stride, act=_relu6))
+            in_chans = dim
         init_conv_weights(self)
 
     def forward(self, images: Tensor, record: dict[str, Tensor] | None = None) -> Features:
-        check_images(images, self)
-        checkpointing = self.grad_checkpointing and self.training
-        x = self.stem(fast_layout(images))
-        return Features(run_stages(x, self.stages, self.outputs, record, checkpointing))
+        return stem_and_stages(self, images, record)
 
 
 def mobilenetv2_head(

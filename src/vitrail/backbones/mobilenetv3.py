@@ -16,17 +16,16 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitrail.features import Features, FeatureSpec, check_images
+from vitrail.features import Features, FeatureSpec
 from vitrail.layers.conv import (
     ConvNormAct,
     InvertedResidual,
     SqueezeExcite,
     absorb_eps,
-    fast_layout,
     init_conv_weights,
     make_divisible,
-    run_stages,
     stage_specs,
+    stem_and_stages,
 )
 from vitrail.layers.conv_keys import counted_through, timm_stages, torchvision_stages
 from vitrail.registry import Layout, Tensors, register_backbone, rename_keys
@@ -139,10 +138,7 @@ class MobileNetV3(nn.Module):
         init_conv_weights(self)
 
     def forward(self, images: Tensor, record: dict[str, Tensor] | None = None) -> Features:
-        check_images(images, self)
-        checkpointing = self.grad_checkpointing and self.training
-        x = self.stem(fast_layout(images))
-        return Features(run_stages(x, self.stages, self.outputs, record, checkpointing))
+        return stem_and_stages(self, images, record)
 
 
 def bneck(

@@ -24,16 +24,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitrail.features import Features, FeatureSpec, check_images, pyramid_specs
+from vitrail.features import Features, FeatureSpec, pyramid_specs
 from vitrail.layers.attention import attend
 from vitrail.layers.conv import (
     ConvNormAct,
     ConvPoolHead,
-    InvertedResidual,
-    fast_layout,
     init_conv_weights,
-    make_divisible,
-    run_stages,
+    inverted_residuals,
+    stem_and_stages,
 )
 from vitrail.layers.keys import join_rows
 from vitrail.layers.mlp import Mlp
@@ -169,12 +167,10 @@ class MobileViT(nn.Module):
         self.stages = nn.ModuleList()
         in_chans = config.stem_dim
         for i, (dim, depth) in enumerate(zip(config.dims, STAGE_DEPTHS, strict=True)):
-            stage = nn.ModuleList()
-            for j in range(depth):
-                hidden_dim = make_divisible(in_chans * config.expand_ratio)
-                stride = 2 if i > 0 and j == 0 else 1
-                stage.append(InvertedResidual(in_chans, dim, hidden_dim, stride=stride, act=_silu))
-                in_chans = dim
+            stride = 2 if i > 0 else 1
+            ratio = config.expand_ratio
+            stage = inverted_residuals(in_chans, dim, depth, ratio, stride, act=_silu)
+            in_chans = dim
             if i >= 2:
                 inner, layers = config.transformer_dims[i - 2], config.transformer_depths[i - 2]
                 stage.append(MobileViTBlock(dim, inner, layers, config))
@@ -182,14 +178,7 @@ class MobileViT(nn.Module):
         init_conv_weights(self, linear_std=0.02)
 
     def forward(self, images: Tensor, record: dict[str, Tensor] | None = None) -> Features:
-        check_images(images, self)
-        checkpointing = self.grad_checkpointing and self.training
-        x = self.stem(fast_layout(images))
-        return Features(
-            run_stages(
-                x, self.stages, self.outputs, record, checkpointing, recording=MobileViTBlock
-            )
-        )
+        return stem_and_stages(self, images, record, recording=MobileViTBlock)
 
 
 def mobilevit_head(
@@ -321,7 +310,6 @@ register_backbone(
     preprocessing=Preprocessing(
         size=(256, 256),
         crop_pct=0.9,
-        interpolation="bicubic",
         mean=(0.0, 0.0, 0.0),
         std=(1.0, 1.0, 1.0),
     ),

@@ -26,14 +26,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitrail.features import Features, check_images, pyramid_specs
+from vitrail.features import Features, pyramid_specs
 from vitrail.layers.conv import (
     ConvNormAct,
-    InvertedResidual,
-    fast_layout,
     init_conv_weights,
+    inverted_residuals,
     make_divisible,
-    run_stages,
+    stem_and_stages,
 )
 from vitrail.layers.resize import resize_to_multiple
 from vitrail.registry import Layout, Tensors, register_backbone, rename_keys
@@ -165,12 +164,10 @@ class MobileViTV2(nn.Module):
         self.stem = ConvNormAct(3, in_chans, 3, stride=2, act=_silu)
         self.stages = nn.ModuleList()
         for i, (dim, depth) in enumerate(zip(dims, STAGE_DEPTHS, strict=True)):
-            stage = nn.ModuleList()
-            for j in range(depth):
-                hidden_dim = make_divisible(in_chans * config.expand_ratio)
-                stride = 2 if i > 0 and j == 0 else 1
-                stage.append(InvertedResidual(in_chans, dim, hidden_dim, stride=stride, act=_silu))
-                in_chans = dim
+            stride = 2 if i > 0 else 1
+            ratio = config.expand_ratio
+            stage = inverted_residuals(in_chans, dim, depth, ratio, stride, act=_silu)
+            in_chans = dim
             if i >= 2:
                 inner = make_divisible(TRANSFORMER_DIMS[i - 2] * width)
                 layers = config.transformer_depths[i - 2]
@@ -179,14 +176,7 @@ class MobileViTV2(nn.Module):
         init_conv_weights(self)
 
     def forward(self, images: Tensor, record: dict[str, Tensor] | None = None) -> Features:
-        check_images(images, self)
-        checkpointing = self.grad_checkpointing and self.training
-        x = self.stem(fast_layout(images))
-        return Features(
-            run_stages(
-                x, self.stages, self.outputs, record, checkpointing, recording=MobileViTV2Block
-            )
-        )
+        return stem_and_stages(self, images, record, recording=MobileViTV2Block)
 
 
 def from_timm(state: Tensors, config: MobileViTV2Config) -> Tensors:
@@ -283,7 +273,6 @@ register_backbone(
     preprocessing=Preprocessing(
         size=(256, 256),
         crop_pct=0.888,
-        interpolation="bicubic",
         mean=(0.0, 0.0, 0.0),
         std=(1.0, 1.0, 1.0),
     ),

@@ -17,7 +17,7 @@ import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -126,6 +126,14 @@ VARIANTS = {
     "vit_giant_patch14": replace(GIANT, patch_size=14),
     "vit_gigantic_patch14": replace(GIGANTIC, patch_size=14),
 }
+
+C = TypeVar("C", bound=ViTConfig)
+
+
+def smallest(kind: type[C], **fields: Any) -> C:
+    """A config for the contract suite, of this paper or one that builds on it."""
+    size = {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 8, "image_size": 32}
+    return kind(**{**size, "mlp_ratio": 2.0, "drop_path_rate": 0.1, **fields})
 
 
 Run = tuple[int, int]  # images, tokens of each: neighbours of equal length in a packed sequence
@@ -325,14 +333,9 @@ class ViT(nn.Module):
         self.patch_embed = (
             PatchEmbed(config.patch_size, dim) if patch_embed is None else patch_embed
         )
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if config.class_token else None
-        self.dist_token = (
-            nn.Parameter(torch.zeros(1, 1, dim)) if config.distillation_token else None
-        )
-        self.reg_token = (
-            nn.Parameter(torch.zeros(1, config.num_reg_tokens, dim))
-            if config.num_reg_tokens
-            else None
+        kinds = (config.class_token, config.distillation_token, config.num_reg_tokens)
+        self.cls_token, self.dist_token, self.reg_token = (
+            nn.Parameter(torch.zeros(1, count, dim)) if count else None for count in map(int, kinds)
         )
         self.num_prefix_tokens = config.num_prefix_tokens
         # Rows of the table that belong to prefix tokens.
@@ -370,23 +373,11 @@ class ViT(nn.Module):
         record: dict[str, Tensor] | None = None,
         *,
         memory: Sequence[Tensor | None] | None = None,
+        keys_values: list[KeysValues | None] | None = None,
     ) -> Features:
         """memory: for each block rows (M, C) or (B, M, C) that all its tokens attend to, or None: the
-        full-attention form of learnable memory (`Block.forward`)."""
-        return self._encode(images, record, memory, None)
-
-    def forward_keys_values(self, images: Tensor) -> tuple[Features, list[KeysValues | None]]:
-        """As `forward`, bit for bit, and each block's keys and values for a second stream (`Block.cross`)."""
-        keys_values: list[KeysValues | None] = []
-        return self._encode(images, None, None, keys_values), keys_values
-
-    def _encode(
-        self,
-        images: Tensor,
-        record: dict[str, Tensor] | None,
-        memory: Sequence[Tensor | None] | None,
-        keys_values: list[KeysValues | None] | None,
-    ) -> Features:
+        full-attention form of learnable memory (`Block.forward`). keys_values: a list that each block's are
+        appended to, for a second stream (`Block.cross`)."""
         check_images(images, self)
         if memory is not None and len(memory) != len(self.blocks):
             raise InputError(
@@ -586,18 +577,7 @@ AUGREG = Preprocessing(crop_pct=0.9, mean=HALF, std=HALF)
 register_backbone(
     ViT,
     VARIANTS,
-    tiny=ViTConfig(
-        embed_dim=32,
-        depth=2,
-        num_heads=2,
-        patch_size=8,
-        image_size=(24, 40),
-        mlp_ratio=2.0,
-        drop_path_rate=0.1,
-        out_blocks=(0, 1),
-        pool="both",
-        head="mlp",
-    ),
+    tiny=smallest(ViTConfig, image_size=(24, 40), out_blocks=(0, 1), pool="both", head="mlp"),
     layouts=LAYOUTS,
     tail=ViTHead,
     resample=resample_to,

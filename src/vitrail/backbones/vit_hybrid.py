@@ -24,15 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitrail.backbones.vit import (
-    BASE,
-    LARGE,
-    SMALL,
-    TINY,
-    ViT,
-    ViTConfig,
-    ViTHead,
-)
+from vitrail.backbones.vit import BASE, LARGE, SMALL, TINY, ViT, ViTConfig, ViTHead, smallest
 from vitrail.backbones.vit_keys import TIMM_MARKS, resample_to
 from vitrail.backbones.vit_keys import from_timm as vit_from_timm
 from vitrail.features import pad_to_multiple
@@ -204,17 +196,7 @@ HALF = (0.5, 0.5, 0.5)
 register_backbone(
     ViTHybrid,
     VARIANTS,
-    tiny=ViTHybridConfig(
-        embed_dim=32,
-        depth=2,
-        num_heads=2,
-        layers=(1, 2),
-        stem_width=32,
-        patch_size=16,
-        image_size=64,
-        mlp_ratio=2.0,
-        drop_path_rate=0.1,
-    ),
+    tiny=smallest(ViTHybridConfig, patch_size=16, image_size=64, layers=(1, 2), stem_width=32),
     layouts={
         "timm": Layout(
             from_timm,

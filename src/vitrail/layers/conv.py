@@ -3,12 +3,13 @@ inverted residual, their order in stages, and their initialisation."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitrail.features import Features, FeatureSpec, level_name
+from vitrail.features import Features, FeatureSpec, check_images, level_name
 from vitrail.layers.checkpoint import checkpointed
 from vitrail.layers.residual import DropPath
 
@@ -192,6 +193,33 @@ def run_stages(
         if i in outputs:
             maps[outputs[i]] = x
     return maps
+
+
+def stem_and_stages(
+    model: Any,
+    images: Tensor,
+    record: dict[str, Tensor] | None,
+    recording: type[nn.Module] | None = None,
+) -> Features:
+    """The forward of a network of `stem`, `stages` and `outputs`; see `run_stages`."""
+    check_images(images, model)
+    x = model.stem(fast_layout(images))
+    checkpointing = model.grad_checkpointing and model.training
+    maps = run_stages(x, model.stages, model.outputs, record, checkpointing, recording=recording)
+    return Features(maps)
+
+
+def inverted_residuals(
+    in_chans: int, dim: int, depth: int, expand_ratio: float, stride: int, act: Activation
+) -> nn.ModuleList:
+    """`depth` blocks to `dim` channels, of which the first has the stride."""
+    blocks = nn.ModuleList()
+    for j in range(depth):
+        hidden_dim = make_divisible(in_chans * expand_ratio)
+        block_stride = stride if j == 0 else 1
+        blocks.append(InvertedResidual(in_chans, dim, hidden_dim, stride=block_stride, act=act))
+        in_chans = dim
+    return blocks
 
 
 def stage_specs(
