@@ -83,9 +83,7 @@ def evaluate(
 
 def is_sharded(model: Any) -> bool:
     """Whether several processes hold parts of each weight."""
-    from torch.distributed.tensor import (
-        DTensor,
-    )  # seconds to import, which one process need not wait
+    from torch.distributed.tensor import DTensor  # seconds to import, which one process is spared
 
     return any(isinstance(p, DTensor) for p in model.parameters())
 

@@ -70,9 +70,8 @@ class RunFolder:
     def _lock(self) -> IO[str]:
         """The open lock file, held."""
         assert fcntl is not None
-        for _ in range(
-            100
-        ):  # again where another start was refused meanwhile and cleared its folder
+        # Again where another start was refused meanwhile and cleared its folder.
+        for _ in range(100):
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
                 lock = open(self.path / "lock", "a+")  # noqa: SIM115  (held as long as the run)

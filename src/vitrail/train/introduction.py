@@ -15,32 +15,30 @@ NOTICEABLE = 0.05  # share of the images, left out of an epoch, from which it is
 
 def introduce(run: Run) -> None:
     """Tell what a person should know before she waits: what was decided for her, and where the run stands."""
+    at, config, say = run.at, run.config, run.progress.say
     for note in dict.fromkeys(run.train_data.notes + run.val_data.notes):
-        run.progress.say(note)
+        say(note)
     for key, problem in dict.fromkeys(run.train_data.broken + run.val_data.broken):
-        run.progress.say(f"left out {key}: {problem}")
-    at, config = run.at, run.config
+        say(f"left out {key}: {problem}")
     report = getattr(run.model, "weights_report", None)
-    if run.plan.batch_size < run.config.batch_size:
-        run.progress.say(
-            f"batches of all {run.plan.batch_size} images there are, instead of {run.config.batch_size}"
+    if run.plan.batch_size < config.batch_size:
+        say(
+            f"batches of all {run.plan.batch_size} images there are, instead of {config.batch_size}"
         )
     left_out = run.plan.left_out(at.epoch)
     once = run.plan.weights is None and config.repeats == 1  # else no epoch has every image
     if once and left_out >= NOTICEABLE * run.plan.length:
-        run.progress.say(
-            f"{left_out} of {run.plan.length} images fill no batch in an epoch, others each time"
-        )
+        say(f"{left_out} of {run.plan.length} images fill no batch in an epoch, others each time")
     if config.weights is not None and not at.step:
         start = models.model_folder(config.weights)
         if start.name == "best" and start != Path(config.weights):
-            run.progress.say(f"{config.weights} is a run; starting from its best model, {start}")
+            say(f"{config.weights} is a run; starting from its best model, {start}")
     if report is not None:
-        run.progress.say(str(report))
+        say(str(report))
     elif config.weights is None and not at.step and len(run.train_data) < SMALL:
         known = weight_sources(config.model.rpartition("/")[2])
         known = f": --weights pretrained takes {known[0]}" if known else ""
-        run.progress.say(
+        say(
             f"starting from random weights; on {len(run.train_data)} images, weights trained on many "
             f"do far better{known}"
         )
@@ -50,12 +48,12 @@ def introduce(run: Run) -> None:
     processes = f"{counted(run.world, 'process', 'processes')}, " if run.world > 1 else ""
     threads, workers = counted(torch.get_num_threads(), "thread"), counted(run.workers, "worker")
     images = counted(len(run.train_data), "image")
-    run.progress.say(
+    say(
         f"{config.model}: {trained} parameters to train on {images} at {height} x {width}, "
         f"{len(run.model.classes)} classes; {counted(run.total_steps, 'update')}; "
         f"{processes}{run.accelerator.device}, {threads}, {workers}"
     )
     for note in run.notes:
-        run.progress.say(note)
+        say(note)
     if at.step and not at.finished:
-        run.progress.say(f"going on at update {at.step}, epoch {at.epoch + 1}")
+        say(f"going on at update {at.step}, epoch {at.epoch + 1}")

@@ -112,13 +112,9 @@ def score(run: Run) -> None:
     with run.ema.applied(run.model) if run.ema is not None else nullcontext():
         share_buffers(run.model)
         how = {"rank": run.rank, "world": run.world, "workers": run.workers, "predictions": True}
+        size = max(1, run.config.batch_size // run.world)
         try:
-            scores = evaluate(
-                run.model,
-                run.val_data,
-                batch_size=max(1, run.config.batch_size // run.world),
-                **how,
-            )
+            scores = evaluate(run.model, run.val_data, batch_size=size, **how)
         except NotFinite:
             raise report_once(not_finite(run)) from None
         if not all(map(math.isfinite, scores.values.values())):

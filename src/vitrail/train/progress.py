@@ -2,7 +2,6 @@
 
 import sys
 import time
-from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn
@@ -40,12 +39,7 @@ class Progress:
             self.bar.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self.bar is not None:
             self.bar.stop()
 
@@ -57,9 +51,7 @@ class Progress:
         self.updates += 1
         if self.updates == 1:
             self.first = (step, seconds)
-        elif (
-            self.updates == 2
-        ):  # the first one paid for what happens once, such as workers that start
+        elif self.updates == 2:  # the first paid for what happens once, such as workers that start
             self.images, self.busy = 0, 0.0
         self.images += images
         self.busy += now - self.last

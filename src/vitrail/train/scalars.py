@@ -16,9 +16,7 @@ class Scalars:
     """
 
     def __init__(self, folder: Path, step: int) -> None:
-        from torch.utils.tensorboard import (
-            SummaryWriter,
-        )  # seconds to import, and only some want it
+        from torch.utils.tensorboard import SummaryWriter  # seconds to import
 
         self.writer = SummaryWriter(str(folder), purge_step=step + 1)
 

@@ -34,13 +34,7 @@ from vitrail.train.ranks import (
 )
 from vitrail.train.run import Run, identity
 from vitrail.train.scalars import Scalars, check_tensorboard
-from vitrail.train.state import (
-    Position,
-    read_header,
-    read_state,
-    restore,
-    states,
-)
+from vitrail.train.state import Position, read_header, read_state, restore, states
 from vitrail.train.threads import choose_threads
 from vitrail_runtime.errors import InputError, NewerVersion
 from vitrail_runtime.preprocess import Preprocessing

@@ -57,15 +57,20 @@ def gather(
     model: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema | None
 ) -> dict[str, Tensor]:
     """All tensors of a run by name, whole and on the CPU. Every rank must call it: shards are collected."""
-    tensors = {f"model.{key}": value for key, value in model.state_dict().items()}
+    tensors = _named(model, ema)
     for name, parameter in model.named_parameters():
         for slot, value in (
             optimizer.state[parameter].items() if parameter in optimizer.state else ()
         ):
             tensors[f"optimizer.{slot}.{name}"] = value
-    if ema is not None:
-        tensors |= {f"ema.{key}": value for key, value in ema.shadow.items()}
     return {key: whole(value) for key, value in tensors.items()}
+
+
+def _named(model: nn.Module, ema: Ema | None) -> dict[str, Tensor]:
+    """The tensors of the model and of its average, as a state names them."""
+    shadow = {} if ema is None else ema.shadow
+    named = {f"model.{key}": value for key, value in model.state_dict().items()}
+    return named | {f"ema.{key}": value for key, value in shadow.items()}
 
 
 @torch.no_grad()
@@ -80,10 +85,8 @@ def restore(
     Raises InputError, before anything is changed, when they are not those of this model.
     """
     _check_fit(tensors, model, ema)
-    for key, value in model.state_dict().items():
-        value.copy_(_sharded_like(value, tensors[f"model.{key}"]))
-    for key, value in (ema.shadow if ema is not None else {}).items():
-        value.copy_(_sharded_like(value, tensors[f"ema.{key}"]))
+    for key, value in _named(model, ema).items():
+        value.copy_(_sharded_like(value, tensors[key]))
     parameters = dict(model.named_parameters())
     for key, value in tensors.items():
         kind, _, rest = key.partition(".")
@@ -96,10 +99,7 @@ def restore(
 
 
 def _check_fit(tensors: Mapping[str, Tensor], model: nn.Module, ema: Ema | None) -> None:
-    wanted = {f"model.{key}": value for key, value in model.state_dict().items()}
-    wanted |= {
-        f"ema.{key}": value for key, value in (ema.shadow if ema is not None else {}).items()
-    }
+    wanted = _named(model, ema)
     there = {key: value for key, value in tensors.items() if not key.startswith("optimizer.")}
     odd = [f"{key} is missing" for key in wanted if key not in there]
     odd += [f"{key} is not of this run" for key in there if key not in wanted]
