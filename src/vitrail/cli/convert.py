@@ -52,7 +52,8 @@ def run(argv: list[str]) -> None:
 
     metrics = Path(flags.source) / "metrics.json"
     if ours:
-        name, model, count = rewritten(Path(flags.source))
+        model = models.load(flags.source)
+        name, count = model.info.name, len(model.classes)
     else:
         name, model, count = converted(flags, bare)
     if bare:
@@ -78,14 +79,6 @@ def is_model_folder(folder: Path) -> bool:
 
     path = folder / "config.json"
     return path.is_file() and "schema_version" in dict(files.read_json(path))
-
-
-def rewritten(folder: Path) -> tuple[str, Any, int]:
-    """(name, model, number of classes) of a model folder of ours, as today's schema has it."""
-    from vitrail import models
-
-    model = models.load(folder)
-    return model.info.name, model, len(model.classes)
 
 
 def converted(flags: ConvertFlags, bare: bool) -> tuple[str, Any, int | None]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from vitrail.cli.flags import parse_flags
+from vitrail.cli.flags import act, parse_flags
 from vitrail.tasks.task import DEFAULT
 from vitrail_runtime.errors import InputError
 
@@ -69,13 +69,7 @@ class ShowFlags:
 
 
 def run(argv: list[str]) -> int | None:
-    actions = {"make": make, "check": check, "show": show}
-    if not argv or argv[0] in ("-h", "--help"):
-        print(HELP)
-        return 0
-    if argv[0] not in actions:
-        raise InputError(f"unknown action {argv[0]!r}; vitrail data takes {', '.join(actions)}")
-    return actions[argv[0]](argv[1:])
+    return act("data", {"make": make, "check": check, "show": show}, HELP, argv)
 
 
 def make(argv: list[str]) -> None:

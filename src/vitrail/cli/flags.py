@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar, get_args
 
 import tyro
@@ -65,6 +65,18 @@ def parse_flags(
     more: dict[str, Any] = {} if default is None else {"default": default}
     with _as_input_errors(kind):
         return tyro.cli(kind, args=argv, prog=prog, description=description, **more)
+
+
+def act(
+    verb: str, actions: Mapping[str, Callable[[list[str]], int | None]], text: str, argv: list[str]
+) -> int | None:
+    """`vitrail VERB ACTION ...`; text: the help."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(text)
+        return 0
+    if argv[0] not in actions:
+        raise InputError(f"unknown action {argv[0]!r}; vitrail {verb} takes {', '.join(actions)}")
+    return actions[argv[0]](argv[1:])
 
 
 def flags_of(kind: Any, prefix: str = "--") -> list[str]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
-from vitrail.cli.flags import parse_flags
+from vitrail.cli.flags import act, parse_flags
 from vitrail_runtime.errors import InputError
 
 if TYPE_CHECKING:
@@ -95,12 +95,7 @@ class ImportanceFlags:
 
 def run(argv: list[str]) -> int | None:
     actions = {"collapse": collapse, "heads": heads, "importance": importance}
-    if not argv or argv[0] in ("-h", "--help"):
-        print(HELP)
-        return 0
-    if argv[0] not in actions:
-        raise InputError(f"unknown action {argv[0]!r}; vitrail inspect takes {', '.join(actions)}")
-    return actions[argv[0]](argv[1:])
+    return act("inspect", actions, HELP, argv)
 
 
 def collapse(argv: list[str]) -> None:
