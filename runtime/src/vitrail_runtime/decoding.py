@@ -162,6 +162,14 @@ def _reading(name: str) -> Iterator[None]:
         raise
     except Image.DecompressionBombError as error:
         raise _too_large(name, str(error)) from None
+    except PermissionError:
+        raise ImageError(name, "cannot be read: permission denied") from None
+    except Image.UnidentifiedImageError:
+        raise ImageError(
+            name,
+            "is not a picture in a format that is read here "
+            "(JPEG, PNG, WebP, GIF, BMP, TIFF, PNM, AVIF, JPEG 2000, TGA)",
+        ) from None
     except Exception as error:
         raise ImageError(name, f"is broken or truncated: {error}") from error
 
@@ -194,22 +202,8 @@ def _opened(source: Any, name: str, max_pixels: int | None) -> Iterator[Image.Im
             "a picture is a path, bytes, a Pillow image or a uint8 array (H, W, 3), "
             f"but got {type(source).__name__}"
         )
-    try:
+    with _reading(name):
         image = _open(target, limit)
-    except PermissionError:
-        raise ImageError(name, "cannot be read: permission denied") from None
-    except Image.DecompressionBombError as error:
-        raise _too_large(name, str(error)) from None
-    except Image.UnidentifiedImageError:
-        raise ImageError(
-            name,
-            "is not a picture in a format that is read here "
-            "(JPEG, PNG, WebP, GIF, BMP, TIFF, PNM, AVIF, JPEG 2000, TGA)",
-        ) from None
-    except MemoryError:
-        raise
-    except Exception as error:
-        raise ImageError(name, f"is broken or truncated: {error}") from error
     with image:
         _check_pixels(image, name, limit)
         yield image
