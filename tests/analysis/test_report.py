@@ -21,12 +21,12 @@ from vitrail.analysis.saliency import attention_rollout, smooth_gradient
 from vitrail.cli import main
 from vitrail.cli.train import report_run
 from vitrail.data import open_data
+from vitrail.tasks import section as blocks
 from vitrail.tasks.classify_report import (
     Scored,
     advice,
     calibration_bins,
     class_table,
-    confusion_section,
     expected_calibration_error,
     interval,
     looks,
@@ -139,6 +139,11 @@ def cells(table: str) -> list[list[str]]:
     return [re.findall("<t[dh][^>]*>(.*?)</t[dh]>", row) for row in rows]
 
 
+def confusion_section(scored):
+    matrix = scored.confusion()
+    return blocks.confusion_section("Confusion matrix", matrix, scored.classes, "images")
+
+
 def test_with_many_classes_the_worst_cells_stand_for_the_matrix():
     section = confusion_section(many(30))
     assert section.title == "Confusion matrix"
@@ -146,7 +151,7 @@ def test_with_many_classes_the_worst_cells_stand_for_the_matrix():
     section = confusion_section(many(31))
     assert section.title == "Most frequent confusions"
     assert cells(rendered(section)) == [
-        ["true", "predicted", "pictures"],
+        ["true", "predicted", "images"],
         ["class 30", "class 0", "3"],
         ["class 29", "class 30", "2"],
         ["class 28", "class 29", "1"],

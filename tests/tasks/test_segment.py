@@ -18,9 +18,11 @@ from vitrail.analysis.report import read_scores
 from vitrail.data.legend import IGNORE
 from vitrail.data.masks import class_weights
 from vitrail.models import ModelInfo
+from vitrail.tasks import section as blocks
 from vitrail.tasks.section import Found, Images
 from vitrail.tasks.segment import TASK, Settings, class_lookup, scores_of, seen
-from vitrail.tasks.segment_report import advice, class_table, confusion_section, sections
+from vitrail.tasks.segment_report import CONFUSION as REMARK
+from vitrail.tasks.segment_report import advice, class_table, sections
 from vitrail_runtime.drawing import colour_of, overlay
 from vitrail_runtime.errors import InputError, NotFinite
 from vitrail_runtime.finish import finish_segmentation
@@ -399,6 +401,10 @@ def test_the_table_has_the_weakest_class_first_and_the_unmeasured_last():
     assert rows[0] == ("tree", 100, "6.7%", 0.25, 0.5)
     assert rows[2] == ("road", 1000, "66.7%", pytest.approx(900 / 1350), 0.9)
     assert rows[3] == ("sky", 0, "0.0%", "none", "none")
+
+
+def confusion_section(confusion, names):
+    return blocks.confusion_section("Confusion of classes", confusion, names, "pixels", REMARK)
 
 
 def test_a_confusion_of_classes_is_told_in_per_cent_and_of_many_by_the_worst(monkeypatch):

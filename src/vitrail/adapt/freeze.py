@@ -6,10 +6,7 @@ from vitrail.registry import unknown
 from vitrail_runtime.errors import InputError
 
 # What is trained -> the top-level parts that stay as they are.
-FROZEN: dict[str, tuple[str, ...]] = {
-    "full": (),
-    "head": ("backbone",),
-}
+FROZEN: dict[str, tuple[str, ...]] = {"full": (), "head": ("backbone",)}
 
 
 def freeze(model: nn.Module, what: str) -> None:

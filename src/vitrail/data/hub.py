@@ -44,9 +44,8 @@ class HubDataset:
             loaded = datasets.load_dataset(
                 found["name"], found["config"], revision=found["revision"]
             )
-        except (
-            Exception
-        ) as error:  # the package raises its own, the network's and the file system's
+        # The package raises its own, the network's and the file system's.
+        except Exception as error:
             raise InputError(f"{name} cannot be loaded from the hub: {error}") from error
         self._tables: dict[str, Any] = {}
         for split, table in loaded.items():

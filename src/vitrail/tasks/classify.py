@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from vitrail.configuration import Range, check_choices, check_ranges
-from vitrail.tasks.task import Scores, Table, Task, label_map
+from vitrail.tasks.task import Scores, Table, Task, confused, label_map
 
 if TYPE_CHECKING:
     import numpy as np
@@ -83,11 +83,6 @@ class Classify(Task):
     def evaluator(self, model: Any, data: "Examples") -> "Evaluator":
         return Evaluator(model, data)
 
-    def sections(self, found: Any) -> list[Any]:
-        from vitrail.tasks.classify_report import sections
-
-        return sections(found)
-
 
 TASK = Classify()
 
@@ -142,20 +137,12 @@ def scores_of(found: dict[str, Any], classes: tuple[str, ...]) -> Scores:
         (name, of["support"], of["precision"], of["recall"], of["f1"])
         for name, of in per_class.items()
     )
-    wrong = sorted(
-        (
-            (count, classes[truth], classes[said])
-            for truth, row in enumerate(found["confusion"])
-            for said, count in enumerate(row)
-            if count and truth != said
-        ),
-        reverse=True,
-    )
+    wrong = confused(found["confusion"], classes)
     return Scores(
         {key: found[key] for key in ("top1", "top5", "loss", "num_images")},
         TASK.headline,
         (Table("", ("class", "images", "precision", "recall", "F1"), rows),),
         {"per_class": per_class, "confusion": found["confusion"], "classes": list(classes)},
-        tuple(f"{count} x {truth} taken for {said}" for count, truth, said in wrong[:5]),
+        tuple(f"{count} x {truth} taken for {said}" for count, truth, said in wrong),
         called={"top1": "top-1", "top5": "top-5"},
     )

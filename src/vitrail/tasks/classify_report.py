@@ -18,15 +18,14 @@ from vitrail.tasks.section import (
     Text,
     Tiles,
     as_text,
-    confusion_plot,
+    confusion_section,
     confusions,
     data_rows,
     isolated,
+    parameters_tile,
     span,
 )
 from vitrail_runtime.errors import InputError, listed
-
-MANY_CLASSES = 30  # above this a confusion matrix is unreadable and only its worst cells are shown
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ def sections(found: Found) -> list[Section]:
         Section(
             "What to look at first", (Bullets([*advice(scored), *found.advice]),), opening=True
         ),
-        confusion_section(scored),
+        confusion_section("Confusion matrix", scored.confusion(), names, "images"),
         Section("Per class", (class_table(scored),)),
         calibration_section(scored),
     ]
@@ -97,16 +96,12 @@ def checked(found: Found) -> Scored:
 def tiles(model: Any, scored: Scored) -> Tiles:
     """The headline numbers."""
     low, high = interval(int(scored.right.sum()), len(scored.right))
-    params = sum(p.numel() for p in model.parameters())
     return Tiles(
         [
-            (
-                f"{float(scored.right.mean()):.3f}",
-                f"accuracy (95 %: {low:.3f} to {high:.3f})",
-            ),
-            (f"{int((~scored.right).sum()):,}", "mistakes"),
+            (f"{scored.right.mean():.3f}", f"accuracy (95 %: {low:.3f} to {high:.3f})"),
+            (f"{(~scored.right).sum():,}", "mistakes"),
             (f"{expected_calibration_error(scored):.3f}", "calibration error (ECE)"),
-            (f"{params / 1e6:.2f} M", "parameters"),
+            parameters_tile(model),
         ]
     )
 
@@ -181,16 +176,6 @@ def advice(scored: Scored) -> list[str]:
             f"The model is {way} (mean confidence {confidence:.2f}, accuracy {scored.right.mean():.2f})."
         )
     return said
-
-
-def confusion_section(scored: Scored) -> Section:
-    confusion = scored.confusion()
-    if len(scored.classes) > MANY_CLASSES:
-        names = scored.classes
-        rows = [(names[t], names[p], count) for t, p, count in confusions(confusion, 15)]
-        header = ("true", "predicted", "pictures")
-        return Section("Most frequent confusions", (Rows(header, rows),))
-    return Section("Confusion matrix", (confusion_plot(confusion, scored.classes),))
 
 
 def class_table(scored: Scored) -> Rows:

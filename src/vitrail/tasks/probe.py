@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vitrail.backbones import vit
 from vitrail.data.examples import Examples
 from vitrail.data.loader import eval_batches
 from vitrail.data.opening import hold_out
@@ -73,12 +74,9 @@ def extract_features(
 def pooled(features: Features, config: Any) -> Tensor:
     """(B, D): what the model's own classifier reads. The class token where the paper's does, the mean of the
     coarsest map where there is none, both side by side where both are read."""
-    pool = getattr(config, "pool", "avg")
-    mean = list(features.maps.values())[-1].mean((2, 3))
-    if pool == "avg" or features.prefix is None:
-        return mean
-    token = features.prefix[:, 0]
-    return token if pool == "token" else torch.cat([token, mean], 1)
+    return vit.pooled(
+        features, "avg" if features.prefix is None else getattr(config, "pool", "avg")
+    )
 
 
 def knn_logits(

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 # The page's colours, for drawings.
+MANY_CLASSES = 30  # above this a confusion matrix is unreadable and only its worst cells are shown
 INK, ACCENT, SOFT, GOOD, BAD = "#1d2433", "#2f6fb3", "#dfe6ef", "#2d8a57", "#b8433f"
 
 
@@ -146,6 +147,21 @@ def confusion_plot(confusion: np.ndarray, classes: Sequence[str], *, percent: bo
                     ax.text(p, t, said, **what)
 
     return Plot(draw, side + 0.6, side)
+
+
+def confusion_section(
+    title: str, confusion: np.ndarray, names: Sequence[str], unit: str, *remark: Text
+) -> Section:
+    """The matrix, in per cent of a class where a remark goes with it; of many classes its worst cells."""
+    if len(names) > MANY_CLASSES:
+        rows = [(names[t], names[p], count) for t, p, count in confusions(confusion, 15)]
+        return Section("Most frequent confusions", (Rows(("true", "predicted", unit), rows),))
+    return Section(title, (confusion_plot(confusion, names, percent=bool(remark)), *remark))
+
+
+def parameters_tile(model: Any) -> tuple[str, str]:
+    """How large the model is."""
+    return f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M", "parameters"
 
 
 def data_rows(data: Any, counts: Sequence[tuple[str, str]]) -> Rows:

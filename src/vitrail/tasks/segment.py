@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from vitrail.configuration import check_choices
 from vitrail.data.legend import IGNORE
-from vitrail.tasks.task import Scores, Table, Task, label_map
+from vitrail.tasks.task import Scores, Table, Task, confused, label_map
 from vitrail_runtime.errors import InputError, NotFinite, listed
 
 if TYPE_CHECKING:
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from vitrail.data.examples import Examples
     from vitrail.data.masks import ClassMaps
     from vitrail_runtime.preprocess import Geometry
+
+
+SHOWN = ("mIoU", "pixel_accuracy", "mean_accuracy", "loss", "num_images")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,11 +50,6 @@ class Segment(Task):
 
     def evaluator(self, model: Any, data: "Examples") -> "Evaluator":
         return Evaluator(model, data)
-
-    def sections(self, found: Any) -> list[Any]:
-        from vitrail.tasks.segment_report import sections
-
-        return sections(found)
 
 
 TASK = Segment()
@@ -175,26 +173,15 @@ def scores_of(found: dict[str, Any], classes: tuple[str, ...]) -> Scores:
         (name, of["pixels"], *("none" if of[k] is None else of[k] for k in ("iou", "accuracy")))
         for name, of in per_class.items()
     )
-    wrong = sorted(
-        (
-            (count, classes[truth], classes[said])
-            for truth, row in enumerate(found["confusion"])
-            for said, count in enumerate(row)
-            if count and truth != said
-        ),
-        reverse=True,
-    )
-    notes = [f"{truth} taken for {said}: {count:,} pixels" for count, truth, said in wrong[:5]]
+    wrong = confused(found["confusion"], classes)
+    notes = [f"{truth} taken for {said}: {count:,} pixels" for count, truth, said in wrong]
     absent = [name for name, of in per_class.items() if of["iou"] is None]
     if absent:
         notes.append(
             f"left out of the mean, neither in the masks nor predicted: {listed(absent, limit=5)}"
         )
     return Scores(
-        {
-            key: found[key]
-            for key in ("mIoU", "pixel_accuracy", "mean_accuracy", "loss", "num_images")
-        },
+        {key: found[key] for key in SHOWN},
         TASK.headline,
         (Table("", ("class", "pixels", "IoU", "accuracy"), rows),),
         {"per_class": per_class, "confusion": found["confusion"], "classes": list(classes)},

@@ -18,10 +18,11 @@ from vitrail.tasks.section import (
     Text,
     Tiles,
     as_text,
-    confusion_plot,
+    confusion_section,
     confusions,
     data_rows,
     isolated,
+    parameters_tile,
 )
 from vitrail.tasks.segment import IGNORE, class_lookup
 from vitrail_runtime.drawing import colour_of, overlay
@@ -29,7 +30,7 @@ from vitrail_runtime.errors import InputError, listed
 from vitrail_runtime.finish import finish_segmentation
 from vitrail_runtime.preprocess import prepare
 
-MANY_CLASSES = 30  # above this a confusion matrix is unreadable and only its worst cells are shown
+CONFUSION = Text("Per cent of the pixels of a true class (row) that are taken for each class.")
 RARE = 0.2  # pixel accuracy so far above the mIoU: rare classes are missed
 
 
@@ -44,19 +45,18 @@ def sections(found: Found) -> list[Section]:
         )
     names = tuple(map(as_text, found.model.classes))
     confusion = np.array(scores["confusion"])
-    params = sum(p.numel() for p in found.model.parameters())
     tiles = [
         (f"{scores['mIoU']:.3f}", "mean IoU"),
         (f"{scores['pixel_accuracy']:.3f}", "pixel accuracy"),
         (f"{scores['mean_accuracy']:.3f}", "mean accuracy of classes"),
-        (f"{params / 1e6:.2f} M", "parameters"),
+        parameters_tile(found.model),
     ]
     findings = Bullets([*advice(scores, confusion, names), *found.advice])
     said = [
         Section("", (Tiles(tiles),), opening=True),
         Section("What to look at first", (findings,), opening=True),
         Section("Per class", (class_table(scores, names),)),
-        confusion_section(confusion, names),
+        confusion_section("Confusion of classes", confusion, names, "pixels", CONFUSION),
     ]
     worst = worst_images(found)
     if worst:
@@ -110,14 +110,6 @@ def class_table(scores: Mapping[str, Any], names: tuple[str, ...]) -> Rows:
     ]
     rows.sort(key=lambda row: (isinstance(row[3], str), row[3]))
     return Rows(("class", "pixels", "share", "IoU", "accuracy"), rows)
-
-
-def confusion_section(confusion: np.ndarray, names: tuple[str, ...]) -> Section:
-    if len(names) > MANY_CLASSES:
-        rows = [(names[t], names[p], count) for t, p, count in confusions(confusion, 15)]
-        return Section("Most frequent confusions", (Rows(("true", "predicted", "pixels"), rows),))
-    text = Text("Per cent of the pixels of a true class (row) that are taken for each class.")
-    return Section("Confusion of classes", (confusion_plot(confusion, names, percent=True), text))
 
 
 def legend(names: tuple[str, ...]) -> Plot:

@@ -133,8 +133,21 @@ class Task(Protocol):
         ...
 
     def sections(self, found: Any) -> list[Any]:
-        """Of the report (`vitrail.tasks.section`)."""
-        ...
+        """Of the report (`vitrail.tasks.section`), from the task's file beside its own."""
+        return importlib.import_module(f"vitrail.tasks.{self.name}_report").sections(found)
+
+
+def confused(
+    confusion: Sequence[Sequence[int]], classes: Sequence[str]
+) -> list[tuple[int, str, str]]:
+    """(count, truth, said) of the five most frequent mistakes."""
+    cells = [
+        (count, classes[truth], classes[said])
+        for truth, row in enumerate(confusion)
+        for said, count in enumerate(row)
+        if count and truth != said
+    ]
+    return sorted(cells, reverse=True)[:5]
 
 
 def task_of(name: str) -> Task:
