@@ -120,6 +120,7 @@ class RCNN(nn.Module):
     """
 
     task = "detect"
+    class_rows: Mapping[str, tuple[int, int]]  # for loading: see weights.layouts.other_classes
     # Attached by models.create_model and load:
     info: Any
     weights_report: Any
@@ -130,6 +131,7 @@ class RCNN(nn.Module):
         super().__init__()
         self.config = config
         self.num_classes = num_classes
+        self.class_rows = {"classes": (1, 1), "deltas": (4, 0)}
         self.backbone = backbone
         specs, dim = backbone.feature_specs, config.neck_dim
         if config.neck == "simple_pyramid":

@@ -287,15 +287,26 @@ def _drop_head(fit: Fit, converted: Mapping[str, Tensor], wanted: Mapping[str, T
 
 
 def other_classes(
-    own: Mapping[str, Tensor], given: Mapping[str, Tensor], differ: list[str]
+    own: Mapping[str, Tensor],
+    given: Mapping[str, Tensor],
+    differ: list[str],
+    rows: Mapping[str, tuple[int, int]] | None = None,
 ) -> tuple[list[str], tuple[int, int] | None]:
     """`differ` and (classes given, own classes), where all these keys differ in their first axis alone and by
-    the same two numbers; else nothing."""
-    counts = {(given[k].shape[:1], own[k].shape[:1]) for k in differ}
+    the same two numbers; else nothing.
+
+    rows: layer's name -> (rows of a class, rows beside them), where that is not (1, 0).
+    """
+    counts = set()
+    for key in differ:
+        each, beside = (rows or {}).get(key.split(".")[-2], (1, 0)) if "." in key else (1, 0)
+        counts.add(tuple((n - beside) / each for n in (*given[key].shape[:1], *own[key].shape[:1])))
     if len(counts) != 1 or any(given[k].shape[1:] != own[k].shape[1:] for k in differ):
         return [], None
-    ((theirs, mine),) = counts
-    return (differ, (theirs[0], mine[0])) if theirs and mine else ([], None)
+    (pair,) = counts
+    if len(pair) != 2 or not all(n.is_integer() for n in pair):
+        return [], None
+    return differ, (int(pair[0]), int(pair[1]))
 
 
 def matches(key: str, patterns: Iterable[str]) -> bool:

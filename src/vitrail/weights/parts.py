@@ -43,7 +43,7 @@ def check_part(model: nn.Module, parts: Sequence[str], checkpoint: Checkpoint) -
     missing = [k for k in missing if not matches(k, (COUNTERS,))]
     both = [k for k in own if k in given]
     differ = [k for k in both if own[k].shape != given[k].shape]
-    dropped, classes = other_classes(own, given, differ)
+    dropped, classes = other_classes(own, given, differ, getattr(model, "class_rows", None))
     problems = [f"{k}: missing in the file" for k in missing]
     problems += [
         f"{k}: {tuple(own[k].shape)} in the model, {tuple(given[k].shape)} in the file"
