@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitrail.features import FeatureSpec
+from vitrail.ops.roi_align import roi_align
 
 CELLS = 14  # of a level, sqrt(area) from which it takes a box: 224 pixels at stride 16 (Lin et al., eq. 1)
 
@@ -32,24 +33,21 @@ class RoIPooling(nn.Module):
     def forward(self, maps: Sequence[Tensor], boxes: Sequence[Tensor]) -> Tensor:
         """maps: (B, C, h, w), of which as many are read as there are specs. boxes: (n, 4) xyxy of each image.
         The result has the boxes of one image after the other, in the dtype of the maps."""
-        from torchvision.ops import roi_align  # takes seconds to import
-
         maps = maps[: len(self.strides)]
-        index = torch.cat([b.new_full((len(b), 1), i) for i, b in enumerate(boxes)])
         every = torch.cat(list(boxes))
+        image = torch.arange(len(boxes), device=every.device).repeat_interleave(
+            torch.tensor([len(b) for b in boxes], device=every.device)
+        )
         # roi_align knows no bfloat16 on a CPU; in half precision coordinates of boxes are too coarse.
         dtype = torch.promote_types(maps[0].dtype, torch.float32)
-        rois = torch.cat((index, every), 1).to(dtype)
         levels = self.level_of(every)
         out, order = [], []
         for level, (x, stride) in enumerate(zip(maps, self.strides, strict=True)):
             here = (levels == level).nonzero()[:, 0]
             order.append(here)
-            out.append(
-                roi_align(
-                    x.to(dtype), rois[here], self.size, 1 / stride, self.samples, self.aligned
-                )
-            )
+            how = {"scale": 1 / stride, "samples": self.samples, "aligned": self.aligned}
+            own = every[here].to(dtype)
+            out.append(roi_align(x.to(dtype), own, image[here], self.size, **how))
         back = torch.cat(order).argsort()
         return torch.cat(out)[back].to(maps[0].dtype)
 
@@ -110,20 +108,25 @@ class MaskHead(nn.Module):
     def __init__(self, config: Any, in_chans: int, num_classes: int) -> None:
         super().__init__()
         dims = [in_chans, *[config.mask_dim] * config.mask_convs]
-        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in pairwise(dims))
+        bias = not config.mask_norm
+        self.convs = nn.ModuleList(
+            nn.Conv2d(a, b, 3, padding=1, bias=bias) for a, b in pairwise(dims)
+        )
+        norms = nn.BatchNorm2d if config.mask_norm else nn.Identity
+        self.norms = nn.ModuleList(norms(dim) for dim in dims[1:])
         self.grow = nn.ConvTranspose2d(dims[-1], config.mask_dim, 2, 2)
         self.masks = nn.Conv2d(config.mask_dim, num_classes, 1)
         for conv in (*self.convs, self.grow, self.masks):
             assert isinstance(conv, nn.Conv2d | nn.ConvTranspose2d)
-            assert conv.bias is not None
             # He et al.'s normal numbers, drawn so that building on `meta` imports no compiler.
             fan_out = conv.weight.shape[0] * conv.weight[0, 0].numel()
             nn.init.trunc_normal_(conv.weight, std=math.sqrt(2 / fan_out))
-            nn.init.zeros_(conv.bias)
+            if conv.bias is not None:
+                nn.init.zeros_(conv.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        for conv in self.convs:
-            x = F.relu(conv(x))
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = F.relu(norm(conv(x)))
         return self.masks(F.relu(self.grow(x)))
 
 
@@ -135,7 +138,7 @@ def crop_masks(masks: Tensor, boxes: Tensor, index: Tensor, size: int) -> Tensor
     One object's mask after the other, and only what its boxes see of it: 375 masks of 800 x 1333 pixels would
     be 1.6 GB as floats.
     """
-    from torchvision.ops import roi_align  # takes seconds to import
+    import torchvision  # takes seconds
 
     out = boxes.new_zeros(len(boxes), size, size)
     height, width = masks.shape[-2:]
@@ -148,5 +151,5 @@ def crop_masks(masks: Tensor, boxes: Tensor, index: Tensor, size: int) -> Tensor
         right, bottom = (own[:, 2:].amax(0).ceil() + 2).long().tolist()
         part = masks[which, top : min(bottom, height), left : min(right, width)]
         rois = torch.cat((own.new_zeros(len(own), 1), own - torch.cat((low, low))), 1)
-        out[rows] = roi_align(part[None, None].to(boxes.dtype), rois, size)[:, 0]
+        out[rows] = torchvision.ops.roi_align(part[None, None].to(boxes.dtype), rois, size)[:, 0]
     return out
