@@ -56,6 +56,9 @@ class MobileNetV3Config:
     width_multiplier: float = 1.0
     drop_path_rate: float = 0.0
     head_drop_rate: float = 0.2
+    detection_maps: bool = (
+        False  # torchvision's two of stride 32: behind its first block and the last
+    )
 
 
 LARGE = MobileNetV3Config(  # Table 1; ratios are its "exp size" over the width before
@@ -135,10 +138,17 @@ class MobileNetV3(nn.Module):
         last_dim = make_divisible(config.last_dim * width)
         self.stages.append(nn.ModuleList([ConvNormAct(in_chans, last_dim, 1, act=_hardswish)]))
         self.feature_specs, self.outputs = stage_specs([*dims, last_dim], [*strides, 1])
+        if config.detection_maps:
+            last = self.feature_specs["c5"]
+            self.feature_specs = {"c5a": FeatureSpec(dims[-1], last.stride), "c5": last}
         init_conv_weights(self)
 
     def forward(self, images: Tensor, record: dict[str, Tensor] | None = None) -> Features:
-        return stem_and_stages(self, images, record)
+        if not self.config.detection_maps:
+            return stem_and_stages(self, images, record)
+        record = {} if record is None else record
+        last = stem_and_stages(self, images, record).maps["c5"]
+        return Features({"c5a": record[f"stages.{len(self.config.stages) - 1}.0"], "c5": last})
 
 
 def bneck(

@@ -16,7 +16,17 @@ def from_torchvision(state: Tensors) -> Tensors:
     """`fasterrcnn_*`, `maskrcnn_*`, in the names of today and of the first releases.
 
     Background comes first there and last here; its boxes and masks, which nothing reads, are left out.
+    Epsilons of the backbone's norms: the first releases, ResNets in the names of then, had 0; a MobileNet's
+    is 1e-5, where the key map of classifiers, which comes after this one, expects 1e-3.
     """
+    mobile = any(key.startswith("backbone.body.0.0.") for key in state)
+    first = "rpn.head.conv.weight" in state
+    less = 1e-3 - 1e-5 if mobile else (1e-5 if first else 0.0)
+    if less:
+        state = {
+            k: v - less if k.startswith("backbone.") and k.endswith("running_var") else v
+            for k, v in state.items()
+        }
     out = rename_keys(
         state,
         [
@@ -44,6 +54,7 @@ def from_torchvision(state: Tensors) -> Tensors:
             (r"^roi_heads\.box_predictor\.cls_score\.", "stages.0.classes."),
             (r"^roi_heads\.box_predictor\.bbox_pred\.", "stages.0.deltas."),
             (r"^roi_heads\.mask_head\.(\d+)\.0\.", r"mask_stages.0.convs.\1."),
+            (r"^roi_heads\.mask_head\.(\d+)\.1\.", r"mask_stages.0.norms.\1."),
             (r"^roi_heads\.mask_predictor\.conv5_mask\.", "mask_stages.0.grow."),
             (r"^roi_heads\.mask_predictor\.mask_fcn_logits\.", "mask_stages.0.masks."),
         ],

@@ -23,7 +23,8 @@ from vitrail.boxes import clip, decode, encode
 from vitrail.detectors.matching import match, sample
 from vitrail.detectors.roi import BoxHead, MaskHead, RoIPooling, crop_masks
 from vitrail.detectors.rpn import RPN, Sizes
-from vitrail.features import adapt_levels
+from vitrail.features import Features, adapt_levels
+from vitrail.layers.frozen import freeze_norms
 from vitrail.necks.fpn import FPN
 from vitrail.necks.simple_pyramid import SimplePyramid
 from vitrail_runtime.errors import InputError
@@ -39,12 +40,12 @@ class RCNNConfig:
 
     neck: Literal["fpn", "simple_pyramid"] = "fpn"  # the second for a backbone of one map
     neck_dim: int = 256
-    strides: tuple[int, ...] = (
-        4,
-        8,
-        16,
-        32,
-    )  # of the levels; one twice as coarse is added for proposals
+    neck_norm: bool = False  # BatchNorm in the FPN
+    # Of the levels, beside which one twice as coarse is made for proposals; (): the backbone's as they are.
+    strides: tuple[int, ...] = (4, 8, 16, 32)
+    frozen_norm: bool = (
+        False  # the backbone's BatchNorms stay as they are loaded: batches are small
+    )
     anchor_sizes: tuple[float, ...] = (8.0,)  # sqrt(area) in strides of the level
     anchor_pixels: tuple[float, ...] = ()  # in pixels, the same at every level, in place of those
     anchor_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)  # height / width
@@ -57,6 +58,7 @@ class RCNNConfig:
     proposals_before_nms: tuple[int, int] = (2000, 1000)  # of each level
     proposals: tuple[int, int] = (2000, 1000)  # of each image
     proposal_nms: float = 0.7
+    proposal_score: float = 0.0  # below it an anchor proposes nothing
     pool_size: int = 7
     pool_samples: int = 2  # a side of each cell; 0: one for each pixel of the map
     pool_aligned: bool = False  # cells counted from their centres
@@ -92,6 +94,7 @@ class MaskRCNNConfig(RCNNConfig):
     mask_pool_size: int = 14
     mask_convs: int = 4
     mask_dim: int = 256
+    mask_norm: bool = False  # BatchNorm after the convolutions
 
     @property
     def has_masks(self) -> bool:
@@ -132,15 +135,17 @@ class RCNN(nn.Module):
         self.config = config
         self.num_classes = num_classes
         self.class_rows = {"classes": (1, 1), "deltas": (4, 0)}
-        self.backbone = backbone
+        self.backbone = freeze_norms(backbone) if config.frozen_norm else backbone
         specs, dim = backbone.feature_specs, config.neck_dim
         if config.neck == "simple_pyramid":
-            self.levels: nn.Module = nn.Identity()
+            self.levels = nn.Identity()
             self.neck = SimplePyramid(specs, dim, wanted=config.strides, pool=True)
         else:
-            levels = adapt_levels(specs, config.strides)
-            self.levels = levels
-            self.neck = FPN(levels.feature_specs, dim, pool=True)
+            self.levels = _AsTheyAre()
+            if config.strides:
+                self.levels = adapt_levels(specs, config.strides)
+                specs = self.levels.feature_specs
+            self.neck = FPN(specs, dim, pool=True, norm=config.neck_norm)
         specs = self.neck.feature_specs
         self.rpn = RPN(config, specs)
         read = dict(list(specs.items())[:-1])  # the coarsest level is for proposals alone
@@ -363,6 +368,11 @@ class RCNN(nn.Module):
                 f"a mask head learns from masks, but image {without[0]} of the batch has boxes alone; "
                 "train a model without one, such as faster_rcnn/..., or give data with masks"
             )
+
+
+class _AsTheyAre(nn.Module):
+    def forward(self, features: Features) -> dict[str, Tensor]:
+        return features.maps
 
 
 def _sizes(images: Tensor, sizes: Sizes | None) -> Sizes:

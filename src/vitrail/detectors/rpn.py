@@ -113,8 +113,8 @@ class RPN(nn.Module):
         out = []
         for box, score, size in zip(torch.cat(boxes, 1), torch.cat(scores, 1), sizes, strict=True):
             box = clip(box, *size)
-            large = ((box[:, 2:] - box[:, :2]) >= SMALLEST).all(1).nonzero()[:, 0]
-            box, score, level = box[large], score[large].to(box.dtype), of_level[large]
+            kept = ((box[:, 2:] - box[:, :2]) >= SMALLEST).all(1) & (score >= config.proposal_score)
+            box, score, level = box[kept], score[kept].to(box.dtype), of_level[kept]
             out.append(box[batched_nms(box, score, level, config.proposal_nms)[:after]])
         return out
 
