@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tests.data.conftest import picture
+from tests.data.scenes import coco_set
 from vitrail.data import loader as loader_module
 from vitrail.data import open_data
 from vitrail.data.augment import Augmentation, augment, draw
@@ -444,3 +445,42 @@ def test_images_at_their_own_sizes_come_padded_and_one_size_dense(class_folders,
             assert torch.equal(row[:, :h, :w], alone)
             assert not row[:, h:].any()
             assert not row[:, :, w:].any()
+
+
+def test_jittered_images_come_padded_with_their_boxes(tmp_path):
+    data = open_data(coco_set(tmp_path), "all")
+    edges = Preprocessing(mode="edges", size=(24, 40))
+    how = Augmentation(crop="whole", scale_jitter=(0.5, 1.5), random_erasing=1.0)
+    plan = BatchPlan(length=3, batch_size=3, size=(24, 40), seed=2)
+    (batch,) = train_batches(data, plan, how, epoch=1, own_sizes=edges)
+    (of,) = plan.batches(1)
+    assert isinstance(batch, Padded)
+    assert isinstance(batch.targets, tuple)
+    for row, size, target, i, at in zip(
+        batch.images, batch.sizes, batch.targets, of.indices, of.positions, strict=True
+    ):
+        own = preprocessed_size(*data.images.sizes[i].tolist(), edges)
+        view = draw(*data.images.sizes[i].tolist(), own, how, (2, 1, at)).view
+        assert size == view.size
+        assert torch.equal(
+            row[:, : size[0], : size[1]], augment(data.images.read(i), own, how, (2, 1, at))
+        )
+        expected = data.truth.target(i, view)
+        assert target["boxes"].tolist() == expected["boxes"].tolist()
+        assert target["labels"].tolist() == expected["labels"].tolist()
+    assert len(set(batch.sizes)) > 1
+
+
+def test_jitter_where_all_images_have_one_size_is_refused(data):
+    how = Augmentation(crop="whole", scale_jitter=(0.5, 1.5))
+    with pytest.raises(InputError, match="scale_jitter is for images at their own sizes"):
+        train_batches(data, plan_of(data), how, epoch=0)
+
+
+def test_evaluation_gives_the_objects_as_they_stand(tmp_path):
+    data = open_data(coco_set(tmp_path), "all")
+    edges = Preprocessing(mode="edges", size=(24, 40))
+    batches = list(eval_batches(data, edges, 2))
+    told = {i: t for b in batches for i, t in zip(b.indices.tolist(), b.targets, strict=True)}
+    assert [len(told[i]) for i in range(3)] == [3, 0, 1]
+    assert told[0].boxes.tolist() == [[2, 3, 12, 11], [20.5, 1, 24.5, 7], [1, 10, 21, 19]]

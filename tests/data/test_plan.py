@@ -1,6 +1,7 @@
 """Laws of the batch plan, over any length, batch, seed and epoch."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from vitrail.data.plan import (
     REPEATED_RUN,
     BatchPlan,
     balanced_weights,
+    shape_groups,
     square_scales,
 )
 from vitrail_runtime.errors import InputError
@@ -339,3 +341,56 @@ def test_the_settings_of_a_plan_are_given_by_name():
 @pytest.mark.parametrize("size", [(1, 1), (1, 8), (8, 1)])
 def test_one_pixel_is_a_size(size):
     assert BatchPlan(length=4, batch_size=2, size=size).batch_sizes() == {size: 2}
+
+
+@settings(max_examples=60)
+@given(plans(scales=()), epochs, st.integers(1, 6), st.data())
+def test_grouped_batches_hold_one_group_each_before_mixed_ones(plan, epoch, groups, data):
+    of = np.random.default_rng(plan.length).integers(0, groups, plan.length)
+    grouped = replace(plan, groups=of)
+    batches = list(grouped.batches(epoch))
+    plain = list(plan.batches(epoch))
+    assert [len(b.indices) for b in batches] == [len(b.indices) for b in plain]
+    assert [b.positions for b in batches] == [b.positions for b in plain]
+    if not plan.drop_last:
+        assert sorted(i for b in batches for i in b.indices) == list(range(plan.length))
+    pure = [len({of[i] for i in b.indices}) == 1 for b in batches]
+    full = sum(int(count) // plan.batch_size for count in np.bincount(of))
+    assert all(pure[:full])
+    # What is mixed is what fills no batch of its group, and no more.
+    rest = [i for b in batches[full:] for i in b.indices]
+    assert all(rest_of < plan.batch_size for rest_of in np.bincount(of[rest], minlength=1))
+    # Within a group the order is that of the plan, and a batch follows when its last one came.
+    place = {i: at for at, i in enumerate(plan.order(epoch).tolist())}
+    last = [place[b.indices[-1]] for b in batches[:full]]
+    assert last == sorted(last)
+    for group in range(groups):
+        mine = [place[i] for i in grouped.order(epoch).tolist() if of[i] == group]
+        assert mine == sorted(mine)
+    start = data.draw(st.integers(0, len(batches)))
+    assert list(grouped.batches(epoch, start)) == batches[start:]
+
+
+def test_one_group_or_none_changes_nothing():
+    plan = BatchPlan(length=50, batch_size=8, size=(8, 8), seed=3)
+    assert plan.groups is None
+    order = replace(plan, groups=[7] * 50).order(2)
+    assert order.tolist() == plan.order(2).tolist()
+
+
+def test_groups_hold_shapes_of_half_an_octave():
+    ratios = [0.25, 0.5, 0.6, 0.70, 0.8, 0.85, 1.0, 1.18, 1.2, 1.41, 1.67, 1.69, 2.0, 4.0]
+    sizes = [(1000, round(1000 * ratio)) for ratio in ratios]
+    groups = [-4, -2, -1, -1, -1, 0, 0, 0, 1, 1, 1, 2, 2, 4]
+    assert shape_groups(np.array(sizes)).tolist() == groups
+    assert shape_groups(np.array([(480, 640), (640, 480), (5000, 1)])).tolist() == [1, -1, -25]
+
+
+@pytest.mark.parametrize(
+    "given", [{"groups": [0] * 9}, {"groups": [0] * 10, "scales": square_scales(160, 320)}]
+)
+def test_groups_that_cannot_be_are_refused(given):
+    with pytest.raises(
+        InputError, match="groups need one number for each of 10 samples, and no scales"
+    ):
+        BatchPlan(length=10, batch_size=2, size=(256, 256), **given)

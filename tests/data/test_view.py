@@ -14,6 +14,7 @@ from torchvision.transforms import v2
 from vitrail.data import rle
 from vitrail.data.augment import Augmentation, generator
 from vitrail.data.view import NO_CLASS, View, draw_view
+from vitrail_runtime.errors import InputError
 
 COLOURS = np.array([(r, g, b) for r in (0, 255) for g in (0, 255) for b in (0, 255)], np.uint8)
 AUGMENTATIONS = {
@@ -80,7 +81,7 @@ def expected_sources(view: View) -> list[list[set[int] | None]]:
         for axis in (0, 1):
             size, full = view.size[axis], view.original[axis]
             if long:
-                kept = ceil(size / short)
+                kept = min(full, ceil(size / short))
                 start = Fraction(int(view.cut[axis] * (full - kept + 1)))
                 step = Fraction(kept, size)
             else:
@@ -337,3 +338,79 @@ def test_masks_show_what_their_class_map_shows(name, height, width, size, key):
     seen = view.class_map(ids)
     for k in range(8):
         assert np.array_equal(shown[k], seen == k)
+
+
+# --- Scale jitter ------------------------------------------------------------------------------------------
+
+
+def jittered(factors, key, original=(100, 160), size=(50, 80), flip=0.5) -> View:
+    how = Augmentation(crop="whole", scale_jitter=factors, flip=flip)
+    return draw_view(*original, size, how, generator(key))
+
+
+def test_a_jitter_below_one_shows_the_whole_smaller_and_above_one_a_part_as_large():
+    smaller = larger = 0
+    factors = []
+    for position in range(400):
+        view = jittered((0.5, 2.0), (0, 0, position))
+        top, left, height, width = view.crop
+        assert 0 <= top <= 100 - height
+        assert 0 <= left <= 160 - width
+        if view.size != (50, 80):
+            smaller += 1
+            assert view.crop == (0, 0, 100, 160)
+            assert 25 <= view.size[0] < 50
+            assert abs(view.size[1] - 1.6 * view.size[0]) <= 1.4
+            factors.append(view.size[1] / 80)
+        else:
+            larger += 1
+            assert abs(width - 1.6 * height) <= 1.4
+            factors.append(160 / width)
+    assert 0.5 <= min(factors) < 0.52
+    assert 1.95 < max(factors) <= 2.02
+    assert abs(np.mean(factors) - 1.25) < 0.06  # uniform
+    assert 100 < smaller < 170  # a third
+
+
+def test_a_jittered_part_lies_anywhere_within():
+    views = [jittered((2.0, 2.0), (0, 1, position)) for position in range(300)]
+    assert {view.crop[2:] for view in views} == {(50, 80)}
+    tops, lefts = ([view.crop[axis] for view in views] for axis in (0, 1))
+    assert (min(tops), max(tops)) == (0, 50)
+    assert (min(lefts), max(lefts)) == (0, 80)
+    assert abs(np.corrcoef(tops, lefts)[0, 1]) < 0.2
+
+
+def test_without_jitter_nothing_is_drawn_for_it():
+    plain = draw_view(20, 30, (10, 10), Augmentation(crop="whole"), generator((0, 0, 5)))
+    assert jittered((1.0, 1.0), (0, 0, 5), (20, 30), (10, 10)) == plain
+
+
+@pytest.mark.parametrize("factors", [(0.01, 0.02), (50.0, 90.0)])
+def test_a_jitter_leaves_a_pixel_at_least(factors):
+    view = jittered(factors, (0, 0, 1), (3, 2), (4, 3))
+    assert min(*view.size, *view.crop[2:]) >= 1
+    assert view.image(np.zeros((3, 2, 3), np.uint8)).shape == (3, *view.size)
+
+
+def test_jittered_boxes_lie_on_their_objects():
+    pixels = np.zeros((100, 160, 3), np.uint8)
+    pixels[30:70, 60:120] = 255
+    for position in range(20):
+        view = jittered((0.6, 1.3), (3, 0, position))
+        (box,), _ = view.boxes(np.array([[60, 30, 120, 70]]))
+        shown = view.image(pixels)[0] > 127
+        rows, columns = torch.nonzero(shown.any(1))[:, 0], torch.nonzero(shown.any(0))[:, 0]
+        around = (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
+        np.testing.assert_allclose(box, [int(v) for v in around], atol=1.01)
+
+
+@pytest.mark.parametrize("factors", [(0.0, 1.0), (2.0, 1.0), (0.5, float("inf"))])
+def test_a_jitter_that_cannot_be_is_refused(factors):
+    with pytest.raises(InputError, match="scale_jitter must be 0 < low <= high"):
+        Augmentation(crop="whole", scale_jitter=factors)
+
+
+def test_a_jitter_takes_the_whole_image():
+    with pytest.raises(InputError, match="crop must be 'whole', but is 'random_resized'"):
+        Augmentation(scale_jitter=(0.5, 1.0))

@@ -65,6 +65,7 @@ PLAIN: Table = {
     "augmentation.scale": ((0.08, 1.0), TIMM),
     "augmentation.ratio": ((3 / 4, 4 / 3), TIMM),
     "augmentation.padding": (4, "not used by this crop"),
+    "augmentation.scale_jitter": ((1.0, 1.0), "of detectors"),
     "augmentation.interpolation": ("bicubic", "--train-interpolation bicubic"),
     "augmentation.flip": (0.5, TIMM),
     "augmentation.color_jitter": (0.0, "timm leaves --color-jitter out where --aa is given"),

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from tests.train.conftest import VIT, tiny_config
 from vitrail import models
 from vitrail.adapt.freeze import freeze
 from vitrail.data import open_data
+from vitrail.data.plan import shape_groups
 from vitrail.train import introduction, setup
 from vitrail.train.build import build_model
 from vitrail.train.config import TrainConfig
@@ -21,6 +23,7 @@ from vitrail.train.run import Run
 from vitrail.train.setup import _other_images, build_plan, set_up
 from vitrail.train.state import Position
 from vitrail_runtime.errors import InputError
+from vitrail_runtime.preprocess import Preprocessing
 
 
 @pytest.fixture
@@ -250,3 +253,16 @@ def test_a_model_without_blocks_to_recompute_is_told(monkeypatch):
     with pytest.raises(InputError, match=r"has no blocks to recompute; drop --grad-checkpointing"):
         build_model(config, ("a", "b"))
     build_model(replace(config, grad_checkpointing=False), ("a", "b"))
+
+
+@pytest.mark.parametrize("mode", ["edges", "crop"])
+def test_images_at_their_own_sizes_are_batched_by_shape(pictures, monkeypatch, mode):
+    data = open_data(pictures, "train")
+    model = SimpleNamespace(preprocessing=Preprocessing(mode=mode, size=(24, 40)))
+    monkeypatch.setattr(setup, "build_model", lambda config, classes: model)
+    _, plan = setup.build(TrainConfig(model="vit_tiny_patch16", batch_size=4), data, 1)
+    if mode == "edges":
+        assert plan.groups.tolist() == shape_groups(data.images.sizes).tolist()
+    else:
+        assert plan.groups is None
+    assert (plan.size, plan.batch_size) == ((24, 40), 4)

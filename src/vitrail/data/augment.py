@@ -120,7 +120,7 @@ def draw(
     three = _draw_three(rng) if augmentation.three_augment else None
     randaugment = _draw_randaugment(augmentation, rng)
     jitter = _draw_jitter(augmentation.color_jitter, rng) if augmentation.color_jitter else ()
-    erasing = _draw_erasing(*size, rng) if rng.random() < augmentation.random_erasing else None
+    erasing = _draw_erasing(*view.size, rng) if rng.random() < augmentation.random_erasing else None
     return Drawn(view, three, randaugment, jitter, erasing)
 
 

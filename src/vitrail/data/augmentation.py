@@ -20,6 +20,10 @@ class Augmentation:
     """Least and largest share of the area that "random_resized" takes."""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     """Least and largest width to height of what it takes."""
+    scale_jitter: tuple[float, float] = (1.0, 1.0)
+    """Detectors: least and largest factor of an image's size (Ghiasi et al. 2021, arXiv 2012.07177); below 1
+    the whole of it comes smaller, above 1 a part of it as large as before. It needs crop "whole".
+    """
     padding: int = 4
     """Pixels of reflection around the picture before "simple" cuts."""
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
@@ -58,6 +62,12 @@ class Augmentation:
             raise InputError(f"scale must be 0 < low <= high <= 1, but is {self.scale}")
         if not 0 < self.ratio[0] <= self.ratio[1]:
             raise InputError(f"ratio must be 0 < low <= high, but is {self.ratio}")
+        if not 0 < self.scale_jitter[0] <= self.scale_jitter[1] < math.inf:
+            raise InputError(f"scale_jitter must be 0 < low <= high, but is {self.scale_jitter}")
+        if self.jitters and self.crop != "whole":
+            raise InputError(
+                f"scale_jitter takes parts by itself: crop must be 'whole', but is {self.crop!r}"
+            )
         for name in ("flip", "random_erasing"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name} is a probability in [0, 1], but is {getattr(self, name)}")
@@ -70,3 +80,8 @@ class Augmentation:
         for name in ("padding", "randaugment_ops", "randaugment_std"):
             if not 0 <= getattr(self, name) < math.inf:  # so is NaN refused
                 raise InputError(f"{name} must not be negative, but is {getattr(self, name)}")
+
+    @property
+    def jitters(self) -> bool:
+        """Whether images come at other sizes than their own."""
+        return self.scale_jitter != (1.0, 1.0)

@@ -53,6 +53,11 @@ class TrainLoader:
         own_sizes: Preprocessing | None = None,
     ) -> None:
         _check_share(rank, world, workers)
+        if augmentation.jitters and own_sizes is None:
+            raise InputError(
+                "scale_jitter is for images at their own sizes, as detectors take them; here all images of a "
+                "batch have one size: leave --augmentation.scale-jitter away"
+            )
         if plan.length != len(data):
             raise InputError(f"the plan is for {plan.length} samples, but the data has {len(data)}")
         self.plan, self.rank, self.world = plan, rank, world

@@ -59,6 +59,8 @@ class BatchPlan:
         holds length / repeats different samples, each `repeats` times near each other under different
         augmentations.
     drop_last: leave out the samples at the end of an epoch that fill no batch; else they make a smaller one.
+    groups: (length,) integers, such as `shape_groups`: a batch has samples of one group, so that images which
+        are padded to one size are alike; what fills no batch of its group makes mixed ones at the end.
     shuffle: False gives the order of the data.
     """
 
@@ -69,6 +71,7 @@ class BatchPlan:
     scales: tuple[tuple[int, int], ...] = ()
     weights: Sequence[float] | np.ndarray | None = None
     strata: Sequence[int] | np.ndarray | None = None
+    groups: Sequence[int] | np.ndarray | None = None
     repeats: int = 1
     drop_last: bool = True
     shuffle: bool = True
@@ -84,6 +87,11 @@ class BatchPlan:
                 raise InputError(
                     f"sizes must be at least 1 x 1 pixels, but one is {height} x {width}"
                 )
+        if self.groups is not None and (len(self.groups) != self.length or self.scales):
+            raise InputError(
+                f"groups need one number for each of {self.length} samples, and no scales, but got "
+                f"{len(self.groups)} numbers and {len(self.scales)} scales"
+            )
         if self.seed < 0:
             raise InputError(f"seed must not be negative, but is {self.seed}")
         if self.strata is not None and (self.weights is None or len(self.strata) != self.length):
@@ -145,7 +153,24 @@ class BatchPlan:
             distinct = shuffled[: -(-self.length // self.repeats)]
             runs = np.split(distinct, range(REPEATED_RUN, len(distinct), REPEATED_RUN))
             shuffled = np.concatenate([np.tile(run, self.repeats) for run in runs])
-        return shuffled[: self.length]
+        order = shuffled[: self.length]
+        return order if self.groups is None else self._grouped(order)
+
+    def _grouped(self, order: np.ndarray) -> np.ndarray:
+        """The samples in the same order, dealt to their groups: a batch follows when it is full."""
+        groups = np.asarray(self.groups)[order]
+        full: list[
+            tuple[int, np.ndarray]
+        ] = []  # where in the order the last of a batch stood, and the batch
+        rest: list[tuple[int, np.ndarray]] = []
+        for group in np.unique(groups):
+            places = np.flatnonzero(groups == group)
+            ends = range(self.batch_size, len(places) + 1, self.batch_size)
+            full += [(int(places[end - 1]), places[end - self.batch_size : end]) for end in ends]
+            left = places[len(ends) * self.batch_size :]
+            rest += [(int(left[0]), left)] if len(left) else []
+        dealt = [places for _, places in (*sorted(full, key=_first), *sorted(rest, key=_first))]
+        return order[np.concatenate(dealt)] if dealt else order
 
     def _weighted(self, shuffled: np.ndarray, epoch: int) -> np.ndarray:
         # Systematic resampling: equally spaced marks over the cumulated weights. Every sample comes
@@ -200,6 +225,19 @@ class BatchPlan:
         if not self.drop_last and (not ends or ends[-1] < self.length):
             ends.append(self.length)
         return choices[: len(ends)], ends
+
+
+def _first(pair: tuple[int, np.ndarray]) -> int:
+    return pair[0]
+
+
+def shape_groups(sizes: np.ndarray) -> np.ndarray:
+    """(N,) groups of images of similar shape from (N, 2) sizes: the aspect ratio in steps of half an octave.
+
+    At their own sizes images of one ratio are nearly equally large, and padding them costs little.
+    """
+    height, width = np.asarray(sizes, np.float64).T
+    return np.rint(2 * np.log2(width / height)).astype(np.int64)
 
 
 def balanced_weights(labels: np.ndarray) -> np.ndarray:

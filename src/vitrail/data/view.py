@@ -206,6 +206,8 @@ def draw_view(
 ) -> View:
     """A view of an image of `height` x `width` pixels."""
     crop = crop_box(height, width, augmentation, rng)
+    if augmentation.jitters:
+        crop, size = _jittered(height, width, size, augmentation.scale_jitter, rng)
     cut = None
     if augmentation.crop == "simple":
         cut = float(rng.random()), float(rng.random())
@@ -213,6 +215,26 @@ def draw_view(
     return View(
         (height, width), size, crop, cut, flip, augmentation.padding, augmentation.interpolation
     )
+
+
+def _jittered(
+    height: int,
+    width: int,
+    size: tuple[int, int],
+    factors: tuple[float, float],
+    rng: np.random.Generator,
+) -> tuple[Box, tuple[int, int]]:
+    """What is taken of the original, and the size it comes at: never more pixels than `size` has."""
+    factor, down, across = rng.random(3)
+    factor = factors[0] + factor * (factors[1] - factors[0])
+    if factor <= 1:
+        return (0, 0, height, width), (
+            max(1, round(size[0] * factor)),
+            max(1, round(size[1] * factor)),
+        )
+    crop_h, crop_w = max(1, round(height / factor)), max(1, round(width / factor))
+    top, left = int(down * (height - crop_h + 1)), int(across * (width - crop_w + 1))
+    return (top, left, crop_h, crop_w), size
 
 
 def crop_box(height: int, width: int, augmentation: Augmentation, rng: np.random.Generator) -> Box:

@@ -14,7 +14,7 @@ from vitrail.configuration import from_dict
 from vitrail.data.examples import Examples
 from vitrail.data.loader import TrainLoader
 from vitrail.data.opening import open_data, open_source
-from vitrail.data.plan import BatchPlan
+from vitrail.data.plan import BatchPlan, shape_groups
 from vitrail.memory import enough_memory
 from vitrail.tasks.task import check_truth, task_of_model
 from vitrail.train.build import build_model, check_parts, task_and_settings
@@ -155,6 +155,8 @@ def build(config: TrainConfig, data: Examples, world: int) -> tuple[Any, BatchPl
     for name, value in task.model_options(settings, data.truth).items():
         setattr(model, name, value)
     plan = build_plan(config, data, model.preprocessing.size, world)
+    if model.preprocessing.mode == "edges":  # images at their own sizes, padded to one
+        plan = replace(plan, groups=shape_groups(data.images.sizes))
     check_shares(config, plan, world, task.multiple(settings))
     check_parts(config, data.classes, plan.batch_sizes(), world)
     return model, plan
