@@ -91,6 +91,10 @@ def test_the_whole_gradient_is_scaled_to_the_largest_norm_where_it_is_larger(mod
             "deit_tiny_distilled_patch16",
             ["head.fc.weight", "head.fc.bias", "head.fc_dist.weight", "head.fc_dist.bias"],
         ),
+        (
+            "upernet/efficientvit_m0",
+            ["head.fc.weight", "head.fc.bias", "auxiliary.fc.weight", "auxiliary.fc.bias"],
+        ),
     ],
 )
 def test_the_classifier_is_what_gives_the_logits(name, left_alone):

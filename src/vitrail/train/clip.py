@@ -38,9 +38,9 @@ def clip_units(model: Any, factor: float) -> None:
 
 
 def classifier_parameters(model: Any) -> list[nn.Parameter]:
-    """Those of the linear layers, or 1x1 convolutions, that give the logits; what a head does before is not
-    the classifier."""
-    layers = (m for m in model.head.modules() if isinstance(m, (nn.Linear, nn.Conv2d)))
+    """Those of the linear layers, or 1x1 convolutions, that give logits, an auxiliary head's too."""
+    heads = (part for name, part in model.named_children() if name not in ("backbone", "neck"))
+    layers = (m for head in heads for m in head.modules() if isinstance(m, (nn.Linear, nn.Conv2d)))
     return [p for m in layers if _gives(m, len(model.classes)) for p in m.parameters()]
 
 
