@@ -2,6 +2,7 @@
 a server that has imported everything and run nothing: autograd refuses forks of a process that used it."""
 
 import faulthandler
+import json
 import multiprocessing
 import os
 import signal
@@ -129,7 +130,15 @@ def _evaluate(
     data = open_data(folder, "val")
     how = {"batch_size": 2, "rank": rank, "world": world, "predictions": True}
     scores = [evaluate(make_model(), data, p, **how) for p in preprocessings]
-    torch.save(scores, f"{out}-{rank}")
+    rows = [
+        {
+            "values": s.values,
+            "details": s.details,
+            "said": {name: (str(v.dtype), v.tolist()) for name, v in (s.said or {}).items()},
+        }
+        for s in scores
+    ]
+    Path(f"{out}-{rank}").write_text(json.dumps(rows))
     torch.distributed.destroy_process_group()
 
 

@@ -1,6 +1,7 @@
 """Evaluation equals a plain loop over files, with torchvision's transforms and scikit-learn's scores."""
 
 import dataclasses
+import json
 import math
 
 import numpy as np
@@ -20,7 +21,7 @@ from tests.train.children import evaluate_many
 from vitrail.classifiers import Classifier
 from vitrail.data import open_data
 from vitrail.models import ModelInfo, describe
-from vitrail.tasks.task import label_map
+from vitrail.tasks.task import Scores, label_map
 from vitrail.train import evaluate as evaluation
 from vitrail.train.evaluate import evaluate
 from vitrail_runtime.errors import InputError, NotFinite
@@ -167,9 +168,11 @@ def test_evaluation_is_in_full_precision_and_leaves_the_model_as_it_was(folder):
 def test_two_processes_give_what_one_gives(folder, tmp_path):
     assert evaluate_many(net, folder, (None, FIT), 2, tmp_path / "scores") == [0, 0]
     for rank in range(2):
-        cropped, fitted = torch.load(tmp_path / f"scores-{rank}", weights_only=False)
-        assert_equals_by_hand(cropped, folder, CROP)
-        assert_equals_by_hand(fitted, folder, FIT)
+        rows = json.loads((tmp_path / f"scores-{rank}").read_text())
+        for row, preprocessing in zip(rows, (CROP, FIT), strict=True):
+            said = {name: np.array(v, kind) for name, (kind, v) in row["said"].items()}
+            scores = Scores(row["values"], "top1", details=row["details"], said=said)
+            assert_equals_by_hand(scores, folder, preprocessing)
 
 
 def test_the_best_class_is_that_of_the_logits_where_half_precision_knows_no_difference(folder):
