@@ -259,8 +259,7 @@ def describe(model: Any, info: ModelInfo) -> None:
 
 
 def save(model: Any, folder: str | Path, *, metrics: Mapping[str, Any] | None = None) -> Path:
-    """Write a model folder: config.json, model.safetensors (fp32), metrics.json (where given),
-    README.md."""
+    """Write config.json, model.safetensors (fp32), metrics.json (where given) and README.md."""
     folder = Path(folder)
     info: ModelInfo = model.info
     state = {k: v.detach().float().cpu().contiguous() for k, v in model.state_dict().items()}

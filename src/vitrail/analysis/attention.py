@@ -84,8 +84,7 @@ class LayerStudy:
 
     @property
     def most_alike(self) -> float:
-        """Mean over heads of the similarity to the head most like it (EfficientViT's measure); 0 for one
-        head."""
+        """Mean over heads of the similarity to the head most like it (EfficientViT); 0 for one."""
         if self.heads < 2:
             return 0.0
         others = np.where(np.eye(self.heads, dtype=bool), -np.inf, self.head_similarity)

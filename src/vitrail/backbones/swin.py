@@ -305,8 +305,7 @@ class SwinStage(nn.Module):
 
 
 class Swin(nn.Module):
-    """images (B, 3, H, W) -> maps "c2".."c5", normed only where the config says `norm_maps`: the classifier
-    tail has a norm of its own."""
+    """images (B, 3, H, W) -> maps "c2".."c5", normed by `norm_maps` alone: the tail has its own norm."""
 
     def __init__(self, config: SwinConfig) -> None:
         super().__init__()
@@ -383,8 +382,7 @@ def _init(module: nn.Module) -> None:
 
 
 def resample(state: Tensors, config: SwinConfig) -> Tensors:
-    """Bring the bias tables of another window to this one's, over the grid of offsets, bicubically as the
-    official code does."""
+    """Bring the bias tables of another window to this one's, bicubically as the official code does."""
     out, size = dict(state), 2 * config.window_size - 1
     for key, table in state.items():
         if key.endswith("relative_position_bias_table") and table.shape[0] != size**2:

@@ -1,6 +1,4 @@
-"""`vitrail eval`: how good a trained model is on labelled pictures, or a frozen backbone before any
-training.
-"""
+"""`vitrail eval`: how good a trained model is on labelled images, or a frozen backbone."""
 
 import json
 import sys

@@ -44,8 +44,7 @@ def run(argv: list[str]) -> int:
 
 
 def count(name: str) -> list[int]:
-    """[parameters, multiply-adds] of a model built for the paper's size, on `meta`: no weights, no
-    image."""
+    """[parameters, multiply-adds] of a model built for the paper's size, on `meta`."""
     import torch
 
     from vitrail.bench.macs import count_macs, count_params

@@ -242,8 +242,7 @@ def absorb_eps(state: dict[str, Tensor], theirs: float, ours: float) -> dict[str
 
 
 def make_divisible(width: float, divisor: int = 8) -> int:
-    """The multiple of `divisor` nearest to `width`, but never below 90 % of it (the rule of every
-    MobileNet's official code)."""
+    """The multiple of `divisor` nearest to `width`, but never below 90 % of it (every MobileNet's rule)."""
     rounded = max(divisor, int(width + divisor / 2) // divisor * divisor)
     return rounded + divisor if rounded < 0.9 * width else rounded
 

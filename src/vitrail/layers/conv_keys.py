@@ -1,5 +1,4 @@
-"""How timm and torchvision name the parts of networks of inverted residuals, for the key maps of their
-papers."""
+"""How timm and torchvision name the parts of networks of inverted residuals, for key maps."""
 
 import re
 from collections.abc import Mapping, Sequence

@@ -31,9 +31,7 @@ def cmt_ti() -> TrainConfig:
 
 
 def cmt_xs() -> TrainConfig:
-    """CMT-XS at 192 x 192 on ImageNet-1k: 400 epochs, else as cmt_ti. Expected: top-1 81.8 (official
-    README).
-    """
+    """CMT-XS at 192 x 192: 400 epochs, else as cmt_ti. Expected: top-1 81.8 (official README)."""
     return replace(
         imagenet_deit("cmt_xs"),
         model_fields={"drop_path_rate": 0.08},
@@ -50,9 +48,7 @@ def cmt_xs() -> TrainConfig:
 
 
 def cmt_s() -> TrainConfig:
-    """CMT-S at 224 x 224 on ImageNet-1k: 300 epochs, else as cmt_ti. Expected: top-1 83.5 (official
-    README).
-    """
+    """CMT-S at 224 x 224: 300 epochs, else as cmt_ti. Expected: top-1 83.5 (official README)."""
     return replace(
         imagenet_deit("cmt_s"),
         batch_size=1024,
@@ -63,9 +59,7 @@ def cmt_s() -> TrainConfig:
 
 
 def cmt_b() -> TrainConfig:
-    """CMT-B at 256 x 256 on ImageNet-1k: 300 epochs, else as cmt_ti. Expected: top-1 84.5 (official
-    README).
-    """
+    """CMT-B at 256 x 256: 300 epochs, else as cmt_ti. Expected: top-1 84.5 (official README)."""
     return replace(
         imagenet_deit("cmt_b"),
         model_fields={"drop_path_rate": 0.25},

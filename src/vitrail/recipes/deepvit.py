@@ -47,21 +47,15 @@ def deepvit_l() -> TrainConfig:
 
 
 def deepvit_16b() -> TrainConfig:
-    """DeepViT of 16 blocks as in the study of depth: as deepvit_s. Expected: top-1 79.10 (official README);
-    the ViT of this depth has 78.88.
-    """
+    """DeepViT of 16 blocks: as deepvit_s. Expected: top-1 79.10 (README; the ViT of this depth: 78.88)."""
     return imagenet_deepvit("deepvit_16b")
 
 
 def deepvit_24b() -> TrainConfig:
-    """DeepViT of 24 blocks: as deepvit_s, at 1.5 times the cost. Expected: top-1 79.99 (official README);
-    the ViT of this depth has 79.35.
-    """
+    """DeepViT of 24 blocks: as deepvit_s at 1.5 times the cost. Expected: top-1 79.99 (README; ViT: 79.35)."""
     return imagenet_deepvit("deepvit_24b")
 
 
 def deepvit_32b() -> TrainConfig:
-    """DeepViT of 32 blocks: as deepvit_s, at twice the cost. Expected: top-1 80.90 (official README); the ViT
-    of this depth has 79.27.
-    """
+    """DeepViT of 32 blocks: as deepvit_s, at twice the cost. Expected: top-1 80.90 (README; a ViT: 79.27)."""
     return imagenet_deepvit("deepvit_32b")

@@ -58,7 +58,5 @@ def efficientvit_m4() -> TrainConfig:
 
 
 def efficientvit_m5() -> TrainConfig:
-    """EfficientViT-M5 on ImageNet-1k: as efficientvit_m0; 30 hours on eight V100. Expected: top-1 77.1
-    (Table 2).
-    """
+    """EfficientViT-M5: as efficientvit_m0; 30 hours on eight V100. Expected: top-1 77.1 (Table 2)."""
     return imagenet_efficientvit("efficientvit_m5")

@@ -46,14 +46,10 @@ def mobilevit_xxs() -> TrainConfig:
 
 
 def mobilevit_xs() -> TrainConfig:
-    """MobileViT-XS on ImageNet-1k: as mobilevit_xxs. Expected: top-1 74.8 (paper, table 3; 74.7 in the
-    zoo).
-    """
+    """MobileViT-XS: as mobilevit_xxs. Expected: top-1 74.8 (paper, table 3; 74.7 in the zoo)."""
     return imagenet_mobilevit("mobilevit_xs")
 
 
 def mobilevit_s() -> TrainConfig:
-    """MobileViT-S on ImageNet-1k: as mobilevit_xxs. Expected: top-1 78.4 (MobileViTv2's
-    table 2; 78.3 in the zoo).
-    """
+    """MobileViT-S: as mobilevit_xxs. Expected: top-1 78.4 (MobileViTv2's table 2; 78.3 in the zoo)."""
     return imagenet_mobilevit("mobilevit_s")

@@ -37,14 +37,10 @@ def swin_tiny() -> TrainConfig:
 
 
 def swin_small() -> TrainConfig:
-    """Swin-S on ImageNet-1k: as swin_tiny, at twice the cost. Expected: top-1 83.0 (paper, table 1; 83.2 in
-    the official README).
-    """
+    """Swin-S: as swin_tiny, at twice the cost. Expected: top-1 83.0 (paper, table 1; README 83.2)."""
     return imagenet_swin("swin_small_patch4_window7", 0.3)
 
 
 def swin_base() -> TrainConfig:
-    """Swin-B on ImageNet-1k: as swin_tiny, at 3.4 times the cost. Expected: top-1 83.5 (paper, table 1,
-    and official README).
-    """
+    """Swin-B: as swin_tiny, at 3.4 times the cost. Expected: top-1 83.5 (paper, table 1)."""
     return imagenet_swin("swin_base_patch4_window7", 0.5)

@@ -1,6 +1,4 @@
-"""How good a frozen backbone is on a data set of labelled images, before any training: k nearest neighbours
-and a linear probe.
-"""
+"""How good a frozen backbone is on labelled images: k nearest neighbours and a linear probe."""
 
 from collections.abc import Sequence
 from typing import Any

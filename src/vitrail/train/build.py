@@ -1,6 +1,4 @@
-"""The model of a run: name, paper's fields and image size from the configuration or the weights it starts
-from.
-"""
+"""The model of a run: what it is, from the configuration or from the weights it starts from."""
 
 import os
 from collections.abc import Mapping

@@ -94,8 +94,7 @@ def check_world(config: TrainConfig, world: int) -> None:
 
 
 def check_shares(config: TrainConfig, plan: BatchPlan, world: int, multiple: int = 1) -> None:
-    """Raise InputError unless the processes can share the batches of every size in multiples of `multiple`
-    images."""
+    """Raise InputError unless the processes can share the batches of every size in such multiples."""
     odd = _not_shared(plan, world, multiple)
     if not odd:
         return
