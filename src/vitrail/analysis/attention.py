@@ -6,9 +6,9 @@ from head to head, and how far they reach.
 - Distance: ViT (Dosovitskiy et al., ICLR 2021, https://arxiv.org/abs/2010.11929), figure 7.
 """
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -169,34 +169,18 @@ def study_attention(
     Raises InputError for a backbone that records no attention between tokens, or without images.
     """
     name = name or type(backbone).__name__
-    sums: dict[str, list[Any]] = {}
-    counts: Counter[str] = Counter()  # a stage may be comparable on larger images only
-    taken = 0
-    for image in images:
-        taken += 1
-        for part, values in _one_image(backbone, image, name).items():
-            counts[part] += 1
-            if part not in sums:
-                sums[part] = list(values)
-            else:
-                sums[part] = [_plus(a, b) for a, b in zip(sums[part], values, strict=True)]
-    if not taken:
+    found = [_one_image(backbone, image, name) for image in images]
+    if not found:
         raise InputError(f"{name}: attention is studied on images, but there are none")
-    study = AttentionStudy(name, taken)
-    for part, values in sums.items():
-        count = counts[part]
-        if part.startswith("layer "):
-            layer, alike, distance = values
-            alike = (alike / count).numpy()
-            distance = None if distance is None else (distance / count).numpy()
-            name_, stage, block, heads, tokens = layer
-            study.layers.append(LayerStudy(name_, stage, block, heads, tokens, alike, distance))
-        else:
-            names, similarity = values
-            study.stages.append(
-                StageStudy(part.removeprefix("stage "), list(names), (similarity / count).numpy())
-            )
-    return study
+    layers, stages = defaultdict(list), defaultdict(list)
+    for one in found:
+        for layer in one.layers:
+            layers[layer.name].append(layer)
+        for stage in one.stages:  # which may be comparable on larger images only
+            stages[stage.name].append(stage)
+    return AttentionStudy(
+        name, len(found), [*map(_mean_layer, layers.values())], [*map(_mean_stage, stages.values())]
+    )
 
 
 def record_attention(
@@ -311,33 +295,39 @@ def stage_of(name: str) -> tuple[str, int]:
     return ".".join(parts[: last - 1]), int(parts[last])
 
 
-def _one_image(backbone: nn.Module, image: Tensor, name: str) -> dict[str, tuple[Any, ...]]:
-    """What `study_attention` sums: "layer NAME" -> (facts, heads, distance), "stage NAME" -> (names,
-    similarity)."""
-    layers, features = record_attention(backbone, image, name)
-    out: dict[str, tuple[Any, ...]] = {}
-    stages: dict[str, list[str]] = {}
-    for layer, weights in layers.items():
+def _one_image(backbone: nn.Module, image: Tensor, name: str) -> AttentionStudy:
+    recorded, features = record_attention(backbone, image, name)
+    study = AttentionStudy(name, 1)
+    stages: dict[str, list[str]] = defaultdict(list)
+    for layer, weights in recorded.items():
         places = places_of(backbone, layer, features)
-        distance = None if places is None else attention_distance(weights, places)
+        distance = None if places is None else attention_distance(weights, places).numpy()
         stage, block = stage_of(layer)
         _, heads, queries, keys = weights.shape
+        alike = similarity_between_heads(weights).numpy()
         facts = (layer, stage, block, heads, (queries, keys))
-        out[f"layer {layer}"] = (facts, similarity_between_heads(weights), distance)
+        study.layers.append(LayerStudy(*facts, alike, distance))
         if keys > 1:  # maps with one key are all ones
-            stages.setdefault(stage, []).append(layer)
+            stages[stage].append(layer)
     for stage, names in stages.items():
-        similarity = similarity_between_blocks([layers.pop(n) for n in names])
-        out[f"stage {stage}"] = (tuple(names), similarity)
-    return out
+        similarity = similarity_between_blocks([recorded.pop(n) for n in names])
+        study.stages.append(StageStudy(stage, names, similarity.numpy()))
+    return study
 
 
-def _plus(a: Any, b: Any) -> Any:
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return a + b
-    if a is None or b is None:
-        return None
-    return max(a, b)  # of equal facts the larger grid of tokens
+def _mean_layer(found: list[LayerStudy]) -> LayerStudy:
+    """Over images; the tokens of the largest."""
+    distances = [one.distance for one in found if one.distance is not None]
+    return replace(
+        found[0],
+        tokens=max(one.tokens for one in found),
+        head_similarity=np.mean([one.head_similarity for one in found], 0),
+        distance=np.mean(distances, 0) if distances else None,
+    )
+
+
+def _mean_stage(found: list[StageStudy]) -> StageStudy:
+    return replace(found[0], similarity=np.mean([one.similarity for one in found], 0))
 
 
 def _cut(size: Grid, side: int) -> Grid:

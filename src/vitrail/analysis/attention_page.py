@@ -93,12 +93,16 @@ def collapse_page(
     out.tiles(
         tile
         for study in studies
+        for near in (study.neighbours(),)
         for tile in (
             (
                 f"{len(study.similar(threshold, within))} of {_blocks(study)}",
                 f"similar blocks, {study.model}",
             ),
-            (_mean(study.neighbours()), f"similarity of neighbours, {study.model}"),
+            (
+                f"{near.mean():.2f}" if near.size else "none",
+                f"similarity of neighbours, {study.model}",
+            ),
         )
     )
     said = [*words, *(RANDOM.format(name) for name in random)]
@@ -212,12 +216,17 @@ def _depth_plot(studies: Sequence[AttentionStudy], k: int, threshold: float) -> 
             at += len(stage.layers)
     ax.axhline(threshold, color=page.INK, linewidth=1, linestyle="--")
     ax.set_ylim(top=1.02)
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.set_xlabel("block")
-    ax.set_title(f"similarity to the {'next' if k == 1 else f'{k}th next'} block", fontsize=11)
+    _numbered(ax, "block", f"similarity to the {'next' if k == 1 else f'{k}th next'} block")
     if ax.lines[:-1]:
         ax.legend(frameon=False, fontsize=9)
     return page.svg(fig)
+
+
+def _numbered(ax: Any, label: str, title: str) -> None:
+    """An axis of whole numbers."""
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.set_xlabel(label)
+    ax.set_title(title, fontsize=11)
 
 
 def _similar_plot(studies: Sequence[AttentionStudy], threshold: float, within: int) -> str:
@@ -228,8 +237,7 @@ def _similar_plot(studies: Sequence[AttentionStudy], threshold: float, within: i
     ax.barh(at, counts, color=[COLOURS[i % len(COLOURS)] for i in at])
     ax.set_yticks(at, [page.shortened(study.model) for study in studies])
     ax.invert_yaxis()
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.set_title("similar blocks of all attention blocks", fontsize=11)
+    _numbered(ax, "", "similar blocks of all attention blocks")
     return page.svg(fig)
 
 
@@ -238,9 +246,8 @@ def _matrix(stage: StageStudy) -> str:
     fig, ax = page.figure(size + 0.6, size)
     drawn = ax.imshow(stage.similarity, vmin=0, vmax=1, cmap="viridis")
     ax.grid(False)
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.yaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.set_title(stage.name or "blocks", fontsize=11)
+    _numbered(ax, "", stage.name or "blocks")
     fig.colorbar(drawn, ax=ax, shrink=0.8)
     return page.svg(fig)
 
@@ -248,19 +255,20 @@ def _matrix(stage: StageStudy) -> str:
 def _heads_plot(studies: Sequence[AttentionStudy]) -> str:
     fig, ax = page.figure(7.2, 3.4)
     for i, study in enumerate(studies):
-        several = [
-            (n, layer)
+        alike = {
+            n: layer.most_alike
             for n, layer in enumerate(study.layers)
             if layer.heads > 1 and not layer.trivial
-        ]
-        at = [n for n, _ in several]
-        colour, label = COLOURS[i % len(COLOURS)], page.shortened(study.model)
-        alike = [layer.most_alike for _, layer in several]
-        ax.plot(at, alike, "o-", color=colour, markersize=4, linewidth=1.4, label=label)
+        }
+        look = {"color": COLOURS[i % len(COLOURS)], "markersize": 4, "linewidth": 1.4}
+        ax.plot(
+            *zip(*alike.items(), strict=True) if alike else ([], []),
+            "o-",
+            label=page.shortened(study.model),
+            **look,
+        )
     ax.set_ylim(0, 1.02)
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.set_xlabel("attention layer")
-    ax.set_title("similarity of a head to the one most like it", fontsize=11)
+    _numbered(ax, "attention layer", "similarity of a head to the one most like it")
     ax.legend(frameon=False, fontsize=9)
     return page.svg(fig)
 
@@ -274,10 +282,8 @@ def _distance_plot(layers: Sequence[LayerStudy]) -> str:
         ax.scatter(np.full(len(heads), i), heads, s=18, clip_on=False, **how)
         top = max(top, float(heads[-1]))
     ax.set_ylim(0, 1.05 * top or 1.0)  # room for whole dots, also where all are about equal
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.set_xlabel("attention layer")
     ax.set_ylabel("pixels")
-    ax.set_title("mean attention distance of each head", fontsize=11)
+    _numbered(ax, "attention layer", "mean attention distance of each head")
     return page.svg(fig)
 
 
@@ -313,7 +319,3 @@ def _span(distance: np.ndarray) -> str:
 
 def _blocks(study: AttentionStudy) -> int:
     return sum(len(stage.layers) for stage in study.stages)
-
-
-def _mean(values: np.ndarray) -> str:
-    return f"{values.mean():.2f}" if values.size else "none"
