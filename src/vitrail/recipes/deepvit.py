@@ -52,7 +52,7 @@ def deepvit_16b() -> TrainConfig:
 
 
 def deepvit_24b() -> TrainConfig:
-    """DeepViT of 24 blocks: as deepvit_s at 1.5 times the cost. Expected: top-1 79.99 (README; ViT: 79.35)."""
+    """DeepViT of 24 blocks: as deepvit_s, 1.5 times the cost. Expected: top-1 79.99 (README; ViT: 79.35)."""
     return imagenet_deepvit("deepvit_24b")
 
 
