@@ -65,9 +65,8 @@ def resample_positions(
     # would ask a traced graph whether a width is 1.
     grid = wide.reshape(old[0], old[1], -1).transpose(0, 1).flatten(1)  # (x, y * C)
     grid = (columns @ grid).unflatten(1, (old[0], -1))  # (w, y, C)
-    grid = (
-        grid.transpose(0, 1).clone(memory_format=torch.contiguous_format).flatten(1)
-    )  # (y, w * C)
+    grid = grid.transpose(0, 1).clone(memory_format=torch.contiguous_format)
+    grid = grid.flatten(1)  # (y, w * C)
     return (rows @ grid).reshape(1, -1, table.shape[-1]).to(table.dtype)
 
 

@@ -111,7 +111,7 @@ def read_checkpoint(source: str | Path | Mapping[str, Any] | Checkpoint) -> Chec
     path = Path(source).expanduser()
     if path.is_dir():
         return read_folder(path)
-    return read_file(path)
+    return unwrap(_read_tensors(path), str(path))
 
 
 def read_folder(folder: Path) -> Checkpoint:
@@ -125,10 +125,8 @@ def read_folder(folder: Path) -> Checkpoint:
         hint = f"; it holds {listed(others)}: name one of them" if others else ""
         raise InputError(f"{folder} has none of {', '.join(FOLDER_FILES)}{hint}")
     name = found[0]
-    if name.endswith(".index.json"):
-        checkpoint = read_shards(folder / name)
-    else:
-        checkpoint = read_file(folder / name)
+    sharded = name.endswith(".index.json")
+    checkpoint = read_shards(folder / name) if sharded else read_checkpoint(folder / name)
     checkpoint.source = str(folder)
     checkpoint.notes.insert(0, f"read {name} in the folder")
     checkpoint.config = _beside(folder / "config.json")
@@ -185,11 +183,6 @@ def read_shards(index: Path) -> Checkpoint:
     checkpoint = unwrap(state, str(index))
     checkpoint.notes.insert(0, f"{len(files)} shards")
     return checkpoint
-
-
-def read_file(path: Path) -> Checkpoint:
-    """One file, its format told by the suffix."""
-    return unwrap(_read_tensors(path), str(path))
 
 
 def _read_tensors(path: Path) -> Any:

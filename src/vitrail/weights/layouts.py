@@ -73,9 +73,7 @@ class Fit:
     resampled: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)  # ours that the file lacks, and may not
     extra: list[str] = field(default_factory=list)  # the file's that must not be left
-    shapes: list[str] = field(
-        default_factory=list
-    )  # "key: (model) in the model, (file) in the file"
+    shapes: list[str] = field(default_factory=list)  # "key: (...) in the model, (...) in the file"
     notes: list[str] = field(default_factory=list)
     failure: str = ""  # why the key map could not be applied at all
 
@@ -355,15 +353,15 @@ def _unrecognised(
 def _does_not_fit(
     checkpoint: Checkpoint, wanted: Mapping[str, Tensor], entry: BackboneEntry, fit: Fit
 ) -> str:
+    why = (
+        f"its keys cannot be translated ({fit.failure})"
+        if fit.failure
+        else f"of the model's {len(wanted)} keys {fit.matched} are in the file, {len(fit.state)} of them in "
+        "the right shape"
+    )
     lines = [
-        f"{checkpoint.source} does not fit {entry.name} (read as layout {fit.layout!r}): of the model's "
-        f"{len(wanted)} keys {fit.matched} are in the file, {len(fit.state)} of them in the right shape"
+        f"{checkpoint.source} does not fit {entry.name} (read as layout {fit.layout!r}): {why}"
     ]
-    if fit.failure:
-        lines = [
-            f"{checkpoint.source} does not fit {entry.name} (read as layout {fit.layout!r}): "
-            f"its keys cannot be translated ({fit.failure})"
-        ]
     for what, items in (
         ("shapes differ", fit.shapes),
         ("in the model, not in the file", fit.missing),
