@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import nn
 
+from vitrail.data.batch import Dense
+from vitrail.data.mosaic import mosaic
 from vitrail.tasks.detect import TASK, Settings, scores_of
 from vitrail.tasks.task import TASKS, task_of
 from vitrail_runtime.errors import InputError, NotFinite
@@ -101,6 +103,21 @@ def test_it_is_a_task_by_its_name():
     assert (TASK.name, TASK.truth, TASK.headline) == ("detect", "boxes", "AP")
     assert TASK.options(Settings()) == {}
     assert TASK.multiple(Settings()) == 1
+
+
+def test_mosaics_are_off_by_default_and_made_of_four_of_a_share():
+    images = torch.rand(8, 3, 12, 16)
+    targets = ({"boxes": torch.tensor([[1.0, 1, 9, 9]]), "labels": torch.tensor([0])},) * 8
+    batch = Dense(images, targets, torch.arange(8))
+    assert TASK.prepare(batch, (0, 0, 0), Settings(), 3) is batch
+    made = TASK.prepare(batch, (0, 1, 2), Settings(mosaic=1.0), 3)
+    want = mosaic(batch, (0, 1, 2), 1.0)
+    assert torch.equal(made.images, want.images)
+    assert not torch.equal(made.images, images)
+    assert TASK.multiple(Settings(mosaic=0.1)) == 4
+    for wrong in (-0.1, 1.5):
+        with pytest.raises(InputError, match="mosaic"):
+            Settings(mosaic=wrong)
 
 
 def test_scores_are_of_boxes_in_the_original_and_of_classes_by_name():

@@ -2,15 +2,17 @@
 
 import colorsys
 import importlib.util
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from vitrail_runtime.decoding import Source, decode, name_of, read_size
 from vitrail_runtime.errors import InputError
+from vitrail_runtime.rle import decode_mask
 
 if TYPE_CHECKING:
     from vitrail_runtime.prediction import Prediction
@@ -46,8 +48,27 @@ def draw_prediction(
         canvas = overlay(canvas, prediction.segmentation)
     if prediction.boxes is None:
         return _with_panel(canvas, _rows_of(prediction))
-    canvas = _with_masks(canvas, prediction)
-    _draw_boxes(canvas, prediction, size)
+    texts = [f"{n} {s:.0%}" for n, s in zip(prediction.names, prediction.scores, strict=True)]
+    shown = prediction.rles
+    return draw_objects(canvas, size, prediction.boxes, prediction.labels, texts, shown)
+
+
+def draw_objects(
+    canvas: Image.Image,
+    size: tuple[int, int],
+    boxes: np.ndarray,
+    labels: Sequence[int] | np.ndarray,
+    texts: Sequence[str],
+    masks: Sequence[Mapping[str, Any]] | None = None,
+) -> Image.Image:
+    """The image with a box and a text for each object in its class's colour, the first on top.
+
+    canvas: the image at any size. size: (height, width) of the original, whose pixels `boxes` (N, 4) xyxy are
+        in. texts: an empty one is left out. masks: of each object, COCO's run-length encoding.
+    """
+    if masks is not None:
+        canvas = _with_masks(canvas, labels, masks)
+    _draw_boxes(canvas, size, boxes, labels, texts)
     return canvas
 
 
@@ -123,27 +144,27 @@ def _bar(pen: ImageDraw.ImageDraw, box: tuple[int, int, int, int], colour: Colou
     pen.rounded_rectangle(box, radius=(box[3] - box[1]) / 2, fill=colour)
 
 
-def _draw_boxes(canvas: Image.Image, prediction: "Prediction", size: tuple[int, int]) -> None:
-    assert prediction.boxes is not None
+def _draw_boxes(
+    canvas: Image.Image,
+    size: tuple[int, int],
+    boxes: np.ndarray,
+    labels: Sequence[int] | np.ndarray,
+    texts: Sequence[str],
+) -> None:
     pen = ImageDraw.Draw(canvas)
     longest = max(canvas.size)
     line, font_size = max(2, longest // 320), max(12, min(26, longest // 36))
     scale = np.array([canvas.width / size[1], canvas.height / size[0]] * 2)
-    best_last = [
-        (corners, colour_of(int(label)), f"{name} {score:.0%}")
-        for corners, label, name, score in zip(
-            (prediction.boxes * scale).round().astype(int).tolist(),
-            prediction.labels,
-            prediction.names,
-            prediction.scores,
-            strict=True,
-        )
-    ][::-1]
+    corners = (np.asarray(boxes).reshape(-1, 4) * scale).round().astype(int).tolist()
+    colours = [colour_of(int(label)) for label in labels]
+    best_last = list(zip(corners, colours, texts, strict=True))[::-1]
     for (x0, y0, x1, y1), colour, _ in best_last:
         dark = tuple(c // 4 for c in colour)
         pen.rectangle((x0 - 1, y0 - 1, x1 + 1, y1 + 1), outline=dark, width=line + 2)
         pen.rectangle((x0, y0, x1, y1), outline=colour, width=line)
     for (x0, y0, _, _), colour, text in best_last:  # no line may cross a word
+        if not text:
+            continue
         font = _font(font_size, text)
         text = _shortened(text, font, canvas.width - font_size)
         width, height = round(font.getlength(text) + font_size * 0.6), round(font_size * 1.35)
@@ -154,16 +175,21 @@ def _draw_boxes(canvas: Image.Image, prediction: "Prediction", size: tuple[int, 
         pen.text(middle, text, font=font, fill=_on(colour), anchor="mm")
 
 
-def _with_masks(canvas: Image.Image, prediction: "Prediction") -> Image.Image:
-    masks = prediction.masks
-    if masks is None or not len(masks):
+def _with_masks(
+    canvas: Image.Image,
+    labels: Sequence[int] | np.ndarray,
+    masks: Sequence[Mapping[str, Any]],
+) -> Image.Image:
+    if not len(masks):
         return canvas
     pixels = np.asarray(canvas).astype(np.float32)
-    for mask, label in zip(masks[::-1], prediction.labels[::-1], strict=True):
-        shown = np.asarray(Image.fromarray(mask).resize(canvas.size, Image.Resampling.NEAREST))
+    rim = max(1, max(canvas.size) // 500)
+    for mask, label in list(zip(masks, labels, strict=True))[::-1]:
+        whole = Image.fromarray(decode_mask(mask))  # one at a time: a hundred may be large
+        shown = np.asarray(whole.resize(canvas.size, Image.Resampling.NEAREST))
         colour = np.array(colour_of(int(label)), dtype=np.float32)
         pixels[shown] += _OPACITY * (colour - pixels[shown])
-        pixels[shown & ~_eroded(shown, max(1, max(canvas.size) // 500))] = colour
+        pixels[shown & ~_eroded(shown, rim)] = colour
     return Image.fromarray(pixels.round().astype(np.uint8))
 
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from vitrail.configuration import Range, check_ranges
 from vitrail.tasks.task import Scores, Table, Task, label_map
 from vitrail_runtime.errors import InputError, NotFinite, listed
 
@@ -26,6 +27,13 @@ SIZES = {"APs": "small (below 32 x 32 pixels)", "APm": "medium", "APl": "large (
 class Settings:
     """How detectors are trained."""
 
+    mosaic: float = 0.0
+    """Share of the batches whose images are put together four in one (Bochkovskiy et al. 2020, arXiv
+    2004.10934); 0 is off."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self, {"mosaic": Range(0, 1, hint="0 is off")})
+
 
 class Detect(Task):
     name = "detect"
@@ -34,13 +42,19 @@ class Detect(Task):
     shown = "AP"
     settings = Settings
 
+    def prepare(
+        self, batch: "Batch", key: tuple[int, int, int], settings: Settings, num_classes: int
+    ) -> "Batch":
+        from vitrail.data.mosaic import mosaic
+
+        return mosaic(batch, key, settings.mosaic)
+
+    def multiple(self, settings: Settings) -> int:
+        """Four neighbours of a share make a mosaic: other shares would make others than one process."""
+        return 4 if settings.mosaic else 1
+
     def evaluator(self, model: Any, data: "Examples") -> "Evaluator":
         return Evaluator(model, data)
-
-    def sections(self, found: Any) -> list[Any]:
-        from vitrail.tasks.detect_report import sections
-
-        return sections(found)
 
 
 TASK = Detect()
@@ -185,7 +199,7 @@ def class_table(per_class: Mapping[str, Mapping[str, Any]], *, masks: bool) -> T
 def error_table(errors: Mapping[str, Mapping[str, Any]]) -> Table:
     rows = sorted(errors.items(), key=lambda item: -item[1]["dAP50"])
     return Table(
-        "mistakes",
+        "",
         ("mistakes", "number", "AP50 they cost"),
         tuple((kind, of["count"], of["dAP50"]) for kind, of in rows),
     )
