@@ -38,9 +38,9 @@ FIGURES: dict[str, tuple[float | None, float | None, float | None, int]] = {
     "vit_large_patch14_reg4_dinov2": (300, None, 86.7, 224),
     "vit_giant_patch14_dinov2": (1100, None, 86.5, 224),
     "vit_giant_patch14_reg4_dinov2": (1100, None, 87.1, 224),
-    # Read: counts of B/16 and L/16 (Swin's table 1, text), L/32 (README.md of
-    # github.com/google-research/vision_transformer). Not re-read: all other scores (later versions of that
-    # README), all other parameters (table 1 of the paper, table 2 of "How to train your ViT?").
+    # Counts of B/16 and L/16: Swin's table 1 (text); of H/14: the paper's table 1 (text); other parameters:
+    # tables 1 and 2 of "How to train your ViT?" (text). Scores: two versions of README.md of
+    # github.com/google-research/vision_transformer (L/32 in the first, all others in the later one)
     "vit_tiny_patch16": (5.8, None, 78.22, 384),
     "vit_small_patch8": (None, None, None, 224),
     "vit_small_patch16": (22.2, None, 83.73, 384),
@@ -56,11 +56,12 @@ FIGURES: dict[str, tuple[float | None, float | None, float | None, int]] = {
     "vit_small_r26_s32": (36.6, None, 83.85, 384),
     "vit_large_r50_s32": (330, None, 85.99, 384),
     "vit_base_r50_s16": (None, None, 85.08, 384),
-    # Not re-read: Zhai et al., arXiv 2106.04560, table 2: 533 and 965 GFLOPs
+    # Zhai et al., arXiv 2106.04560, table 2: 533 and 965 GFLOPs, by two readers
     "vit_giant_patch14": (1011, 533 / 2, None, 224),
     "vit_gigantic_patch14": (1843, 965 / 2, None, 224),
-    # Scores: github.com/ggjy/CMT.pytorch, README.md; counts of S and B: the paper's, as a survey has them.
-    # Not re-read: counts of Ti and XS.
+    # Scores: github.com/ggjy/CMT.pytorch, README.md; counts of S and B: the paper's, as a survey has them;
+    # parameters (9.49, 15.24, 25.14, 45.72): the paper's, as another implementation's README quotes them.
+    # Not re-read: multiply-adds of Ti and XS
     "cmt_ti": (9.5, 0.6, 79.0, 160),
     "cmt_xs": (15.2, 1.5, 81.8, 192),
     "cmt_s": (25.1, 4.0, 83.5, 224),
@@ -86,8 +87,8 @@ FIGURES: dict[str, tuple[float | None, float | None, float | None, int]] = {
     "swin_large_patch4_window7": (197, 34.5, 86.3, 224),
     "swin_large_patch4_window12": (197, 103.9, 87.3, 384),
     # github.com/apple/ml-cvnets, README-model-zoo.md: parameters and scores (v2: two decimals, and 18.4 M for
-    # 200). Not re-read: scores of XS and S (74.7 and 78.3 there; the paper's table 3) and all multiply-adds
-    # (MobileViTv2's tables 2 and 6).
+    # 200). Scores of XS and S (74.7 and 78.3 there), multiply-adds of XS: the paper's comparison with CNNs and
+    # its table 3 (text); all else: MobileViTv2's tables 2 and 6 (text; for 200 table 2 has 7.5)
     "mobilevit_xxs": (1.3, None, 69.0, 256),
     "mobilevit_xs": (2.3, 0.7, 74.8, 256),
     "mobilevit_s": (5.6, 2.0, 78.4, 256),
@@ -126,8 +127,8 @@ FIGURES: dict[str, tuple[float | None, float | None, float | None, int]] = {
     "efficientnet_b5": (30, 9.9, 83.6, 456),
     "efficientnet_b6": (43, 19, 84.0, 528),
     "efficientnet_b7": (66, 37, 84.3, 600),
-    # ResNet: the paper's table 1 (multiply-adds) and 100 less the errors of table 3, as others quote them.
-    # Not re-read: the scores of 18 (table 2) and 34 (table 3).
+    # ResNet: the paper's table 1 (multiply-adds; text) and 100 less the errors of tables 2 (18) and 3 (34: its
+    # option B), as two others quote them
     "resnet18": (None, 1.8, 72.1, 224),
     "resnet34": (None, 3.6, 75.5, 224),
     "resnet50": (None, 3.8, 77.2, 224),

