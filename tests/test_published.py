@@ -87,8 +87,8 @@ FIGURES: dict[str, tuple[float | None, float | None, float | None, int]] = {
     "swin_large_patch4_window7": (197, 34.5, 86.3, 224),
     "swin_large_patch4_window12": (197, 103.9, 87.3, 384),
     # github.com/apple/ml-cvnets, README-model-zoo.md: parameters and scores (v2: two decimals, and 18.4 M for
-    # 200). Scores of XS and S (74.7 and 78.3 there), multiply-adds of XS: the paper's comparison with CNNs and
-    # its table 3 (text); all else: MobileViTv2's tables 2 and 6 (text; for 200 table 2 has 7.5)
+    # 200). Scores of XS and S (74.7 and 78.3 there), multiply-adds of XS: the paper's figures and its
+    # table 3 (text); all else: MobileViTv2's tables 2 and 6 (text; for 200 table 2 has 7.5)
     "mobilevit_xxs": (1.3, None, 69.0, 256),
     "mobilevit_xs": (2.3, 0.7, 74.8, 256),
     "mobilevit_s": (5.6, 2.0, 78.4, 256),
