@@ -127,7 +127,7 @@ FIGURES: dict[str, tuple[float | None, float | None, float | None, int]] = {
     "efficientnet_b5": (30, 9.9, 83.6, 456),
     "efficientnet_b6": (43, 19, 84.0, 528),
     "efficientnet_b7": (66, 37, 84.3, 600),
-    # ResNet: the paper's table 1 (multiply-adds; text) and 100 less the errors of its tables 2 (18) and 3 (34:
+    # ResNet: table 1 of the paper (multiply-adds; text) and 100 less the errors of tables 2 (18) and 3 (34:
     # option B), as two others quote them
     "resnet18": (None, 1.8, 72.1, 224),
     "resnet34": (None, 3.6, 75.5, 224),
