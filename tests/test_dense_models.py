@@ -7,11 +7,10 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from transformers import SwinConfig as PeerConfig
-from transformers import UperNetConfig, UperNetForSemanticSegmentation
 
 import vitrail
 from tests.parity import assert_close_to_peer, randomise
+from tests.segmenters.swin_peer import upernet_on_swin
 from vitrail import models
 from vitrail.models import HEADS, list_models, read_config
 from vitrail.registry import list_backbones
@@ -189,22 +188,8 @@ def test_a_head_of_other_classes_is_dropped_and_said(upernet, tmp_path):
 
 @pytest.mark.parametrize("form", ["transformers", "mmsegmentation"])
 def test_a_foreign_upernet_answers_the_same(form, tmp_path):
-    peer = UperNetForSemanticSegmentation(
-        UperNetConfig(
-            backbone_config=PeerConfig(
-                embed_dim=12,
-                depths=[1, 1, 2, 1],
-                num_heads=[1, 2, 3, 4],
-                window_size=4,
-                out_features=["stage1", "stage2", "stage3", "stage4"],
-            ),
-            hidden_size=12,
-            auxiliary_channels=10,
-            num_labels=3,
-        )
-    )
-    randomise(peer)
-    state = dict(peer.eval().state_dict())
+    peer = upernet_on_swin(3)
+    state = dict(peer.state_dict())
     fields = {
         "embed_dim": 12,
         "depths": (1, 1, 2, 1),

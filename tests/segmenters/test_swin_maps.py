@@ -3,10 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import SwinConfig as PeerConfig
-from transformers import UperNetConfig, UperNetForSemanticSegmentation
 
-from tests.parity import assert_close_to_peer, randomise
+from tests.parity import assert_close_to_peer
+from tests.segmenters.swin_peer import upernet_on_swin
 from vitrail.backbones.swin import (
     Swin,
     SwinConfig,
@@ -36,22 +35,8 @@ def own_backbone(state):
 
 @pytest.mark.parametrize("size", [(128, 160), (256, 128)], ids=str)
 def test_a_whole_upernet_on_swin_equals_transformers(size):
-    peer = UperNetForSemanticSegmentation(
-        UperNetConfig(
-            backbone_config=PeerConfig(
-                embed_dim=12,
-                depths=[1, 1, 2, 1],
-                num_heads=[1, 2, 3, 4],
-                window_size=4,
-                out_features=["stage1", "stage2", "stage3", "stage4"],
-            ),
-            hidden_size=12,
-            auxiliary_channels=10,
-            num_labels=K,
-        )
-    )
-    randomise(peer)
-    peer = peer.double().eval()
+    peer = upernet_on_swin(K)
+    peer = peer.double()
     state = peer.state_dict()
     prefix = "backbone."
     below = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
