@@ -448,7 +448,7 @@ register_backbone(
             from_official,
             marks=("relative_pos_a", "stem_conv1.weight", "blocks_a.0.attn.q.weight"),
             source="github.com/ggjy/CMT.pytorch",
-        ),
+        )
     },
     preprocessing={
         name: Preprocessing(size=(config.image_size, config.image_size))

@@ -502,8 +502,4 @@ register_backbone(
         ),
     },
 )
-register_study(
-    ViT,
-    StudiedViTConfig,
-    tiny=smallest(StudiedViTConfig, attn_every=2, qk_dim=6),
-)
+register_study(ViT, StudiedViTConfig, tiny=smallest(StudiedViTConfig, attn_every=2, qk_dim=6))

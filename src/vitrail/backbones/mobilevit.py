@@ -308,9 +308,6 @@ register_backbone(
         ),
     },
     preprocessing=Preprocessing(
-        size=(256, 256),
-        crop_pct=0.9,
-        mean=(0.0, 0.0, 0.0),
-        std=(1.0, 1.0, 1.0),
+        size=(256, 256), crop_pct=0.9, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)
     ),
 )

@@ -491,11 +491,7 @@ register_backbone(
     Swin,
     VARIANTS,
     tiny=SwinConfig(
-        embed_dim=16,
-        depths=(2, 2, 2),
-        num_heads=(2, 2, 4),
-        window_size=3,
-        drop_path_rate=0.1,
+        embed_dim=16, depths=(2, 2, 2), num_heads=(2, 2, 4), window_size=3, drop_path_rate=0.1
     ),
     tail=SwinTail,
     dense={"norm_maps": True},
@@ -515,10 +511,7 @@ register_backbone(
         ),
         "torchvision": Layout(
             from_torchvision,
-            marks=(
-                "features.2.reduction.weight",
-                "features.1.0.attn.relative_position_bias_table",
-            ),
+            marks=("features.2.reduction.weight", "features.1.0.attn.relative_position_bias_table"),
             may_leave=_INDEX,
             source="torchvision.models.swin_t, swin_s, swin_b",
         ),

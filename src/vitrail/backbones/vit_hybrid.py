@@ -202,7 +202,7 @@ register_backbone(
             from_timm,
             marks=("patch_embed.backbone.*", *TIMM_MARKS),
             source="timm vision_transformer_hybrid",
-        ),
+        )
     },
     tail=ViTHead,
     resample=resample_to,

@@ -29,10 +29,7 @@ def imagenet_deit(model: str) -> TrainConfig:
         ema=0.99996,
         repeats=3,
         augmentation=Augmentation(
-            randaugment_ops=2,
-            randaugment_magnitude=9,
-            randaugment_std=0.5,
-            random_erasing=0.25,
+            randaugment_ops=2, randaugment_magnitude=9, randaugment_std=0.5, random_erasing=0.25
         ),
         precision="bf16",
     )

@@ -28,10 +28,7 @@ def imagenet_mobilevitv2(model: str, lr: float, weight_decay: float) -> TrainCon
         task={"label_smoothing": 0.1, "mixup": 0.2, "cutmix": 1.0},
         ema=0.9995,
         augmentation=Augmentation(
-            randaugment_ops=2,
-            randaugment_magnitude=3,
-            randaugment_std=0.0,
-            random_erasing=0.25,
+            randaugment_ops=2, randaugment_magnitude=3, randaugment_std=0.0, random_erasing=0.25
         ),
         precision="bf16",
     )
