@@ -61,6 +61,9 @@ def test_stages_neck_and_thresholds_are_fields_of_the_head():
     assert type(model.neck).__name__ == "SimplePyramid"
     with pytest.raises(InputError, match=r"config field of the head of .* did you mean 'ious'"):
         make("cascade_rcnn", head={"iou": 0.4})
+    assert make("cascade_rcnn", head={"ious": [0.5, 1]}).config.ious == (0.5, 1.0)
+    with pytest.raises(InputError, match=r"head of .*anchor_sizes is '\(4,\)', but must be a list"):
+        make("cascade_rcnn", head={"anchor_sizes": "(4,)"})
 
 
 def test_a_mask_head_says_that_it_needs_masks():

@@ -171,7 +171,7 @@ def create_model(
     dense = {} if known is None else entry.dense
     parts = {"backbone": _configured(entry, {**dense, **config_fields})}
     if known is not None:
-        parts["head"] = with_fields(f"the head of {name}", known.config, head or {})
+        parts["head"] = _head_config(f"the head of {name}", known.config, head or {})
     elif head:
         raise InputError(
             f"{name} is a classifier, whose head has no fields, but got head={dict(head)}"
@@ -223,6 +223,13 @@ def build_classifier(entry: BackboneEntry, config: Any, num_classes: int) -> Cla
     backbone = entry.cls(config)
     tail = entry.tail or PooledHead
     return Classifier(backbone, tail(config, backbone.feature_specs, num_classes))
+
+
+def _head_config(where: str, default: Any, given: Mapping[str, Any]) -> Any:
+    """A head's config with some fields replaced, whose values are of the types that the fields have."""
+    if not given.keys() <= (fields := to_dict(default)).keys():
+        with_fields(where, default, given)  # which says what is meant
+    return from_dict(type(default), fields | dict(given), where=where)
 
 
 def _configured(entry: BackboneEntry, config_fields: Mapping[str, Any]) -> Any:

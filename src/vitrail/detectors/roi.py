@@ -123,6 +123,8 @@ class MaskHead(nn.Module):
             nn.init.trunc_normal_(conv.weight, std=math.sqrt(2 / fan_out))
             if conv.bias is not None:
                 nn.init.zeros_(conv.bias)
+        # As detectron2: by that rule the logits of one class would start at a loss of ten.
+        nn.init.trunc_normal_(self.masks.weight, std=0.001)
 
     def forward(self, x: Tensor) -> Tensor:
         for conv, norm in zip(self.convs, self.norms, strict=True):
