@@ -117,7 +117,7 @@ def test_a_stratum_is_the_class_that_the_fewest_images_have():
     sizes = np.array([(20, 20)] * 5)
     truth = gathered(found, sizes=sizes, image_ids=range(5))
     # dot is in one image, though twice; rod in one as well; cell in four.
-    assert truth.image_counts().tolist() == [1, 4, 1]
+    assert truth.counts().tolist() == [[2, 1, 0], [0, 1, 0], [0, 1, 1], [0, 1, 0], [0, 0, 0]]
     assert truth.strata().tolist() == [0, 1, 2, 1, 3]
 
 

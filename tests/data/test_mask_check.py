@@ -192,14 +192,16 @@ def test_a_sheet_shows_a_legend_and_images_beside_their_class_maps(plain):
 
 def test_images_are_chosen_by_content_and_seed_with_every_class_among_them(plain):
     data = open_data(plain, "all")
-    first = sheet._every_class(data, 0)
+    first = sheet._every_class(data, data.truth.counts > 0, 0)
     assert len(first) == len(set(first)) == sheet.MOST_PAIRS
     assert 13 in first
-    assert 13 in sheet._every_class(data, 5)
-    assert sheet._every_class(data, 5) != first
+    assert 13 in sheet._every_class(data, data.truth.counts > 0, 5)
+    assert sheet._every_class(data, data.truth.counts > 0, 5) != first
     order = np.random.default_rng(0).permutation(20)
     other = data.subset(order)
-    assert [other.keys[i] for i in sheet._every_class(other, 0)] == [data.keys[i] for i in first]
+    assert [other.keys[i] for i in sheet._every_class(other, other.truth.counts > 0, 0)] == [
+        data.keys[i] for i in first
+    ]
 
 
 def test_classes_without_a_palette_have_colours_that_are_far_apart(root):
@@ -241,7 +243,7 @@ def test_a_legend_tells_colour_name_share_and_images_of_every_class_in_columns(
         "_write",
         lambda draw, at, name, size, width, ink: titles.setdefault(name, (at, width)),
     )
-    body = sheet._legend(open_data(root, "all"))
+    body = sheet._legend(sheet._map_entries(open_data(root, "all").truth))
     assert body.size == (1600, 2 * 46 + 24)
     counts = {"a": 600 - 100 - 5 - 4 - 3, "b": 3, "c": 3, "d": 3, "e": 2, "f": 1, "no class": 100}
     images = {"a": 3, "b": 3, "c": 3, "d": 3, "e": 2, "f": 1, "no class": 1}

@@ -13,7 +13,7 @@ from vitrail.tasks.task import DEFAULT
 from vitrail_runtime.errors import InputError
 
 if TYPE_CHECKING:
-    from vitrail.data.checkup import Checkup, SplitSummary
+    from vitrail.data.checkup import Checkup, ObjectSummary, SplitSummary
 
 HELP = """usage: vitrail data make digits DIR      write the embedded digits (--task: what for)
        vitrail data check SOURCE         find broken files, duplicates, leaks and missing classes
@@ -41,7 +41,8 @@ class MakeFlags:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckFlags:
-    """Decode every image once; report broken files and masks, duplicates, leaks, imbalance, missing classes.
+    """Decode every image once; report broken files, masks and annotations, duplicates, leaks, imbalance,
+    missing classes.
 
     Exit code 0: nothing that spoils a training; 1: something does.
     """
@@ -49,13 +50,16 @@ class CheckFlags:
     sources: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="SOURCE")]
     """A folder of class folders, of images with masks or boxes or of tar shards, a .json, .yaml or .csv, or
     hf:owner/name@revision."""
+    drop_bad: bool = False
+    """Take bad annotations for warnings, as a training with --drop-bad goes on without them."""
     json: bool = False
     """The whole finding as JSON, on stdout."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShowFlags:
-    """Draw a contact sheet: class names, counts, sizes, and images (with class maps) of the first split."""
+    """Draw a contact sheet: class names, counts, sizes, and images, with class maps or objects, of the first
+    split."""
 
     sources: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="SOURCE")]
     """A folder of class folders, of images with masks or boxes or of tar shards, a .json, .yaml or .csv, or
@@ -92,7 +96,7 @@ def check(argv: list[str]) -> int:
 
     from vitrail.data.checkup import check as look_through
 
-    found = look_through(source)
+    found = look_through(source, drop_bad=flags.drop_bad)
     if flags.json:
         print(json.dumps(found.to_dict(), indent=2))
     else:
@@ -127,7 +131,9 @@ def show(argv: list[str]) -> None:
         raise InputError(first)
     classes = opened.classes()
     splits = [
-        open_data(source, s, classes=classes, skip_broken=True) for s in wanted if s not in unread
+        open_data(source, s, classes=classes, skip_broken=True, drop_bad=True)
+        for s in wanted
+        if s not in unread
     ]
     sheet = contact_sheet(splits, Path(source).name or str(source), seed=flags.seed)
     try:
@@ -143,6 +149,8 @@ def show(argv: list[str]) -> None:
         print(f"{data.split}: {len(data):,} pictures of {len(data.classes)} classes")
         for where, what in data.broken[:SHOWN]:
             print(f"  broken: {where}: {what}")
+        for where, what in data.bad[:SHOWN]:
+            print(f"  bad: {where}: {what}")
     if strange := names_without_font(splits[0].classes):
         print(
             f"no font here has the letters of {', '.join(strange[:SHOWN])}: the sheet shows escapes such as "
@@ -172,6 +180,8 @@ def report(found: "Checkup") -> list[str]:
 def _split_lines(split: "SplitSummary") -> list[str]:
     if split.pixels:
         return _mask_lines(split)
+    if split.objects is not None:
+        return _object_lines(split, split.objects)
     counts = sorted(split.per_class.values())
     each = f"{counts[0]:,}" + (f" to {counts[-1]:,}" if counts[-1] > counts[0] else "")
     return [f"  {split.name}: {split.pictures:,} pictures, {each} a class", _size_line(split)]
@@ -188,6 +198,25 @@ def _mask_lines(split: "SplitSummary") -> list[str]:
     if split.ignored:
         lines.append(f"    {'no class':{wide}}  {'':17} {split.ignored / total:>7.2%} of pixels")
     return [f"  {split.name}: {split.pictures:,} images", _size_line(split), *lines]
+
+
+def _object_lines(split: "SplitSummary", objects: "ObjectSummary") -> list[str]:
+    """Of every class, how many objects there are and in how many images."""
+    total = sum(objects.per_class.values())
+    wide = max(len(name) for name in objects.per_class)
+    empty = f", {objects.empty:,} images without any" if objects.empty else ""
+    crowds = f", {objects.crowds:,} of them crowds" if objects.crowds else ""
+    return [
+        f"  {split.name}: {split.pictures:,} images, {total:,} objects"
+        f"{' with masks' if objects.masks else ''}{crowds}",
+        _size_line(split),
+        f"    objects: {objects.small:,} small, {objects.medium:,} medium, {objects.large:,} large (under "
+        f"32 x 32, under 96 x 96 pixels, over); at most {objects.most:,} in an image{empty}",
+        *(
+            f"    {name:{wide}}  {count:>9,} objects in {split.per_class[name]:>7,} images"
+            for name, count in objects.per_class.items()
+        ),
+    ]
 
 
 def _size_line(split: "SplitSummary") -> str:

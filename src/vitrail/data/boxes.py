@@ -150,22 +150,20 @@ class Boxes:
         counts = np.bincount(self.labels[~self.crowd], minlength=len(self.classes))
         return [self.classes[k] for k in np.flatnonzero(counts == 0).tolist()]
 
-    def image_counts(self) -> np.ndarray:
-        """(K,) int64: in how many images each class is."""
+    def counts(self) -> np.ndarray:
+        """(N, K) int64: objects of each class in each image, crowds too."""
         images = np.repeat(np.arange(len(self)), np.diff(self.starts))
-        pairs = np.unique(images * len(self.classes) + self.labels)
-        return np.bincount(pairs % len(self.classes), minlength=len(self.classes))
+        kinds = len(self.classes)
+        counts = np.bincount(images * kinds + self.labels, minlength=len(self) * kinds)
+        return counts.reshape(len(self), kinds)
 
     def strata(self) -> np.ndarray:
         """(N,) int64: of the classes that an image contains, the one that the fewest images contain; of equal
         ones the first. K for an image without objects. As `ClassMaps.strata`."""
-        rarity = np.argsort(self.image_counts(), kind="stable")
-        rank = np.empty(len(self.classes) + 1, np.int64)
-        rank[rarity] = np.arange(len(self.classes))
-        rarest = np.full(len(self), len(self.classes))
-        images = np.repeat(np.arange(len(self)), np.diff(self.starts))
-        np.minimum.at(rarest, images, rank[self.labels])
-        return np.append(rarity, len(self.classes))[rarest]
+        there = self.counts() > 0
+        rarity = np.argsort(there.sum(0), kind="stable")
+        first = there[:, rarity].argmax(1)
+        return np.where(there.any(1), rarity[first], len(self.classes)).astype(np.int64)
 
     def digest(self, i: int) -> str:
         """Changes with any object of image i."""

@@ -11,14 +11,20 @@ import scipy.sparse.csgraph
 import scipy.spatial
 from PIL import Image
 
+from vitrail.data.boxes import Boxes
+from vitrail.data.coco import Coco
 from vitrail.data.index import Index, Place, Source, digest, read_index
 from vitrail.data.masks import ClassMaps, MaskSource, read_class_maps
 from vitrail.data.opening import hold_out, open_source
+from vitrail.data.voc import Voc
+from vitrail.data.yolo import Yolo
 from vitrail_runtime.errors import ImageError, InputError
 from vitrail_runtime.preprocess import decode
 
 IMBALANCE = 10.0  # largest class over smallest from which it is worth a word
 SMALL = 32  # pixels of the short side, likewise
+BORDERS = (32**2, 96**2)  # pixels of area: between small, medium and large objects, as COCO has it
+BOXED = (Coco, Voc, Yolo)
 VAL_FRACTION = 0.2  # held out for validation where no val split is, as in training by default
 LOOK_SIDE = 8  # pictures are compared as thumbnails of this many pixels a side,
 LOOK_APART = 4.0  # and look the same up to this mean difference of 255
@@ -28,8 +34,8 @@ LOOK_APART = 4.0  # and look the same up to this mean difference of 255
 class SplitSummary:
     """Counts and sizes of one split. Sizes are (height, width) in pixels.
 
-    per_class: images of each class; of masks, images that contain it, and `pixels` counts its pixels;
-    `ignored` are those without a class.
+    per_class: images of each class; of masks and boxes, images that contain it. Of masks `pixels`
+    counts its pixels, and `ignored` are those without a class; `objects` counts those of boxes.
     """
 
     name: str
@@ -41,6 +47,26 @@ class SplitSummary:
     most_elongated: float  # long side over short side
     pixels: dict[str, int] = field(default_factory=dict)
     ignored: int = 0
+    objects: "ObjectSummary | None" = None
+
+
+@dataclass(frozen=True)
+class ObjectSummary:
+    """The objects of one split.
+
+    per_class: objects of each class, crowds too, of which there are `crowds`. small, medium, large: by
+    COCO's borders of 32 x 32 and 96 x 96 pixels of area. most: in one image. empty: images without any.
+    masks: whether there are.
+    """
+
+    per_class: dict[str, int]
+    crowds: int
+    small: int
+    medium: int
+    large: int
+    most: int
+    empty: int
+    masks: bool
 
 
 @dataclass(frozen=True)
@@ -70,8 +96,10 @@ class _Seen:
     look: bytes = b""  # thumbnail
 
 
-def check(source: str | Path) -> Checkup:
+def check(source: str | Path, *, drop_bad: bool = False) -> Checkup:
     """Decode every picture of every split once and compare all of them.
+
+    drop_bad: bad annotations are no errors, but warnings, as for a training that goes on without them.
 
     Raises InputError where there is no data set to look at; flaws of single pictures are collected.
     """
@@ -82,16 +110,25 @@ def check(source: str | Path) -> Checkup:
     summaries, seen = [], []
     notes: tuple[str, ...] = ()
     masks = opened if isinstance(opened, MaskSource) else None
+    boxed = isinstance(opened, BOXED)
     indexes = {}
     for split in opened.splits():
         try:
             indexes[split] = read_index(opened, split)
         except InputError as error:
-            if masks is None:
+            if masks is None and not boxed:
                 raise
             errors["splits that cannot be read"].append(f"{split}: {error}")
     for split, index in indexes.items():
-        if masks is None:
+        if boxed:
+            try:
+                boxes = opened.truth(split, index, classes)
+            except InputError as error:
+                errors["splits that cannot be used"].append(str(error))
+                continue
+            truths, summary = _digests(boxes), _box_summary(split, index, boxes)
+            _check_boxes(summary.name, boxes, warnings if drop_bad else errors, errors, warnings)
+        elif masks is None:
             truths, summary = index.names, _summary(split, index, classes)
             _check_classes(summary, classes, errors, warnings)
         else:
@@ -108,10 +145,11 @@ def check(source: str | Path) -> Checkup:
                 f"{index.sizes[i][0]} x {index.sizes[i][1]}"
                 for i in small.tolist()
             ]
-    _check_splits(indexes, errors, by_class=masks is None)
-    if len(classes) < 2:
+    by_class = masks is None and not boxed
+    _check_splits(indexes, errors, by_class=by_class)
+    if len(classes) < 2 and not boxed:
         errors["one class only; a classifier needs at least two"].append(", ".join(classes))
-    _compare(seen, errors, warnings, "labels" if masks is None else "masks")
+    _compare(seen, errors, warnings, "labels" if by_class else "boxes" if boxed else "masks")
     return Checkup(str(source), classes, tuple(summaries), dict(errors), dict(warnings), notes)
 
 
@@ -183,6 +221,46 @@ def _mask_summary(split: str, index: Index, maps: ClassMaps) -> SplitSummary:
     )
 
 
+def _digests(boxes: Boxes) -> list[str]:
+    return [boxes.digest(i) for i in range(len(boxes))]
+
+
+def _box_summary(split: str, index: Index, boxes: Boxes) -> SplitSummary:
+    counts, of_image = boxes.counts(), np.diff(boxes.starts)
+    large = np.digitize(boxes.areas, BORDERS)
+    return replace(
+        _summary(split, index, ()),
+        per_class=dict(zip(boxes.classes, (counts > 0).sum(0).tolist(), strict=True)),
+        objects=ObjectSummary(
+            per_class=dict(zip(boxes.classes, counts.sum(0).tolist(), strict=True)),
+            crowds=int(boxes.crowd.sum()),
+            small=int((large == 0).sum()),
+            medium=int((large == 1).sum()),
+            large=int((large == 2).sum()),
+            most=int(of_image.max(initial=0)),
+            empty=int((of_image == 0).sum()),
+            masks=boxes.has_masks,
+        ),
+    )
+
+
+def _check_boxes(
+    split: str,
+    boxes: Boxes,
+    bad: dict[str, list[str]],
+    errors: dict[str, list[str]],
+    warnings: dict[str, list[str]],
+) -> None:
+    for where, problem in boxes.bad:
+        bad["bad annotations"].append(f"{where}: {problem}")
+    for where, problem in boxes.problems.values():
+        errors["images that their annotations do not fit"].append(f"{where}: {problem}")
+    for name in boxes.missing():
+        warnings["classes without an object"].append(f"{split}: {name}")
+    for note in boxes.notes:
+        warnings["annotations to look at"].append(f"{split}: {note}")
+
+
 def _check_maps(
     split: str,
     maps: ClassMaps,
@@ -252,7 +330,7 @@ def _compare(
             _file_group(group, "the same bytes", errors, warnings, truths)
     # Thumbnails that agree are a reason to look, not a proof: plain textures agree as well.
     for group in _looking_the_same([group[0] for group in exact.values()]):
-        if truths == "masks":  # those of two frames of a film differ, and both are right
+        if truths != "labels":  # those of two frames of a film differ, and both are right
             group = [replace(picture, label="") for picture in group]
         _file_group(group, "pictures that look the same", warnings, warnings, truths)
 

@@ -4,13 +4,16 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from vitrail.data.boxes import Boxes
 from vitrail.data.examples import Examples
 from vitrail.data.legend import IGNORE
 from vitrail.data.masks import ClassMaps
+from vitrail.data.view import View
 from vitrail_runtime.drawing import colour_of
 
 WIDTH, MARGIN, GAP = 1600, 56, 6  # pixels
@@ -19,9 +22,16 @@ LABELS = 190  # width of the column of class names
 MOST_ROWS = 24  # classes up to which each has a row of its own
 MOST_CELLS = 77  # else one picture a class, in a grid
 CELLS_ACROSS, CELL = 11, 128
-PAIRS_ACROSS, MOST_PAIRS, PAIR_GAP = 3, 12, 18  # images beside their class maps
+PAIRS_ACROSS, MOST_PAIRS, PAIR_GAP = (
+    3,
+    12,
+    18,
+)  # images beside their class maps, or with their objects
+MOST_NAMED = 12  # objects of an image up to which each has its name written beside it
+VEIL = 0.4  # opacity of the masks of objects
 ENTRIES, ENTRY, SWATCH = 4, 46, 24  # legend: classes in a row, height of an entry and of its colour
 OPACITY = 0.6  # of classes laid over an image
+GREY = (125, 131, 144)  # of crowds
 PAPER, INK, SOFT, RULE, ACCENT = "#fbfaf7", "#22252b", "#7d8390", "#e4e1d8", "#3f7f8c"
 
 
@@ -30,7 +40,8 @@ def contact_sheet(splits: Sequence[Examples], title: str, *, seed: int = 0) -> I
 
     Of labels, up to 24 classes have a row each, filled with images in their own shapes; of more, up to 77
     show one image each. Of class maps, a legend with colours and shares of pixels, and up to 12 images beside
-    their class maps. `seed` chooses the images.
+    their class maps. Of boxes, a legend with colours and counts, and up to 12 images with their objects and
+    masks drawn; crowds in grey. `seed` chooses the images.
     """
     data = splits[0]
     body = BODIES[data.truth.kind](data, seed)
@@ -156,7 +167,20 @@ def _by_content(data: Examples, indices: Iterable[int], seed: int) -> list[int]:
 
 def _maps(data: Examples, seed: int) -> Image.Image:
     """Colours, names and shares of all classes, and up to 12 images beside their class maps."""
-    legend, pairs = _legend(data), _pairs(data, _every_class(data, seed))
+    picked = _every_class(data, data.truth.counts > 0, seed)
+    legend, pairs = _legend(_map_entries(data.truth)), _pairs(data, picked)
+    return _below(legend, pairs)
+
+
+def _objects(data: Examples, seed: int) -> Image.Image:
+    """Colours, names and counts of all classes, and up to 12 images with their objects."""
+    picked = _every_class(data, data.truth.counts() > 0, seed)
+    side = (WIDTH - 2 * MARGIN - (PAIRS_ACROSS - 1) * PAIR_GAP) // PAIRS_ACROSS
+    cells = _cells([_with_objects(data, i, side) for i in picked], side)
+    return _below(_legend(_box_entries(data.truth)), cells)
+
+
+def _below(legend: Image.Image, pairs: Image.Image) -> Image.Image:
     body = Image.new("RGB", (WIDTH, legend.height + pairs.height), PAPER)
     body.paste(legend, (0, 0))
     body.paste(pairs, (0, legend.height))
@@ -169,9 +193,9 @@ def _colours(truth: ClassMaps) -> np.ndarray:
     return np.array(own, np.uint8).reshape(-1, 3)
 
 
-def _every_class(data: Examples, seed: int) -> list[int]:
-    """Images by a hash of seed and content; first those that a class is waiting for, the rarest first."""
-    there = data.truth.counts > 0
+def _every_class(data: Examples, there: np.ndarray, seed: int) -> list[int]:
+    """Images by a hash of seed and content; first those that a class is waiting for, the rarest first.
+    there: (N, K), whether image i has class k."""
     order = _by_content(data, range(len(data)), seed)
     picked: list[int] = []
     for k in np.argsort(there.sum(0), kind="stable").tolist():
@@ -181,27 +205,44 @@ def _every_class(data: Examples, seed: int) -> list[int]:
     return (picked + [i for i in order if i not in picked])[:MOST_PAIRS]
 
 
-def _legend(data: Examples) -> Image.Image:
-    truth = data.truth
+Entry = tuple[str, Any, str, str]  # of a legend: name, colour, beside, below
+
+
+def _map_entries(truth: ClassMaps) -> list[Entry]:
     counts = [*truth.counts.sum(0).tolist(), int(truth.ignored.sum())]
     total = max(1, sum(counts))
     images = [*(truth.counts > 0).sum(0).tolist(), int((truth.ignored > 0).sum())]
     names = [*truth.classes, *["no class"] * bool(counts[-1])]
     inks = [*map(tuple, _colours(truth).tolist()), None]
+    return [
+        (name, ink, f"{count / total:.1%}", f"in {of:,} images")
+        for name, count, of, ink in zip(names, counts, images, inks, strict=False)
+    ]
+
+
+def _box_entries(truth: Boxes) -> list[Entry]:
+    counts = truth.counts()
+    rows = zip(truth.classes, counts.sum(0).tolist(), (counts > 0).sum(0).tolist(), strict=True)
+    return [
+        (name, colour_of(k), f"{count:,}", f"in {of:,} images")
+        for k, (name, count, of) in enumerate(rows)
+    ]
+
+
+def _legend(entries: Sequence[Entry]) -> Image.Image:
     column = (WIDTH - 2 * MARGIN + 24) // ENTRIES
-    rows = -(-len(names) // ENTRIES)
+    rows = -(-len(entries) // ENTRIES)
     image = Image.new("RGB", (WIDTH, rows * ENTRY + 24), PAPER)
     draw = ImageDraw.Draw(image)
-    for at, (name, count, of, ink) in enumerate(zip(names, counts, images, inks, strict=False)):
+    for at, (name, ink, told, below) in enumerate(entries):
         left, top = MARGIN + at % ENTRIES * column, 8 + at // ENTRIES * ENTRY
         box = (left, top, left + SWATCH, top + SWATCH)
         draw.rounded_rectangle(box, 5, ink, RULE if ink else SOFT, 1 if ink else 2)
-        told = f"{count / total:.1%}"
         room = column - 24 - SWATCH - 10
         wide = _font(15).getlength(told)
         _write(draw, (left + SWATCH + 10, top - 2), name, 17, room - wide - 12, INK)
         draw.text((left + SWATCH + 10 + room - wide, top), told, SOFT, _font(15))
-        draw.text((left + SWATCH + 10, top + 18), f"in {of:,} images", SOFT, _font(12))
+        draw.text((left + SWATCH + 10, top + 18), below, SOFT, _font(12))
     return image
 
 
@@ -225,14 +266,63 @@ def _pairs(data: Examples, indices: Sequence[int]) -> Image.Image:
     return body
 
 
-def _image_and_overlay(data: Examples, i: int, side: int) -> tuple[Image.Image, Image.Image]:
-    """Both within `side` x `side`, in their own shape."""
+def _cells(images: Sequence[Image.Image], side: int) -> Image.Image:
+    rows = [images[n : n + PAIRS_ACROSS] for n in range(0, len(images), PAIRS_ACROSS)]
+    heights = [max(image.height for image in row) for row in rows]
+    body = Image.new("RGB", (WIDTH, sum(heights) + PAIR_GAP * len(rows)), PAPER)
+    top = 0
+    for row, height in zip(rows, heights, strict=True):
+        for n, image in enumerate(row):
+            body.paste(image, (MARGIN + n * (side + PAIR_GAP), top))
+        top += height + PAIR_GAP
+    return body
+
+
+def _with_objects(data: Examples, i: int, side: int) -> Image.Image:
+    """An image within `side` x `side`, in its own shape, with its masks, boxes and, of a few, names."""
+    told = data.truth.target(i, None)
+    height, width = data.images.sizes[i].tolist()
+    shown = _within(data, i, side)
+    size = shown.height, shown.width
+    whole = View((height, width), size, (0, 0, height, width), None, False)
+    inks = [
+        GREY if crowd else colour_of(k) for k, crowd in zip(told.labels, told.crowd, strict=True)
+    ]
+    if told.masks is not None:
+        pixels = np.asarray(shown).astype(np.float32)
+        for ink, mask in zip(inks, told.masks, strict=True):
+            (there,) = whole.masks([mask["counts"]]).astype(bool)
+            pixels[there] += VEIL * (np.array(ink, np.float32) - pixels[there])
+        shown = Image.fromarray(np.rint(pixels).astype(np.uint8))
+    draw = ImageDraw.Draw(shown)
+    boxes, _ = whole.boxes(told.boxes)
+    for box, ink in zip(boxes.tolist(), inks, strict=True):
+        draw.rectangle([round(v) for v in box], outline=ink, width=2)
+    if len(boxes) <= MOST_NAMED and len(data.classes) > 1:
+        for (x1, y1, _, _), ink, k in zip(boxes.tolist(), inks, told.labels.tolist(), strict=True):
+            name = _shortened(data.classes[k], 16) if len(data.classes[k]) > 16 else data.classes[k]
+            at = round(x1), max(0, round(y1) - 16)
+            wide = round(_font(12).getlength(name)) + 6
+            draw.rectangle((*at, at[0] + wide, at[1] + 16), ink)
+            _write(
+                draw, (at[0] + 3, at[1] + 1), name, 12, wide, "black" if sum(ink) > 380 else "white"
+            )
+    return shown
+
+
+def _within(data: Examples, i: int, side: int) -> Image.Image:
+    """An image within `side` x `side`, in its own shape."""
     height, width = data.images.sizes[i].tolist()
     scale = side / max(height, width)
     high, wide = max(1, round(height * scale)), max(1, round(width * scale))
     shown = Image.fromarray(data.images.read(i, (high, wide)))
-    shown = shown.resize((wide, high), Image.Resampling.LANCZOS)
-    ids = Image.fromarray(data.truth.read(i)).resize((wide, high), Image.Resampling.NEAREST)
+    return shown.resize((wide, high), Image.Resampling.LANCZOS)
+
+
+def _image_and_overlay(data: Examples, i: int, side: int) -> tuple[Image.Image, Image.Image]:
+    """Both within `side` x `side`, in their own shape."""
+    shown = _within(data, i, side)
+    ids = Image.fromarray(data.truth.read(i)).resize(shown.size, Image.Resampling.NEAREST)
     return shown, _overlay(shown, np.asarray(ids), _colours(data.truth))
 
 
@@ -245,7 +335,7 @@ def _overlay(image: Image.Image, ids: np.ndarray, palette: np.ndarray) -> Image.
 
 
 # Kind of truth -> what is drawn below the header.
-BODIES = {"labels": _labels, "class maps": _maps}
+BODIES = {"labels": _labels, "class maps": _maps, "boxes": _objects}
 
 
 def _thumbnail(data: Examples, i: int, size: tuple[int, int]) -> Image.Image:
