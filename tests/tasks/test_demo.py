@@ -3,7 +3,7 @@ import pytest
 
 from vitrail.data.digits import SETS
 from vitrail.recipes import RECIPES
-from vitrail.tasks.demo import DEMOS, demo_of, mistake_first, worst_middle_best
+from vitrail.tasks.demo import DEMOS, demo_of, mistake_first, worst_middle_best, wrong_right_crowded
 from vitrail.tasks.task import TASKS
 from vitrail_runtime.errors import InputError
 from vitrail_runtime.prediction import Prediction
@@ -48,3 +48,21 @@ def test_the_worst_the_middle_and_the_best_image_are_shown():
 def test_a_segmenters_answer_is_its_classes_and_their_shares():
     p = Prediction(np.array([0, 4]), np.array([0.9, 0.1], np.float32), ["background", "3"])
     assert demo_of("segment").answer(p) == "background 90.0%, 3 10.0%"
+
+
+def test_a_detectors_worst_image_comes_before_those_without_a_mistake():
+    said = {
+        "objects": np.array([3, 5, 0, 4, 7]),
+        "found": np.array([3, 2, 0, 4, 6]),
+        "wrong": np.array([1, 0, 0, 0, 1]),
+    }  # mistakes: 1, 3, 0, 0, 2
+    assert wrong_right_crowded(said)[:3].tolist() == [1, 3, 2]
+
+
+def test_a_detectors_sure_answers_are_shown_and_counted():
+    demo = demo_of("detect")
+    names, scores = ["3", "7", "3", "1"], np.array([0.9, 0.8, 0.5, 0.4], np.float32)
+    p = Prediction(np.array([3, 7, 3, 1]), scores, names, boxes=np.ones((4, 4), np.float32))
+    assert demo.answer(demo.shown(p)) == "2 3, 1 7"
+    assert demo.answer(p.above(1)) == "nothing found"
+    assert demo_of("classify").shown(p) is p

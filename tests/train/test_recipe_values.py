@@ -9,8 +9,8 @@ from dataclasses import fields
 import pytest
 
 from vitrail.data.plan import BatchPlan
+from vitrail.models import backbone_entry
 from vitrail.recipes import RECIPES, recipe_config
-from vitrail.registry import backbone_entry
 from vitrail.tasks.classify import Settings
 from vitrail.train.config import TrainConfig
 
@@ -337,6 +337,30 @@ DIGITS_SEGMENT: Table = DIGITS | {
     "augmentation.scale": ((0.5, 1.0), OURS),
     "augmentation.interpolation": ("bilinear", OURS),
 }
+DIGITS_DETECT: Table = DIGITS_SEGMENT | {
+    "model": ("faster_rcnn/mobilenetv3_small", OURS),
+    "head_fields": (
+        {
+            "neck_dim": 64,
+            "strides": (8, 16, 32),
+            "anchor_sizes": (3.0,),
+            "anchor_ratios": (1.0, 2.0),
+            "box_dim": 256,
+            "class_agnostic": True,
+            "proposals_before_nms": (400, 200),
+            "proposals": (200, 60),
+            "proposal_samples": 64,
+            "samples": 64,
+        },
+        "small images with few objects, for minutes on a CPU",
+    ),
+    "image_size": (160, OURS),
+    "epochs": (7, OURS),
+    "batch_size": (8, OURS),
+    "lr": (2e-3, OURS),
+    "warmup_epochs": (1, OURS),
+    "eval_every": (7, OURS),
+}
 CIFAR_M0: Table = DIGITS | {
     "val_fraction": (0.02, OURS),
     "epochs": (20, OURS),
@@ -414,6 +438,7 @@ TABLES: dict[str, Table] = {
     "segment_small": SEGMENT,
     "digits": DIGITS,
     "digits_segment": DIGITS_SEGMENT,
+    "digits_detect": DIGITS_DETECT,
     "cifar10_efficientvit_m0": CIFAR_M0,
     "cifar10_vit_tiny": CIFAR_VIT,
 }

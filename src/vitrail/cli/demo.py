@@ -17,7 +17,7 @@ class DemoFlags:
     """Make digits, train a small model on them, evaluate, predict, and write a report page."""
 
     task: str = DEFAULT
-    """What is learnt: classify, or segment."""
+    """What is learnt: classify, segment or detect."""
     out: Path | None = None
     """Where everything is written; none: a folder here, named after the demo. One that was interrupted there
     goes on."""
@@ -83,6 +83,7 @@ def show(demo: "Demo", out: Path) -> "Scores":
     chosen = [out / "digits" / test.keys[i] for i in demo.choose(scores.said)[:3]]
     shown = []
     for path, prediction in zip(chosen, Predictor(model)(chosen), strict=True):
+        prediction = demo.shown(prediction)
         print(f"     {path}: {demo.answer(prediction)}")
         shown.append(prediction.draw())
     side_by_side(shown).save(out / "predictions.png")

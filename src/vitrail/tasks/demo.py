@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vitrail.registry import unknown
+from vitrail.tasks.detect import SURE
+from vitrail_runtime.coco import counted
 
 if TYPE_CHECKING:
     from vitrail_runtime.prediction import Prediction
@@ -17,7 +19,7 @@ class Demo:
     """digits: a key of `vitrail.data.digits.SETS`. recipe: of `vitrail.recipes`. score: what the headline is
     called in the last line. own: what a person's own data would be. choose: from what was said of all test
     images, the order in which they are worth a look. answer: a prediction in a few words. command: how this
-    demo is started; folder: where it writes.
+    demo is started; folder: where it writes. shown: what of a prediction is worth showing.
     """
 
     digits: str
@@ -28,6 +30,7 @@ class Demo:
     answer: Callable[["Prediction"], str]
     command: str
     folder: str
+    shown: Callable[["Prediction"], "Prediction"] = lambda p: p
 
 
 def mistake_first(said: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -43,6 +46,13 @@ def worst_middle_best(said: Mapping[str, np.ndarray]) -> np.ndarray:
         : np.isfinite(said["mIoU"]).sum()
     ]  # NaN, of images without a labelled pixel, is last
     return order[[0, len(order) // 2, -1]]
+
+
+def wrong_right_crowded(said: Mapping[str, np.ndarray]) -> np.ndarray:
+    """The image with most mistakes, then those without one, the most objects first."""
+    mistakes = said["objects"] - said["found"] + said["wrong"]
+    order = np.lexsort((-said["objects"], mistakes))
+    return np.concatenate([[np.argmax(mistakes)], order])
 
 
 DEMOS = {
@@ -65,6 +75,17 @@ DEMOS = {
         answer=lambda p: ", ".join(f"{n} {s:.1%}" for n, s in zip(p.names, p.scores, strict=True)),
         command="vitrail demo --task segment",
         folder="vitrail-demo-segment",
+    ),
+    "detect": Demo(
+        digits="detect",
+        recipe="digits_detect",
+        score="AP",
+        own="images with boxes: COCO, YOLO or Pascal VOC, docs/data.md has the forms",
+        choose=wrong_right_crowded,
+        answer=lambda p: counted(p.names) or "nothing found",
+        command="vitrail demo --task detect",
+        folder="vitrail-demo-detect",
+        shown=lambda p: p.above(SURE),
     ),
 }
 

@@ -45,7 +45,7 @@ HELP = {
     "classification": "look for wrong labels and classes that look alike, or train longer",
     "localisation": "boxes are found but lie badly: larger images, a cascade head, or tighter annotations",
     "both": "neither class nor place is right: look at the images below",
-    "duplicate": "an object has several answers: a lower IoU for suppressing them (--head-fields.nms)",
+    "duplicate": "an object has several answers: a lower IoU for suppressing them (--head-fields nms=0.4)",
     "background": "answers where nothing is: look for objects that are not annotated",
     "missed": "objects without any answer: larger images, smaller anchors, or more images of them",
 }
