@@ -1,14 +1,20 @@
 """Faster and Mask R-CNN against torchvision's, with its weights carried over by the key map."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torchvision.models import resnet
 from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
-from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.faster_rcnn import (
+    FastRCNNConvFCHead,
+    FastRCNNPredictor,
+    TwoMLPHead,
+)
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
-from torchvision.models.detection.rpn import concat_box_prediction_layers
+from torchvision.models.detection.rpn import RPNHead, concat_box_prediction_layers
 
 from tests.parity import assert_close_to_peer, randomise
 from vitrail.backbones.resnet import ResNet, ResNetConfig
@@ -27,22 +33,29 @@ NAMES = {
 }
 
 
-def peer_of(masks):
+def peer_of(kind):
+    """kind: "faster", "mask" or "v2": masks, with the norms and convolutions of the second versions."""
     body = resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1], num_classes=1)
     layers = {f"layer{i + 1}": str(i) for i in range(4)}
-    backbone = BackboneWithFPN(body, layers, [64, 128, 256, 512], 8)
+    norm = torch.nn.BatchNorm2d if kind == "v2" else None
+    backbone = BackboneWithFPN(body, layers, [64, 128, 256, 512], 8, norm_layer=norm)
     given = {"box_head": TwoMLPHead(8 * 49, 16), "box_predictor": FastRCNNPredictor(16, K + 1)}
-    if masks:
-        given["mask_head"] = MaskRCNNHeads(8, (8, 8, 8, 8), 1)
+    if kind == "v2":
+        given["rpn_head"] = RPNHead(8, 3, conv_depth=2)
+        given["box_head"] = FastRCNNConvFCHead((8, 7, 7), [8] * 4, [16], norm_layer=norm)
+    if kind != "faster":
+        given["mask_head"] = MaskRCNNHeads(8, (8, 8, 8, 8), 1, norm_layer=norm)
         given["mask_predictor"] = MaskRCNNPredictor(8, 8, K + 1)
-    model = (MaskRCNN if masks else FasterRCNN)(backbone, None, **given)
+    model = (FasterRCNN if kind == "faster" else MaskRCNN)(backbone, None, **given)
     randomise(model, 1.2)
     return model.double()
 
 
-def ours_of(peer):
-    masks = peer.roi_heads.mask_head is not None
-    config = MaskRCNNConfig(mask_dim=8, **FIELDS) if masks else RCNNConfig(**FIELDS)
+def ours_of(kind, peer):
+    config = RCNNConfig(**FIELDS) if kind == "faster" else MaskRCNNConfig(mask_dim=8, **FIELDS)
+    if kind == "v2":
+        config = replace(config, neck_norm=True, mask_norm=True, rpn_convs=2)
+        config = replace(config, box_convs=4, box_conv_dim=8, box_fcs=1)
     model = RCNN(ResNet(ResNetConfig(depths=(1, 1, 1, 1), bottleneck=False)), config, K)
     model.load_state_dict(from_torchvision(peer.state_dict()))
     return model.double()
@@ -73,14 +86,19 @@ def theirs(targets):
     return [{**t, "boxes": t["boxes"].double(), "labels": t["labels"] + 1} for t in targets]
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["faster", "mask"])
-def peer(request):
-    return peer_of(request.param)
+@pytest.fixture(scope="module", params=["faster", "mask", "v2"])
+def kind(request):
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def ours(peer):
-    return ours_of(peer)
+def peer(kind):
+    return peer_of(kind)
+
+
+@pytest.fixture(scope="module")
+def ours(kind, peer):
+    return ours_of(kind, peer)
 
 
 def test_every_tensor_before_suppression_and_all_answers_equal_torchvisions(peer, ours):

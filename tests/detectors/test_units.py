@@ -210,6 +210,23 @@ def test_proposals_are_the_best_of_each_level_without_near_doubles():
     assert 0 < len(got) <= (found.logits.sigmoid() >= 0.7).sum()
 
 
+@pytest.mark.parametrize("small", [False, True])
+def test_sizes_are_bounded_from_below_where_the_config_says_so(small):
+    specs = {"p2": FeatureSpec(4, 8), "p3": FeatureSpec(4, 16)}
+    config = rcnn.RCNNConfig(anchor_sizes=(400.0,), anchor_ratios=(1.0,), clamp_small=small)
+    rpn = RPN(config, specs)
+    found = rpn([torch.zeros(1, 4, 1, 1), torch.zeros(1, 4, 1, 1)])
+    found.deltas = torch.zeros(1, 2, 4) - 6
+    found.deltas[..., :2] = 0.25
+    (got,) = rpn.propose(found, [(9000, 9000)], training=True)
+    want = [400 * stride * (16 / 1000 if small else math.exp(-6)) for stride in (8, 16)]
+    assert sorted((got[:, 2] - got[:, 0]).tolist()) == pytest.approx(want, rel=1e-3)
+    model = rcnn.RCNN(_Empty(), config, 3)
+    moved = model._decode(torch.full((1, 1, 4), -60.0), torch.tensor([[0.0, 0, 100, 100]]), 0)
+    want = 100 * (16 / 1000 if small else math.exp(-60 * 0.2))
+    assert (moved[0, 0, 2] - moved[0, 0, 0]).item() == pytest.approx(want, rel=1e-2, abs=1e-5)
+
+
 def test_masks_of_a_cascade_are_the_mean_of_its_stages():
     config = CascadeMaskRCNNConfig(ious=(0.5, 0.6), neck_dim=8, box_dim=8, mask_dim=8)
     model = rcnn.RCNN(_Empty(), config, 3).eval()
