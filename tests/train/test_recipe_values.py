@@ -411,6 +411,17 @@ SEGMENT: Table = FINETUNE | {
 }
 
 
+DETECT: Table = SEGMENT | {
+    "batch_size": (8, OURS),
+    "clip_grad": (10.0, OURS),
+    "resize": ("edges", "as detectors are fed"),
+    "augmentation.crop": ("whole", "scale jitter takes parts by itself"),
+    "augmentation.scale": ((0.08, 1.0), "not of crop whole"),
+    "augmentation.ratio": ((3 / 4, 4 / 3), "not of crop whole"),
+    "augmentation.scale_jitter": ((0.8, 1.25), OURS),
+}
+
+
 TABLES: dict[str, Table] = {
     "deit_tiny": named(DEIT, "deit_tiny_patch16"),
     "deit_small": named(DEIT, "deit_small_patch16"),
@@ -436,6 +447,7 @@ TABLES: dict[str, Table] = {
     "efficientnet_b0": EFFICIENTNET,
     "finetune_small": FINETUNE,
     "segment_small": SEGMENT,
+    "detect_small": DETECT,
     "digits": DIGITS,
     "digits_segment": DIGITS_SEGMENT,
     "digits_detect": DIGITS_DETECT,
