@@ -90,8 +90,8 @@ class TrainConfig:
     crop_pct: float | None = None
     """Evaluation: the share of the resized image that the centre crop keeps; none: the model's own."""
     resize: Literal["crop", "squash", "fit", "edges", "native"] | None = None
-    """Evaluation: "crop" cuts the centre, "squash" and "fit" keep all of the image; none: the model's
-    own.
+    """Evaluation: "crop" cuts the centre, "squash" and "fit" keep all of the image; "edges" does so in
+    training, too, as for detectors; none: the model's own.
     """
     skip_broken: bool = False
     """Train without the images that cannot be read, instead of stopping."""
