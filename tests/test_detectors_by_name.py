@@ -89,3 +89,20 @@ def test_weights_by_part_and_heads_of_other_classes(tmp_path):
     dropped = {key.split(".", 2)[2] for key in report.dropped_head}
     assert dropped == {"classes.weight", "classes.bias", "masks.weight", "masks.bias"}
     assert torch.equal(fewer.stages[2].fcs[0].weight, model.stages[2].fcs[0].weight)
+
+
+def test_frozen_norms_take_the_weights_of_others_and_come_back(tmp_path):
+    plain = make("faster_rcnn")
+    randomise(plain)
+    vitrail.save(plain, tmp_path / "plain")
+    head = {**fields_of("faster_rcnn"), "frozen_norm": True}
+    model = make("faster_rcnn", head=head, weights=tmp_path / "plain")
+    again = vitrail.load(vitrail.save(model, tmp_path / "frozen"))
+    assert not [m for m in model.backbone.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    x = torch.randn(1, 3, 70, 56)
+    with torch.no_grad():
+        want = plain.eval().forward_tensors(x)
+        for other in (model.train(), again):  # in training mode too
+            found = other.forward_tensors(x)
+            torch.testing.assert_close(found["boxes"], want["boxes"], rtol=1e-3, atol=1e-2)
+            torch.testing.assert_close(found["scores"], want["scores"], rtol=1e-3, atol=1e-4)

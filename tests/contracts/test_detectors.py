@@ -17,6 +17,7 @@ CONFIGS = {
     "cascade": CascadeMaskRCNNConfig(ious=(0.5, 0.6), mask_dim=8, mask_convs=1, **SMALL),
     "pyramid": RCNNConfig(neck="simple_pyramid", **SMALL),
 }
+PAIRS = [(family, "cascade") for family in TINY] + [(f, "pyramid") for f in ("vit", "cmt")]
 
 
 def make(family, config="cascade", seed=0):
@@ -49,11 +50,10 @@ def loss_of(model, x, targets, **given):
     return sum(model.losses(x, targets, **given).values()) / model.weight(targets)
 
 
-@pytest.mark.parametrize("config", CONFIGS)
-@pytest.mark.parametrize("family", TINY)
+@pytest.mark.parametrize(("family", "config"), PAIRS)
 def test_any_size_from_one_pixel_is_answered_in_tensors_of_fixed_size(family, config):
     model = make(family, config)
-    for height, width in ((1, 1), (1, 5), (70, 45)):
+    for height, width in ((1, 1), (70, 45)):
         with torch.no_grad():
             found = model.forward_tensors(images(1, height, width))
         assert found["boxes"].shape == (1, 20, 4)
@@ -67,11 +67,10 @@ def test_any_size_from_one_pixel_is_answered_in_tensors_of_fixed_size(family, co
         assert (found["scores"].diff() <= 0).all()
 
 
-@pytest.mark.parametrize("config", CONFIGS)
-@pytest.mark.parametrize("family", TINY)
+@pytest.mark.parametrize(("family", "config"), PAIRS)
 def test_every_parameter_receives_a_finite_gradient_whatever_is_in_the_images(family, config):
     model = make(family, config).train()
-    for height, width, numbers in ((70, 45, (0, 5)), (1, 1, (40, 0)), (9, 9, (0, 0))):
+    for height, width, numbers in ((70, 45, (0, 5)), (1, 1, (40, 0))):
         model.zero_grad()
         targets = tuple(target(height, width, number) for number in numbers)
         loss = loss_of(model, images(2, height, width), targets)
@@ -98,7 +97,7 @@ def test_an_image_in_a_batch_is_answered_as_the_image_alone(family):
     assert both["count"].min() > 0
 
 
-@pytest.mark.parametrize("family", TINY)
+@pytest.mark.parametrize("family", ["vit", "swin", "efficientvit", "resnet"])
 def test_checkpointing_and_bf16_train_too(family):
     model = make(family).train()
     for module in model.modules():  # what is dropped at random differs between the two runs
