@@ -315,6 +315,7 @@ def view_of(crop, size, flip=False, original=(20, 30)) -> View:
 def test_without_a_view_everything_is_told_as_it_stands():
     truth = gathered(some_objects(masks=True))
     told = truth.target(0, None)
+    assert truth.notes == ()
     assert len(told) == 3
     assert told.labels.tolist() == [1, 0, 1]
     assert told.crowd.tolist() == [False, False, True]

@@ -77,6 +77,12 @@ def test_every_layout_gives_the_same_truth(tmp_path, file, folder):
     assert open_source(tmp_path / file).splits() == ("",)
 
 
+def test_a_folder_of_the_split_goes_before_one_of_all_images(tmp_path):
+    write_images(tmp_path / "images")
+    write(tmp_path / "train.json", document(write_images(tmp_path / "images" / "train")))
+    assert open_data(tmp_path, "all").keys == [f"images/train/{name}.png" for name in "abc"]
+
+
 def test_file_names_may_hold_folders(tmp_path):
     entries = write_images(tmp_path / "images" / "train")
     for entry, mark in zip(entries, ("/", "\\", "/"), strict=True):

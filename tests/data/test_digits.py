@@ -265,6 +265,15 @@ def test_scenes_are_images_with_a_box_and_a_mask_of_every_digit(scenes):
     assert 112 <= widths.min() <= widths.max() <= 224
 
 
+def test_a_digit_is_told_where_its_strokes_lie():
+    strokes = np.zeros((7, 9), bool)
+    strokes[2:5, 3:8] = np.random.default_rng(0).random((3, 5)) > 0.3
+    strokes[2, 5] = strokes[4, 6] = strokes[3, 3] = strokes[3, 7] = True
+    placed = digits._tight(4, 20, 30, strokes)
+    assert (placed.label, placed.top, placed.left) == (4, 22, 33)
+    assert np.array_equal(placed.strokes, strokes[2:5, 3:8])
+
+
 def test_scenes_share_no_source_digit_between_splits_and_use_all_before_one_again(scenes):
     _, drawn = scenes
     splits = np.array(digits.split_digits(digits._source()[1], 0))
