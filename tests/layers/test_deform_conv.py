@@ -108,3 +108,8 @@ def test_bfloat16_rounds_inputs_offsets_and_output_alone():
 def test_groups_divide_the_channels_that_a_filter_reads():
     assert DeformConv2d(4, 2, groups=2).weight.shape == (2, 2, 3, 3)
     assert DeformConv2d(4, 2).weight.shape == (2, 4, 3, 3)
+
+
+def test_factors_are_learnt_unless_the_first_form_is_asked_for():
+    assert DeformConv2d(4, 6, 3).conv_offset.out_channels == 27
+    assert DeformConv2d(4, 6, 3, modulated=False).conv_offset.out_channels == 18

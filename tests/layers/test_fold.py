@@ -136,3 +136,25 @@ def test_the_model_itself_is_left_as_it_was():
     assert norms(model) == ["1"]
     for key, value in model.state_dict().items():
         assert torch.equal(value, before[key])
+
+
+def test_an_example_of_inference_mode_serves_as_any_other():
+    """Such a tensor counts no writes, by which what works in place on it is known."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(inplace=True)).eval()
+    randomise(model)
+    with torch.inference_mode():
+        example = picture(1, 3, 5, 7)
+    folded = fold_batchnorm(model, example)
+    assert norms(folded) == []
+    assert_same(model, folded, picture(2, 3, 6, 4))
+
+
+def test_what_works_in_place_on_an_example_of_inference_mode_is_seen_and_leaves_it_alone():
+    model = nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).eval()
+    randomise(model)
+    with torch.inference_mode():
+        example = picture(1, 3, 5, 7)
+    before = example.clone()
+    folded = fold_batchnorm(model, example)
+    assert torch.equal(example, before)
+    assert_same(model, folded, picture(2, 3, 6, 4))
