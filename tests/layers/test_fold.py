@@ -10,10 +10,12 @@ from vitrail.registry import tiny_entries
 
 TINY = tiny_entries()
 # Convolution, activation, norm, and then something that no weight can take up: a convolution that pads with
-# zeros, or two readers. In ViT-CoMer what is normed are convolutions side by side, or a sum.
+# zeros, or two readers. In ViT-CoMer what is normed are convolutions side by side, or a sum. Deformable
+# convolutions are no layer that it knows.
 STAYS = {
     "cmt": ["stem.2", "stem.5", "stem.8", "mlp.conv1.2"],
     "convstemvit": ["stem.2", "stem.5", "stem.8"],
+    "resnetdcn": [f"layer{i}.0.bn2" for i in (2, 3, 4)],
     "vitcomer": [f"norms.{name}" for name in ("0", "1", "2", "c2", "c3", "c4", "c5")],
 }
 
