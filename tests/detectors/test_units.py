@@ -89,6 +89,12 @@ def test_a_box_is_pooled_from_torchvisions_level():
     sides = torch.tensor([0.0, 195, 197, 391, 393])
     boxes = torch.stack((sides * 0, sides * 0, sides, sides), 1)
     assert pool.level_of(boxes).tolist() == [0, 0, 1, 1, 2]
+    # Of two levels of one stride the first, as torchvision's for its MobileNet.
+    same = {"p5a": FeatureSpec(4, 32), "p5": FeatureSpec(4, 32), "p6": FeatureSpec(4, 64)}
+    pool = RoIPooling(same, 7, samples=2, aligned=False)
+    sides = torch.tensor([100.0, 500, 800, 900])
+    boxes = torch.stack((sides * 0, sides * 0, sides, sides), 1)
+    assert pool.level_of(boxes).tolist() == [0, 0, 0, 2]
 
 
 def test_pooled_boxes_keep_their_order_and_read_their_own_image_and_level():
