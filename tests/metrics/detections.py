@@ -19,7 +19,7 @@ Corpus = dict[Any, tuple[Found, Annotated]]
 
 def corpus(
     seed: int, *, images: int = 12, classes: int = 4, objects: int = 12, answers: int = 25,
-    masks: bool = False, scale: float = 1.0,
+    masks: bool = False, scale: float = 1.0, largest: float = 3.5,
 ) -> Corpus:  # fmt: skip
     """Images by id: some without objects, some without answers; a class without objects (the last); scores
     that are equal; crowds; answers close to objects, doubled, of another class; sizes of all kinds (scale).
@@ -29,8 +29,8 @@ def corpus(
     for i in range(images):
         n = int(rng.integers(1, objects + 1)) if i % 6 else 0
         d = int(rng.integers(1, answers + 1)) if i % 5 != 3 else 0
-        boxes, labels = _boxes(rng, n, scale), rng.integers(0, classes - 1, n)
-        said, said_labels = _boxes(rng, d, scale), rng.integers(0, classes, d)
+        boxes, labels = _boxes(rng, n, scale, largest), rng.integers(0, classes - 1, n)
+        said, said_labels = _boxes(rng, d, scale, largest), rng.integers(0, classes, d)
         if n and d:
             near = rng.integers(0, n, d * 3 // 4)
             k = len(near)
@@ -53,9 +53,9 @@ def corpus(
     return out
 
 
-def _boxes(rng: np.random.Generator, n: int, scale: float) -> np.ndarray:
+def _boxes(rng: np.random.Generator, n: int, scale: float, largest: float) -> np.ndarray:
     centre = rng.random((n, 2)) * (WIDTH * scale, HEIGHT * scale)
-    side = np.exp(rng.uniform(1, 3.5, (n, 2))) * scale
+    side = np.exp(rng.uniform(1, largest, (n, 2))) * scale
     return _sound(np.concatenate([centre - side / 2, centre + side / 2], 1).round(1))
 
 

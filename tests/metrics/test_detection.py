@@ -14,7 +14,7 @@ CASES = {  # seed, corpus, kind
     "boxes": (0, {}, "box"),
     "large": (1, {"images": 8, "scale": 5.0}, "box"),
     "many": (2, {"images": 3, "classes": 2, "objects": 40, "answers": 450}, "box"),
-    "masks": (3, {"images": 7, "masks": True}, "mask"),
+    "masks": (3, {"images": 7, "masks": True, "largest": 4.0}, "mask"),
 }
 
 
@@ -76,6 +76,15 @@ def test_scores_are_those_of_pycocotools(case):
     rows, classes, kind, found = measured(case)
     cap = max(100, *(len(f.scores) for f, _ in rows.values()))
     assert_equal(found[kind], by_pycocotools(rows, classes, kind, cap), cap)
+
+
+def test_chunks_of_images_are_counted_together(monkeypatch):
+    rows, classes, kind, found = measured("boxes")
+    monkeypatch.setattr("vitrail.metrics.detection.CHUNK", 3)
+    metrics = DetectionMetrics(classes, kinds=(kind,))
+    for image, row_ in rows.items():
+        metrics.update(image, *row_)
+    assert repr(metrics.compute()) == repr(found)
 
 
 def test_the_corpus_has_what_is_easily_counted_wrongly():

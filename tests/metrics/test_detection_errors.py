@@ -109,6 +109,13 @@ def test_an_object_is_missed_unless_a_wrong_class_or_place_would_have_found_it()
         assert errors[kind]["dAP50"] == pytest.approx(ap - now), kind
 
 
+def test_missed_objects_cost_the_recall_that_they_take():
+    boxes, labels = answers((0, 0))
+    found = Found(boxes, np.array([0.9]), labels)
+    errors = error_breakdown([(found, truth_of((0, 0), (100, 0)))], 1, 100)
+    assert errors["missed"] == {"count": 1, "dAP50": pytest.approx(1 - 51 / 101)}
+
+
 def test_of_two_that_could_be_put_right_the_better_one_finds_the_object_and_the_other_goes():
     boxes, labels = answers((5, 0), (0, 1), (4, 0))
     for scores in ([0.9, 0.8, 0.7], [0.7, 0.8, 0.9]):

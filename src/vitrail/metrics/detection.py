@@ -125,7 +125,7 @@ def measured(columns: _Columns, num_classes: int, kind: Kind, cap: int) -> dict[
     nothing = np.full((len(IOUS), 101, 4, len(caps)), np.nan)
     precision = np.stack([nothing] * num_classes)  # (K, T, R, A, M)
     recall = precision[:, :, 0].copy()
-    for label in np.unique(columns.true_labels[~columns.crowd]).tolist():
+    for label in np.unique(columns.true_labels).tolist():
         precision[label], recall[label] = _of_class(columns, label, kind, caps)
     ap, ar = precision.mean(2), recall.mean(1)  # (K, T, A, M) and (K, A, M)
 
@@ -166,7 +166,8 @@ def measured(columns: _Columns, num_classes: int, kind: Kind, cap: int) -> dict[
 def _of_class(
     columns: _Columns, label: int, kind: Kind, caps: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Precision (T, R, A, M) and recall (T, A, M) of one class; NaN where there is no object of a size."""
+    """Precision (T, R, A, M) and recall (T, A, M) of one class; NaN where there is no object of a size but
+    crowds."""
     # The library's two steps: images are matched on their own, chunk by chunk, and then counted together.
     by_size: list[list[Any]] = [[] for _ in range(4)]
     for chunk in _chunks(columns, label, kind):

@@ -94,7 +94,6 @@ def mistakes(boxes: np.ndarray, labels: np.ndarray, truth: Any) -> tuple[np.ndar
             kind[i], target[i], used[at] = RIGHT, at, True
         elif (inside[i][labels[i] == crowd_labels] >= FOREGROUND).any():
             kind[i] = IGNORED
-    used &= ~truth.crowd
     for i in np.flatnonzero(kind == _BACKGROUND):
         row, alike = overlap[i], same[i]
         own, other = np.where(alike, row, 0), np.where(alike, 0, row)
