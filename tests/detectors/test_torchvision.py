@@ -15,6 +15,7 @@ from torchvision.models.detection.faster_rcnn import (
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.rpn import RPNHead, concat_box_prediction_layers
+from torchvision.ops import clip_boxes_to_image
 
 from tests.parity import assert_close_to_peer, randomise
 from vitrail.backbones.resnet import ResNet, ResNetConfig
@@ -142,6 +143,11 @@ def test_every_tensor_before_suppression_and_all_answers_equal_torchvisions(peer
             assert torch.equal(got[name][i, :count], value)
             assert not got[name][i, count:].any()
         number = len(want[i])
+        kept = slice(0, number) if i == 0 else slice(len(want[0]), None)
+        moved = peer.roi_heads.box_coder.decode(deltas, want)[kept]
+        best = mine[0][kept, :-1].argmax(1) + 1  # of the classes, not background
+        moved = clip_boxes_to_image(moved[torch.arange(number), best], SIZES[i])
+        assert_close_to_peer(record["stages.0.boxes"][i, :number], moved)
         assert torch.equal(record["proposals"][i, :number], proposals[i])
         assert not record["proposals"][i, number:].any()
     assert got["boxes"].shape == (2, 100, 4)

@@ -262,3 +262,20 @@ def test_a_cascade_follows_mmdetections_settings():
     assert (config.box_beta, config.clamp_small, config.anchor_rounding) == (1.0, True, False)
     assert (config.score, config.nms, config.detections) == (0.05, 0.5, 100)
     assert config.average == "logits"
+
+
+@pytest.mark.parametrize("neck", ["fpn", "simple_pyramid"])
+def test_levels_are_those_that_the_head_asks_for(neck):
+    model = rcnn.RCNN(_Empty(), rcnn.RCNNConfig(neck=neck, neck_dim=8, strides=(8, 16)), 3)
+    assert model.rpn.strides == [8, 16, 32]
+    assert model.pool.strides == [8, 16]
+
+
+def test_at_most_the_asked_share_of_boxes_stands_for_objects():
+    model = rcnn.RCNN(_Empty(), rcnn.RCNNConfig(samples=40, positive_share=0.25, neck_dim=8), 3)
+    objects = torch.tensor([[0.0, 0, 20, 20]])
+    boxes = torch.cat((objects.expand(50, 4), objects.expand(50, 4) + 60))
+    target = {"boxes": objects, "labels": torch.tensor([2])}
+    drawn = model.draw(boxes, target, 0.5)
+    assert drawn.labels.tolist() == [2] * 10 + [3] * 30
+    assert torch.equal(drawn.wanted, objects.expand(10, 4))
