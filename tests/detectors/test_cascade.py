@@ -5,7 +5,7 @@ import torch
 
 from tests.golden.compare import check, load
 from tests.golden.fill import array, value
-from vitrail.detectors import rcnn
+from vitrail.detectors import rcnn, rpn
 from vitrail.detectors.cascade import CascadeMaskRCNNConfig, CascadeRCNNConfig
 from vitrail.detectors.keys import from_foreign
 from vitrail.features import FeatureSpec
@@ -44,7 +44,8 @@ def model_of(monkeypatch, config=CascadeRCNNConfig, **fields):
     assert state.keys() == heads.keys()
     model.load_state_dict(state, strict=False)
     monkeypatch.setattr(model, "maps", lambda images: MAPS)
-    monkeypatch.setattr(model.rpn, "forward", lambda maps: None)
+    nothing = rpn.Found(torch.zeros(2, 0), torch.zeros(2, 0, 4), torch.zeros(0, 4), [])
+    monkeypatch.setattr(model.rpn, "forward", lambda maps: nothing)
     monkeypatch.setattr(model.rpn, "propose", lambda found, sizes, training: PROPOSALS)
     monkeypatch.setattr(model.rpn, "losses", lambda found, targets: {})
     return model.double().eval()

@@ -11,6 +11,7 @@ Unlike torchvision's, labels are indices into the model's classes and background
 The second network is a list of stages, of which these have one; `cascade.py` has several.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -185,14 +186,16 @@ class RCNN(nn.Module):
         record: takes "proposals" (B, P, 4) and "stages.I.boxes" (B, P, 4), what stage I makes of its boxes.
 
         Returns: "boxes" (B, D, 4), "scores" (B, D), "labels" (B, D) int64, "count" (B,) int64 and with masks
-            "mask_crops" (B, D, m, m), probabilities within each box. Rows behind the count are zero.
+            "mask_crops" (B, D, m, m), probabilities within each box. Rows behind the count are zero. What
+            is NaN or infinite inside is no answer, so such an image has one, whose box and score are NaN.
         """
         sizes = _sizes(images, sizes)
         maps = self.maps(images)
-        boxes = self.rpn.propose(self.rpn(maps), sizes, training=False)
+        asked = self.rpn(maps)
+        boxes = self.rpn.propose(asked, sizes, training=False)
         if record is not None:
             record["proposals"] = _padded(boxes, self.config.proposals[1])
-        counts = [len(b) for b in boxes]
+        proposed = [len(b) for b in boxes]
         total, every = None, torch.cat(boxes)
         for i, stage in enumerate(self.stages):
             logits, deltas = stage(self.pool(maps, boxes))
@@ -201,7 +204,7 @@ class RCNN(nn.Module):
             total = seen if total is None else total + seen
             every = self._decode(deltas, torch.cat(boxes), i)  # (N, R, 4)
             best = self._one_box(every, logits[:, :-1].argmax(1))
-            boxes = [clip(b, *size) for b, size in zip(best.split(counts), sizes, strict=True)]
+            boxes = [clip(b, *size) for b, size in zip(best.split(proposed), sizes, strict=True)]
             if record is not None:
                 record[f"stages.{i}.boxes"] = _padded(boxes, self.config.proposals[1])
         assert total is not None
@@ -210,7 +213,7 @@ class RCNN(nn.Module):
             scores = scores.softmax(1)
         answers = [
             self._best(*one)
-            for one in zip(every.split(counts), scores.split(counts), sizes, strict=True)
+            for one in zip(every.split(proposed), scores.split(proposed), sizes, strict=True)
         ]
         out = {
             name: _padded([answer[i] for answer in answers], self.config.detections)
@@ -221,6 +224,13 @@ class RCNN(nn.Module):
         if self.has_masks:
             crops = self._masks(maps, [answer[0] for answer in answers], out["labels"], counts)
             out["mask_crops"] = _padded(crops, self.config.detections)
+        ends = zip(
+            asked.logits, asked.deltas, every.split(proposed), scores.split(proposed), strict=True
+        )
+        for i, parts in enumerate(ends):
+            if not all(part.isfinite().all() for part in parts):
+                out["boxes"][i, 0], out["scores"][i, 0] = math.nan, math.nan
+                out["count"][i] = out["count"][i].clamp(min=1)
         return out
 
     def losses(
