@@ -360,9 +360,14 @@ class Reached:
 
 
 def measure(room: str) -> dict:
-    """Which of the room's tests reach which line; they must pass as the code stands."""
-    found = HOME / f"{room}.reached.json"
-    if not found.exists():
+    """Which of the room's tests reach which line; they must pass as the code stands. Measured anew where
+    code or tests have changed: lines have moved then."""
+    found, of = HOME / f"{room}.reached.json", HOME / f"{room}.reached.of.txt"
+    files = [
+        p for folder in ("src", "runtime", "tests") for p in sorted((ROOT / folder).rglob("*.py"))
+    ]
+    now = hashlib.sha256(b"\0".join(path.read_bytes() for path in files)).hexdigest()
+    if not (found.exists() and of.exists() and of.read_text() == now):
         tree, log = copy_tree(room, 0), HOME / f"{room}.log"
         started = time.monotonic()
         pid = in_child(tree, [["-m", FAST, *ROOMS[room][1]]], log, [Reached(tree, room)])
@@ -370,6 +375,7 @@ def measure(room: str) -> dict:
         if code:
             found.unlink(missing_ok=True)
             sys.exit(f"the tests fail before anything is mutated; see {log}")
+        of.write_text(now)
         print(f"{room}: its tests take {time.monotonic() - started:.0f} s", flush=True)
     return json.loads(found.read_text())
 
