@@ -235,8 +235,7 @@ def test_the_places_of_every_family_are_known(family, height, width):
     for name, weights in layers.items():
         places = places_of(backbone, name, features)
         assert places is not None, (name, tuple(weights.shape))
-        assert math.prod(places.groups) == weights.shape[0]
-        assert math.prod(places.queries) + places.prefix == weights.shape[2]
+        assert_fits(places, weights)
         drawn = received(weights, places)
         assert drawn.shape[0] == weights.shape[1]
         if places.keys == places.queries and not places.interleaved:
@@ -247,6 +246,11 @@ def test_the_places_of_every_family_are_known(family, height, width):
         # Windows may reach beyond the picture, but not by more than themselves.
         rows, columns = places.keys
         assert (distance <= places.key_stride * math.hypot(rows, columns)).all()
+
+
+def assert_fits(places, weights):
+    assert math.prod(places.groups) == weights.shape[0]
+    assert math.prod(places.queries) + places.prefix == weights.shape[2]
 
 
 def places(prefix, queries, stride, keys=None, thinned=1, size=None, **more):
@@ -291,15 +295,21 @@ WHERE = {  # family -> the places at 50 x 33 pixels, layer by layer
         interleaved((2, 2), 32, size=(4, 3)),
         interleaved((1, 1), 64, size=(2, 2)),
     ],
+    "vitcomer": [  # on the image padded to 64 x 64
+        places(0, (2, 2), 16, size=(4, 4), groups=(2, 2)),
+        places(0, (4, 4), 16),
+    ],
 }
 
 
-@pytest.mark.parametrize("family", WITH_ATTENTION)
+@pytest.mark.parametrize("family", WHERE)
 def test_the_places_of_every_layer_are_those_of_the_paper(family):
     backbone = tiny(family)
     layers, features = record_attention(backbone, picture(50, 33))
     found = [places_of(backbone, name, features) for name in layers]
     assert found == WHERE[family]
+    for places, weights in zip(found, layers.values(), strict=True):
+        assert_fits(places, weights)
 
 
 def test_the_axis_that_one_window_covers_is_not_shifted():

@@ -175,3 +175,10 @@ def test_a_figure_has_no_frame_and_its_grid_lies_behind():
     assert ax.get_axisbelow() is True
     assert ax.xaxis.get_gridlines()[0].get_visible()
     page.plt.close(fig)
+
+
+def test_a_map_of_nothing_is_a_dark_veil_without_a_word(recwarn):
+    image = np.full((4, 6, 3), 200, np.uint8)
+    dark = np.asarray(page.heat(image, np.zeros((2, 3))))
+    assert (dark == 170).all()  # 0.85 of it
+    assert not recwarn.list

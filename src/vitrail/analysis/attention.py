@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vitrail.backbones import cmt, efficientvit, mobilevit, swin, vit
+from vitrail.backbones import cmt, efficientvit, mobilevit, swin, vit, vit_comer
 from vitrail.features import Features, FeatureSpec
 from vitrail.modes import eval_mode
 from vitrail_runtime.errors import InputError
@@ -271,6 +271,14 @@ def places_of(backbone: Any, name: str, features: Features) -> Places | None:
     stride, (height, width) = specs[level].stride, features.maps[level].shape[-2:]
     size = (height, width)
     match attn:
+        case vit.Attention() if isinstance(backbone, vit_comer.ViTCoMer):
+            # The image is padded to the coarsest stride, 32; the tokens' is half of it.
+            size, stride = (2 * height, 2 * width), stride / 2
+            block: Any = backbone.get_submodule(name.removesuffix(".attn"))
+            if (side := block.window) is None:
+                return Places(0, size, size, stride, stride, size)
+            window = (side, side)
+            return Places(0, window, window, stride, stride, size, _cut(size, side))
         case vit.Attention():
             prefix = 0 if features.prefix is None else features.prefix.shape[1]
             return Places(prefix, size, size, stride, stride, size)
