@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import hashlib
 import json
 import os
 import pickle
@@ -76,12 +77,20 @@ def test_half_precision_and_zero_sized_tensors_come_back_as_they_are(tmp_path):
         ({f"module._orig_mod.{k}": v for k, v in STATE.items()}, "'module.'"),
         ({"n_averaged": torch.tensor(9), **{f"module.{k}": v for k, v in STATE.items()}}, "averag"),
         ({**STATE, "epoch": 4}, "epoch"),
+        ({"model": STATE, "step": torch.tensor(3)}, "'model'"),
     ],
 )
 def test_wrappers_of_training_scripts_are_taken_off_and_said(data, note):
     checkpoint = unwrap(data, "here")
     assert_same(checkpoint.state)
     assert any(note in line for line in checkpoint.notes), checkpoint.notes
+
+
+def test_of_entries_that_are_no_tensors_eight_are_named():
+    (note,) = unwrap({**STATE, **{f"n{i}": i for i in range(9)}}, "here").notes
+    assert note == (
+        "passed over entries that are no tensors: n0, n1, n2, n3, n4, n5, n6, n7, ... (9 in all)"
+    )
 
 
 def test_of_several_states_the_averaged_ones_come_first_then_the_teachers():
@@ -516,6 +525,22 @@ def test_what_is_not_as_it_was_written_is_refused(tmp_path, change):
 def test_a_file_without_a_digest_is_read_as_it_is(tmp_path):
     save_file(STATE, tmp_path / "w.safetensors", metadata={"format": "pt"})
     assert_same(read_state(tmp_path / "w.safetensors"))
+
+
+def test_the_digest_is_what_files_of_today_carry():
+    """Another formula would call every file that was written before damaged."""
+    state = {"b": torch.tensor([[1.5], [2.5]]), "a": torch.tensor(7, dtype=torch.int16)}
+    parts = [b'{"format": "pt", "said": "this"}']
+    parts += [
+        hashlib.blake2b(about + data, digest_size=16).digest()
+        for about, data in (
+            (b'["a", "torch.int16", []]', struct.pack("<h", 7)),
+            (b'["b", "torch.float32", [2, 1]]', struct.pack("<2f", 1.5, 2.5)),
+        )
+    ]
+    want = hashlib.blake2b(b"".join(parts), digest_size=16).hexdigest()
+    assert files.digest_of(state, {"said": "this", "format": "pt"}) == want
+    assert files.digest_of(state, {"format": "pt", "said": "this"}) == want
 
 
 def test_a_digest_does_not_depend_on_layout_order_or_threads():

@@ -59,6 +59,9 @@ def test_one_file_of_a_repository_can_be_named(online, cache):
     assert [name for _, name, _ in online.fetched] == ["other.safetensors"]
     with pytest.raises(InputError, match=r"no gone.safetensors; it has .*name one: hf:owner/name/"):
         read_checkpoint("hf:owner/name/gone.safetensors")
+    with pytest.raises(InputError) as error:
+        read_checkpoint("hf:owner/name/gone.safetensors@v1")
+    assert str(error.value).endswith("; name one: hf:owner/name/model.safetensors@v1")
 
 
 def test_a_file_in_a_folder_of_the_repository_can_be_named_online_and_in_the_cache(online, cache):

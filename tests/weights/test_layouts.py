@@ -192,6 +192,15 @@ def test_the_backbone_of_a_detector_is_taken_from_among_its_parts(toy):
     assert "took the part 'backbone.'" in str(report)
 
 
+def test_of_two_layouts_that_may_be_meant_the_one_that_fits_is_taken(toy):
+    """Keys under "backbone." look like ours; these are another library's."""
+    state = {f"backbone.{k}": v for k, v in foreign().items() if not k.startswith(("fc", "pre"))}
+    target = Toy(ToyConfig())
+    assert candidates(state, classifier().state_dict(), toy) == ["vitrail"]
+    assert load(target, state, toy).layout == "foreign"
+    assert torch.equal(target.qkv.bias[4:8], state["backbone.k.bias"])
+
+
 def test_the_report_says_line_by_line_what_became_of_every_key(toy):
     report = load(classifier(num_classes=7, image_size=16), foreign(num_classes=3), toy)
     assert str(report) == (

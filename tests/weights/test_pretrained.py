@@ -140,6 +140,7 @@ def test_offline_the_file_to_fetch_and_its_place_are_named_and_there_it_is_found
 
 
 def test_a_file_behind_an_address_is_downloaded_once(at_address, place, trained):
+    place.mkdir(parents=True)  # other files lie there already
     for _ in range(2):
         model = create_model(NAME, num_classes=3, weights="pretrained", **SMALL)
         assert same(model, trained)
