@@ -11,6 +11,7 @@ import stat
 import struct
 import zipfile
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -418,6 +419,15 @@ def test_written_weights_come_back_bit_for_bit_and_readable_by_others(tmp_path):
 def test_tied_and_sliced_tensors_are_written_on_their_own(tmp_path):
     base = torch.arange(12.0).reshape(3, 4)
     state = {"whole": base, "tied": base, "row": base[1], "turned": base.T}
+    write_state(state, tmp_path / "w.safetensors")
+    assert_same(read_state(tmp_path / "w.safetensors"), state)
+
+
+def test_tensors_of_no_values_come_back(tmp_path):
+    """NumPy's have strides of 0, of which torch makes no view as bytes."""
+    taken = torch.from_numpy(np.arange(5)[[]])
+    assert taken.stride() == (0,)
+    state = {"labels": taken, "boxes": torch.zeros(0, 4), "a": torch.ones(2)}
     write_state(state, tmp_path / "w.safetensors")
     assert_same(read_state(tmp_path / "w.safetensors"), state)
 

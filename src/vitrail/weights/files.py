@@ -263,8 +263,11 @@ def digest_of(tensors: Mapping[str, Tensor], texts: Mapping[str, str] | None = N
         about = json.dumps([key, str(value.dtype), list(value.shape)])
         digest = hashlib.blake2b(about.encode(), digest_size=16)
         # BLAKE2b is as fast on every processor; SHA-256 is half as fast on those without instructions for it.
-        data = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-        digest.update(data)
+        if (
+            value.numel()
+        ):  # NumPy's empty arrays come with strides of which torch makes no view as bytes
+            data = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+            digest.update(data)
         return digest.digest()
 
     digest = hashlib.blake2b(json.dumps(dict(texts or {}), sort_keys=True).encode(), digest_size=16)
