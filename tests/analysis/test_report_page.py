@@ -124,6 +124,14 @@ def test_a_runs_curves_and_configuration_stand_on_the_page(tmp_path):
     assert found["Configuration and machine"].startswith("<pre>seed: 7 &lt; 8\n</pre><br><pre>")
 
 
+@pytest.mark.filterwarnings("error")
+def test_curves_of_what_was_not_logged_are_left_out():
+    """A run of few updates logs no loss, and a detector has none on validation images."""
+    found = report.curves([{"step": 6, "epoch": 0.1, "AP": 0.25}], "AP")
+    assert found.count("<svg") == 1
+    assert "AP on the validation split" in found
+
+
 def test_a_run_without_log_or_configuration_has_none(tmp_path):
     assert read_rows(tmp_path / "metrics.jsonl") == []
     assert configuration(tmp_path) == []

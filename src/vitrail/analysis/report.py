@@ -150,13 +150,15 @@ def curves(history: Sequence[dict[str, Any]], headline: str) -> str:
         ax.set_title(title, fontsize=11, loc="left")
         return fig, ax
 
-    losses, ax = drawn(
-        "loss",
-        (train, "loss", {"color": page.ACCENT, "label": "training, with augmentation"}),
-        (measured, "loss", {**dots, "label": "validation"}),
-    )
-    ax.legend(frameon=False, fontsize=8)
-    figures = [losses]
+    figures = []
+    if train or measured:  # a few updates may leave no row
+        losses, ax = drawn(
+            "loss",
+            (train, "loss", {"color": page.ACCENT, "label": "training, with augmentation"}),
+            (measured, "loss", {**dots, "label": "validation"}),
+        )
+        ax.legend(frameon=False, fontsize=8)
+        figures.append(losses)
     if evals:
         fig, ax = drawn(f"{headline} on the validation split", (evals, headline, dots))
         best = max(evals, key=lambda r: r[headline])  # the first of equals, as in training
