@@ -44,7 +44,11 @@ ROOMS = {
     "data": (["src/vitrail/data"], ["tests/data"]),
     "metrics": (["src/vitrail/metrics"], ["tests/metrics", "tests/train/test_eval.py"]),
     "analysis": (["src/vitrail/analysis"], ["tests/analysis"]),
-    "tasks": (["src/vitrail/tasks"], ["tests/tasks", "tests/analysis", "tests/train/test_eval.py"]),
+    "tasks": (
+        ["src/vitrail/tasks"],
+        ["tests/tasks", "tests/analysis"]
+        + [f"tests/train/test_{name}.py" for name in ("eval", "evaluate", "probe", "every_task")],
+    ),
     "layers": (
         ["src/vitrail/layers"],
         # Compiling and exporting every family takes longer than all the rest.
