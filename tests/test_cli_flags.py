@@ -128,8 +128,8 @@ def test_a_demo_of_another_task_has_its_own_digits_recipe_folder_and_command(
     assert out.endswith(
         "vitrail demo --task segment --out vitrail-demo-segment goes on from here\n"
     )
-    assert main(["demo", "--task", "detect"]) == 2
-    assert "unknown task 'detect'" in capsys.readouterr().err
+    assert main(["demo", "--task", "describe"]) == 2
+    assert "unknown task 'describe'" in capsys.readouterr().err
 
 
 def test_a_demo_that_is_stopped_says_how_to_go_on_and_ends_as_its_signal(

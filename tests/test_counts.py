@@ -20,7 +20,7 @@ class MultiplyAdds(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if func in (torch.conv2d, F.linear):
+        if func in (torch.conv2d, F.linear) or str(func) == "torchvision.deform_conv2d":
             self.total += out.numel() * args[1][0].numel()
         elif func is torch.conv_transpose2d:
             self.total += args[0].numel() * args[1][0].numel()
