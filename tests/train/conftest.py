@@ -1,7 +1,8 @@
-"""Tiny sets that tiny models learn within seconds: bright squares on the left or the right, and shapes with
-their class maps. What holds for every task is tested with a `Tiny` of each.
+"""Tiny sets that tiny models learn within seconds: bright squares on the left or the right, shapes with
+their class maps, and blocks with their boxes. What holds for every task is tested with a `Tiny` of each.
 """
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,24 @@ SEGMENTER = VIT | {
 }
 SHAPES = ("ground", "disk", "box")
 IGNORED = 255  # in a mask: no class
+
+# A detector without BatchNorm, which answers whatever it is sure of. It learns from all that it proposes:
+# nothing is drawn at random.
+DETECTOR = VIT | {
+    "model": "faster_rcnn/vit_tiny_patch16",
+    "head_fields": {
+        "neck": "simple_pyramid",
+        "neck_dim": 16,
+        "strides": (8, 16),
+        "anchor_sizes": (2.0,),
+        "proposals": (40, 20),
+        "pool_size": 3,
+        "box_dim": 16,
+        "score": 0.0,
+        "detections": 10,
+    },
+}
+BLOCKS = ("ruby", "grass", "sky")  # the colours of the blocks
 
 
 def draw(name: str, seed: int) -> Image.Image:
@@ -81,6 +100,30 @@ def make_masks(root: Path, *, train: int = 24, val: int = 12) -> Path:
     return root
 
 
+def make_scenes(root: Path, *, train: int = 24, val: int = 12) -> Path:
+    """In COCO's format: every image has a block more than the one before, up to three; every fourth none."""
+    categories = [{"id": k + 1, "name": name} for k, name in enumerate(BLOCKS)]
+    for split, count in (("train", train), ("val", val)):
+        (root / "images" / split).mkdir(parents=True)
+        entries, found = [], []
+        for i in range(count):
+            rng = np.random.default_rng(100 * (split == "val") + i)
+            width, height = 26 + i % 5, 22 + i % 3
+            pixels = rng.integers(0, 90, (height, width, 3), dtype=np.uint8)
+            for k in rng.permutation(3)[: i % 4].tolist():
+                w, h = rng.integers(9, 14, 2).tolist()
+                x, y = int(rng.integers(0, width - w)), int(rng.integers(0, height - h))
+                pixels[y : y + h, x : x + w, k] += 150  # each colour once
+                about = {"id": len(found) + 1, "image_id": i + 1, "category_id": k + 1}
+                found.append(about | {"bbox": [x, y, w, h], "area": w * h, "iscrowd": 0})
+            name = f"{split}/{i:02d}.png"
+            Image.fromarray(pixels).save(root / "images" / name)
+            entries.append({"id": i + 1, "file_name": name, "height": height, "width": width})
+        told = {"images": entries, "annotations": found, "categories": categories}
+        (root / f"{split}.json").write_text(json.dumps(told), encoding="utf-8")
+    return root
+
+
 @dataclass(frozen=True)
 class Tiny:
     """Settings of a model without BatchNorm, and how a set of 24 images to learn from and 12 to measure on
@@ -95,12 +138,18 @@ class Tiny:
 TINY = {
     "classify": Tiny(make_pictures, VIT, "top1", CLASSES),
     "segment": Tiny(make_masks, SEGMENTER, "mIoU", SHAPES),
+    "detect": Tiny(make_scenes, DETECTOR, "AP", BLOCKS),
 }
 
 
 @pytest.fixture(scope="session")
 def masks(tmp_path_factory) -> Path:
     return make_masks(tmp_path_factory.mktemp("masks"))
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory) -> Path:
+    return make_scenes(tmp_path_factory.mktemp("scenes"))
 
 
 @pytest.fixture(scope="session", params=TINY)
@@ -110,9 +159,10 @@ def tiny(request) -> Tiny:
 
 
 @pytest.fixture(scope="session")
-def examples(tiny, pictures, masks) -> Path:
+def examples(tiny, pictures, masks, scenes) -> Path:
     """The data set of `tiny`."""
-    return masks if tiny is TINY["segment"] else pictures
+    made = {"classify": pictures, "segment": masks, "detect": scenes}
+    return next(made[name] for name in TINY if TINY[name] is tiny)
 
 
 @pytest.fixture(scope="session")

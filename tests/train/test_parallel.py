@@ -66,6 +66,11 @@ def alone_of_task(tiny, examples, tmp_path_factory) -> Path:
     return out
 
 
+# Not of a detector: its losses are means over the boxes of each share, as the references' are.
+WHOLE = pytest.mark.parametrize("tiny", ["classify", "segment"], indirect=True, scope="session")
+
+
+@WHOLE
 @pytest.mark.parametrize(
     ("world", "changes"),
     [
@@ -92,6 +97,7 @@ def test_losses_do_not_depend_on_the_number_of_processes(
     assert vitrail.load(out / "best").classes == vitrail.load(alone / "best").classes
 
 
+@WHOLE
 @pytest.mark.parametrize("parallel", ["data", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_a_run_of_two_goes_on_as_a_run_of_one_and_back(tiny, examples, tmp_path, parallel):
     how = tiny.settings | OFTEN | {"parallel": parallel, "ema": 0.9}

@@ -15,7 +15,7 @@ import yaml
 from safetensors.torch import load_file
 
 from tests.train.children import ask_to_stop, kill_workers, run, run_and_kill
-from tests.train.conftest import SEGMENTER, VIT, tiny_config
+from tests.train.conftest import DETECTOR, SEGMENTER, VIT, tiny_config
 from vitrail.configuration import to_dict
 from vitrail.train.folder import RunFolder
 from vitrail.train.state import read_header, read_state, states
@@ -35,6 +35,10 @@ SEGMENTING = SEGMENTER | {
     "model_fields": DROPPING["model_fields"],
     "head_fields": {"dropout": 0.3},
     "task": {"class_weights": "balanced"},
+}
+DETECTING = DETECTOR | {  # few of many proposals and anchors are drawn at random
+    "model_fields": DROPPING["model_fields"],
+    "head_fields": DETECTOR["head_fields"] | {"samples": 8, "proposal_samples": 8},
 }
 
 
@@ -61,17 +65,19 @@ def rows(out: Path) -> list[dict]:
 
 @pytest.fixture(
     scope="module",
-    params=[DROPPING | MIXING, {}, SEGMENTING],
-    ids=["vit", "efficientvit", "segmenter"],
+    params=[DROPPING | MIXING, {}, SEGMENTING, DETECTING],
+    ids=["vit", "efficientvit", "segmenter", "detector"],
 )
 def changes(request) -> dict:
     """A model that drops paths at random on mixed pictures; one with running statistics; one with both, of
-    another task."""
+    another task; one that draws what it learns from."""
     return request.param
 
 
 @pytest.fixture(scope="module")
-def data(changes, pictures, masks) -> Path:
+def data(changes, pictures, masks, scenes) -> Path:
+    if changes is DETECTING:
+        return scenes
     return masks if changes is SEGMENTING else pictures
 
 
