@@ -32,8 +32,8 @@ SEGMENTER = VIT | {
 SHAPES = ("ground", "disk", "box")
 IGNORED = 255  # in a mask: no class
 
-# A detector without BatchNorm, which answers whatever it is sure of. It learns from all that it proposes:
-# nothing is drawn at random.
+# A detector without BatchNorm, which answers whatever it is sure of. Every anchor proposes and it learns from
+# all proposals: nothing is drawn at random, and no rounding decides which of two near doubles goes.
 DETECTOR = VIT | {
     "model": "faster_rcnn/vit_tiny_patch16",
     "head_fields": {
@@ -41,7 +41,9 @@ DETECTOR = VIT | {
         "neck_dim": 16,
         "strides": (8, 16),
         "anchor_sizes": (2.0,),
-        "proposals": (40, 20),
+        "proposals_before_nms": (1000, 1000),
+        "proposals": (1000, 1000),
+        "proposal_nms": 1.0,
         "pool_size": 3,
         "box_dim": 16,
         "score": 0.0,

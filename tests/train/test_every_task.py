@@ -98,7 +98,7 @@ def test_predict_finds_the_boxes_that_eval_measured(tiny, run, examples, tmp_pat
     )
     official.run()
     kept = json.loads((run / "best" / "metrics.json").read_text())
-    assert kept["AP50"] > 0.01
+    assert kept["AP50"] > 0.001
     found = dict(zip(("AP", "AP50", "AP75"), official.stats.tolist(), strict=False))
     assert {name: kept[name] for name in found} == pytest.approx(found, abs=1e-6)
     lines = (out / "predictions.jsonl").read_text().splitlines()

@@ -12,10 +12,11 @@ import torch
 from safetensors.torch import load_file
 
 import vitrail
-from tests.train.conftest import CLASSES, VIT, make_pictures, tiny_config
+from tests.train.conftest import CLASSES, TINY, VIT, Tiny, make_pictures, tiny_config
 from vitrail.cli import main
 from vitrail.data import open_data
 from vitrail.data.augmentation import Augmentation
+from vitrail.detectors.rcnn import RCNN
 from vitrail.tasks.probe import extract_features
 from vitrail.tasks.task import label_map
 from vitrail.train import loop
@@ -101,27 +102,49 @@ def test_head_only_moves_no_weight_and_no_statistic_of_the_backbone(pictures, tm
     assert all(key.startswith("head.") for key in moved)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"accumulate": 2},
-        {"accumulate": 3},
-        {"accumulate": 6},
-        {"grad_checkpointing": True},
-        {"workers": 2},
-    ],
-    ids=str,
-)
-def test_a_batch_in_parts_or_recomputed_or_read_by_workers_trains_the_same(
-    tiny, examples, tmp_path, changes
-):
+def losses_of(tiny: Tiny, data: Path, out: Path, **changes) -> list[float]:
+    settings = tiny.settings | {"log_every": 1, "epochs": 2} | changes
+    train(tiny_config(data, out, **settings))
+    return logged(out, "train", "loss")
+
+
+@pytest.mark.parametrize("changes", [{"grad_checkpointing": True}, {"workers": 2}], ids=str)
+def test_a_batch_recomputed_or_read_by_workers_trains_the_same(tiny, examples, tmp_path, changes):
+    plain = losses_of(tiny, examples, tmp_path / "plain")
+    assert len(plain) == 8
+    assert losses_of(tiny, examples, tmp_path / "other", **changes) == pytest.approx(
+        plain, abs=1e-5
+    )
+
+
+@pytest.mark.parametrize("task", ["classify", "segment"])
+def test_a_batch_in_parts_trains_the_same(task, pictures, masks, tmp_path):
     """Though each part has another number of labelled pixels, and some have none."""
-    plain = tiny_config(examples, tmp_path / "plain", **tiny.settings, log_every=1, epochs=2)
-    train(plain)
-    train(replace(plain, out=str(tmp_path / "other"), **changes))
-    ours, theirs = (logged(tmp_path / n, "train", "loss") for n in ("other", "plain"))
-    assert len(ours) == 8
-    assert ours == pytest.approx(theirs, abs=1e-5)
+    tiny, data = TINY[task], {"classify": pictures, "segment": masks}[task]
+    plain = losses_of(tiny, data, tmp_path / "plain")
+    for count in (2, 3, 6):
+        parts = losses_of(tiny, data, tmp_path / str(count), accumulate=count)
+        assert parts == pytest.approx(plain, abs=1e-5), count
+
+
+@pytest.mark.parametrize("count", [2, 3, 6])
+def test_a_detector_learns_from_each_part_by_its_number_of_images(
+    scenes, tmp_path, count, monkeypatch
+):
+    """Its losses are means over the boxes that a part draws, times the part's images; so the update's are the
+    mean over images, not those of the batch as a whole."""
+    seen, plain = [], RCNN.losses
+
+    def noted(self, images, *args, **kwargs):
+        losses = plain(self, images, *args, **kwargs)
+        seen.append((len(images), float(sum(losses.values()).detach())))
+        return losses
+
+    monkeypatch.setattr(RCNN, "losses", noted)
+    found = losses_of(TINY["detect"], scenes, tmp_path / "run", accumulate=count)
+    assert [images for images, _ in seen] == [6 // count] * count * 8
+    of_updates = np.array([loss for _, loss in seen]).reshape(8, count)
+    assert found == pytest.approx((of_updates.sum(1) / 6).tolist(), rel=1e-6)
 
 
 @pytest.mark.parametrize(

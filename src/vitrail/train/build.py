@@ -130,6 +130,8 @@ def check_parts(
                     f"{size[1]} at a time ({count} an update{parts}); give a larger --batch-size, such as "
                     f"{2 * config.batch_size}"
                 ) from error
+            except NotImplementedError:
+                continue  # a detector chooses boxes by their numbers; what comes before was tried
 
 
 def model_fields(config: TrainConfig) -> dict[str, Any]:
