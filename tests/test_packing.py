@@ -1,15 +1,18 @@
 """Packing as a property: nothing is lost, no budget is broken, and neighbours do not matter."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.parity import randomise
 from vitrail.backbones.vit import ViT, ViTConfig, ViTHead
 from vitrail.classifiers import Classifier
-from vitrail.packing import pack, patch_grid, plan_packs, unpack
+from vitrail.features import Features
+from vitrail.packing import Spans, pack, patch_grid, plan_packs, unpack
 from vitrail.registry import config_class
 from vitrail_runtime.errors import InputError
 
@@ -165,11 +168,106 @@ def test_packed_gradients_equal_those_of_the_images_alone():
         torch.testing.assert_close(c, b, atol=1e-10, rtol=1e-10)
 
 
+@settings(max_examples=6)
+@given(
+    sizes=st.lists(st.tuples(st.integers(1, 21), st.integers(1, 21)), min_size=1, max_size=4),
+    order=st.randoms(use_true_random=False),
+    budget=st.integers(40, 120),
+    name=st.sampled_from(list(MODELS)),
+)
+def test_gradients_are_those_of_the_images_alone_in_any_order_and_budget(
+    sizes, order, budget, name
+):
+    model = MODELS[name]
+    order.shuffle(sizes)
+    images = [image.requires_grad_() for image in pictures(sizes)]
+
+    def gradients(found: list[Features]) -> list[Tensor]:
+        numbers = [
+            t.flatten() for f in found for t in (*f.maps.values(), f.prefix) if t is not None
+        ]
+        flat = torch.cat(numbers)
+        weights = torch.linspace(-1, 1, len(flat), dtype=flat.dtype)
+        wanted = [*images, *model.parameters()]
+        return list(torch.autograd.grad((flat * weights).sum(), wanted, materialize_grads=True))
+
+    together = {}
+    for packed in pack(images, PATCH, budget, model.num_prefix_tokens):
+        together |= model.forward_packed(packed).unpack()
+    got = gradients([together[i] for i in range(len(images))])
+    for ours, want in zip(got, gradients([model(x[None]) for x in images]), strict=True):
+        largest = max(1.0, want.abs().max().item())
+        torch.testing.assert_close(ours, want, atol=1e-12 * largest, rtol=0)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_dropped_tokens_leave_the_others_with_their_positions(name):
+    """Of one image and of a neighbour in its pack; a map of what is left is one row."""
+    model = MODELS[name]
+    (packed,) = pack(pictures([(8, 12), (12, 4)]), PATCH, 60, model.num_prefix_tokens)
+    kept = ((0, 3, 4), (1,))
+    places = [0, 3, 4, 6 + 1]
+    some = replace(packed, patches=packed.patches[places], kept=kept)
+    assert some.lengths == [3, 1]
+    found = model.forward_packed(some)
+    assert found.grids == ((1, 3), (1, 1))
+
+    x = model.patch_embed.project(packed.patches)
+    x = x + torch.cat([model.positions(grid)[0] for grid in packed.grids])
+    prefix = model.prefix()
+    for i, own in enumerate(([0, 3, 4], [7])):
+        tokens = x[own][None]
+        if prefix is not None:
+            tokens = torch.cat([prefix, tokens], 1)
+        for block in model.blocks:
+            tokens = block(tokens)
+        last = model.norm(tokens)
+        features = found.unpack()[i]
+        if prefix is not None:
+            torch.testing.assert_close(features.prefix, last[:, : prefix.shape[1]])
+        if model.config.depth - 1 in model.map_names:
+            name = model.map_names[model.config.depth - 1]
+            own_map = features.maps[name].flatten(2).transpose(1, 2)
+            torch.testing.assert_close(own_map, last[:, model.num_prefix_tokens :])
+
+
+def test_neighbours_of_equal_grid_come_as_one_batch():
+    model = MODELS["deit"]
+    sizes = [(8, 12), (8, 12), (12, 8), (4, 4)]
+    (packed,) = pack(pictures(sizes), PATCH, 60, model.num_prefix_tokens)
+    found = model.forward_packed(packed)
+    batches = found.batches()
+    assert [f.prefix.shape[0] for f in batches] == [2, 1, 1]
+    single = found.unpack()
+    at = 0
+    for features in batches:
+        for row in range(features.prefix.shape[0]):
+            alone = single[packed.image_ids[at]]
+            assert torch.equal(features.prefix[row], alone.prefix[0])
+            for key, value in alone.maps.items():
+                assert torch.equal(features.maps[key][row], value[0])
+            at += 1
+    assert at == 4
+
+
+def test_spans_tell_where_images_begin_and_which_image_a_token_is_of():
+    spans, cpu = Spans((2, 2, 1)), torch.device("cpu")
+    assert spans.total == 5
+    assert spans.runs == [(2, 2), (1, 1)]
+    assert spans.offsets(cpu).tolist() == [0, 2, 4, 5]
+    assert spans.offsets(cpu).dtype == torch.int32
+    assert spans.images(cpu).tolist() == [0, 0, 1, 1, 2]
+    assert spans.spread(torch.tensor([7, 8, 9])).tolist() == [7, 7, 8, 8, 9]
+    with torch.inference_mode():
+        first = Spans((1,)).images(cpu)
+    assert not first.is_inference()
+
+
 def test_stochastic_depth_drops_the_branch_of_whole_images():
     block = backbone(depth=2, drop_path_rate=0.5).train().blocks[1]
-    runs = [(3, 6), (3, 1)]  # three images of six tokens, three of one
+    spans = Spans((6, 6, 6, 1, 1, 1))
     torch.manual_seed(0)
-    kept = torch.stack([block.drop_images(torch.ones(21, 2), runs)[:, 0] for _ in range(50)])
+    kept = torch.stack([block.drop_images(torch.ones(21, 2), spans)[:, 0] for _ in range(50)])
     assert set(kept.unique().tolist()) == {0.0, 2.0}
     per_image = kept[:, :18].unflatten(1, (3, 6))
     assert torch.equal(per_image, per_image[..., :1].expand_as(per_image))

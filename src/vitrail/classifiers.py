@@ -74,5 +74,5 @@ class Classifier(nn.Module):
                 f"{type(self.backbone).__name__} has no forward_packed: its tokens are not patches of one "
                 "size; group images by size, as vitrail.Predictor does"
             )
-        features = self.backbone.forward_packed(packed).unpack()
-        return torch.cat([self.head(features[i]) for i in packed.image_ids])
+        found = self.backbone.forward_packed(packed)
+        return torch.cat([self.head(features) for features in found.batches()])

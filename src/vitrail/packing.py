@@ -7,8 +7,10 @@ whatever its neighbours.
 """
 
 import bisect
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,6 +20,59 @@ from vitrail.features import Features, pad_to_multiple
 from vitrail_runtime.errors import InputError
 
 Size = tuple[int, int]  # (height, width)
+Run = tuple[int, int]  # images, tokens of each: neighbours of equal length in a packed sequence
+
+
+@dataclass(frozen=True)
+class Spans:
+    """Where the tokens of each image lie in one sequence: `lengths` of the images, one after another.
+
+    What follows from them is computed once, for all layers of a network.
+    """
+
+    lengths: tuple[int, ...]
+
+    @property
+    def total(self) -> int:
+        """Tokens of the sequence."""
+        return sum(self.lengths)
+
+    @cached_property
+    def runs(self) -> list[Run]:
+        """Neighbours of equal length: they share one batched call."""
+        return equal_runs(self.lengths)
+
+    def offsets(self, device: torch.device) -> Tensor:
+        """(N + 1,) int32: where each image begins, and where the last ends."""
+        return self.kept(("offsets", device), lambda: _offsets(self.lengths, device))
+
+    def images(self, device: torch.device) -> Tensor:
+        """(T,) int64: the image of each token."""
+        return self.kept(("images", device), lambda: self._images(device))
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Values of each image (N, ...) -> of each token (T, ...)."""
+        return values[self.images(values.device)]
+
+    def _images(self, device: torch.device) -> Tensor:
+        counts = torch.tensor(self.lengths, device=device)
+        return torch.repeat_interleave(counts, output_size=self.total)
+
+    @cached_property
+    def _known(self) -> dict[Hashable, Any]:
+        return {}
+
+    def kept(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What `make` gives, made once and kept under `key`."""
+        if key not in self._known:
+            with torch.inference_mode(False):  # it may serve a training step later
+                self._known[key] = make()
+        return self._known[key]
+
+
+def _offsets(lengths: Sequence[int], device: torch.device) -> Tensor:
+    ends = itertools.accumulate(lengths, initial=0)
+    return torch.tensor(list(ends), dtype=torch.int32, device=device)
 
 
 @dataclass(frozen=True)
@@ -28,6 +83,8 @@ class PackedImages:
     grids: (h, w) in patches of each image; T is the sum of h * w.
     image_ids: where each image stood in the list given to `pack`.
     sizes: (height, width) in pixels of each image, before the zeros that fill up its last patches.
+    kept: of each image the numbers of the patches, row by row, that are here, where token dropping left out
+        others; T is then the sum of their numbers. None: all of them.
     """
 
     patches: Tensor
@@ -35,11 +92,18 @@ class PackedImages:
     image_ids: tuple[int, ...]
     sizes: tuple[Size, ...]
     patch_size: int
+    kept: tuple[tuple[int, ...], ...] | None = None
 
     @property
     def lengths(self) -> list[int]:
         """Patches of each image."""
+        if self.kept is not None:
+            return [len(places) for places in self.kept]
         return [h * w for h, w in self.grids]
+
+    def spans(self, num_prefix_tokens: int = 0) -> Spans:
+        """Of a sequence where such prefix tokens stand before each image's patches."""
+        return Spans(tuple(num_prefix_tokens + length for length in self.lengths))
 
     def to(self, *args: Any, **kwargs: Any) -> "PackedImages":
         """The same pack with its patches on another device or in another dtype, as `Tensor.to`."""
@@ -52,12 +116,29 @@ class PackedFeatures:
 
     maps: name -> (T, C), the map's tokens in the order of the patches.
     prefix: (N, P, C), or None.
+    grids: (h, w) of each image's map. Of tokens that dropping left, which are no grid any more: (1, number).
     """
 
     maps: dict[str, Tensor]
     prefix: Tensor | None
     grids: tuple[Size, ...]
     image_ids: tuple[int, ...]
+
+    def batches(self) -> list[Features]:
+        """Features of neighbours of equal grid as one batch each; together they are all images in order."""
+        groups = [(len(list(group)), grid) for grid, group in itertools.groupby(self.grids)]
+        sizes = [count * h * w for count, (h, w) in groups]
+        pieces = {name: tokens.split(sizes) for name, tokens in self.maps.items()}
+        batches, start = [], 0
+        for i, (count, grid) in enumerate(groups):
+            maps = {
+                name: piece[i].unflatten(0, (count, *grid)).permute(0, 3, 1, 2)  # (B, C, h, w)
+                for name, piece in pieces.items()
+            }
+            prefix = None if self.prefix is None else self.prefix[start : start + count]
+            batches.append(Features(maps, prefix))
+            start += count
+        return batches
 
     def unpack(self) -> dict[int, Features]:
         """Index in the list given to `pack` -> that image's Features, with a batch axis of one."""
@@ -157,6 +238,59 @@ def unpack(packed: PackedImages) -> dict[int, Tensor]:
             :, : size[0], : size[1]
         ]
     return images
+
+
+def equal_runs(lengths: Sequence[int]) -> list[Run]:
+    """Neighbours of equal length as (count, length)."""
+    return [(len(list(group)), length) for length, group in itertools.groupby(lengths)]
+
+
+def split_prefix(x: Tensor, spans: Spans, skip: int) -> tuple[Tensor, Tensor]:
+    """Packed tokens with prefixes (T, C) -> prefixes (N, P, C), the other tokens (T - N * P, C)."""
+    sizes = [count * length for count, length in spans.runs]
+    parts = [part.unflatten(0, run) for part, run in zip(x.split(sizes), spans.runs, strict=True)]
+    prefix = torch.cat([part[:, :skip] for part in parts])
+    return prefix, torch.cat([part[:, skip:].flatten(0, 1) for part in parts])
+
+
+def check_packed(packed: PackedImages, model: Any) -> None:
+    """Raise InputError unless these are normalised RGB patches of the size of `model.config.patch_size`."""
+    name, patch_size = type(model).__name__, model.config.patch_size
+    if packed.patch_size != patch_size:
+        raise InputError(
+            f"the images were packed in patches of {packed.patch_size}, but this model's are of "
+            f"{patch_size}; pack with patch_size={patch_size}"
+        )
+    wanted = 3 * patch_size**2
+    if packed.patches.shape[-1] != wanted:
+        raise InputError(
+            f"packed patches have {packed.patches.shape[-1]} numbers, but {name} takes "
+            f"{wanted} (3 channels of {packed.patch_size} x {packed.patch_size}); pack RGB images"
+        )
+    if not packed.patches.is_floating_point():
+        raise InputError(
+            f"packed patches are {packed.patches.dtype}, but {name} takes normalised "
+            "floats; normalise the images before pack"
+        )
+
+
+def packed_positions(packed: PackedImages, table: Callable[[Size], Tensor]) -> Tensor:
+    """The position of every patch of a pack (T, C), where `table` gives those of a grid (h * w, C)."""
+    tables = {grid: table(grid) for grid in dict.fromkeys(packed.grids)}
+    rows = [tables[grid] for grid in packed.grids]
+    if packed.kept is not None:
+        rows = [row[list(places)] for row, places in zip(rows, packed.kept, strict=True)]
+    return torch.cat(rows)
+
+
+def packed_features(
+    packed: PackedImages, maps: dict[str, Tensor], prefix: Tensor | None
+) -> PackedFeatures:
+    """What a backbone made of `packed`; tokens that dropping left are a grid of one row."""
+    grids = packed.grids
+    if packed.kept is not None:
+        grids = tuple((1, len(places)) for places in packed.kept)
+    return PackedFeatures(maps=maps, prefix=prefix, grids=grids, image_ids=packed.image_ids)
 
 
 def patch_grid(size: Size, patch_size: int) -> Size:

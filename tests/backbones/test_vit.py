@@ -18,7 +18,7 @@ from vitrail.backbones.vit import KeysValues, ViT, ViTConfig, ViTHead, pooled
 from vitrail.classifiers import Classifier
 from vitrail.layers.position import resample_positions, resize_patch_embedding
 from vitrail.models import build_classifier, create_backbone, create_model
-from vitrail.packing import pack, to_patches
+from vitrail.packing import Spans, pack, to_patches
 from vitrail.registry import backbone_entry, config_class, list_backbones
 from vitrail_runtime.errors import InputError
 
@@ -418,7 +418,9 @@ def test_narrow_queries_and_keys_leave_the_values_their_width():
     weights = (q @ k.transpose(2, 3) / 6**0.5).softmax(-1)
     want = attn.proj((weights @ v).transpose(1, 2).flatten(2))
     torch.testing.assert_close(attn(x), want)
-    torch.testing.assert_close(attn.forward_packed(x.flatten(0, 1), [(2, 5)]), want.flatten(0, 1))
+    torch.testing.assert_close(
+        attn.forward_packed(x.flatten(0, 1), Spans((5, 5))), want.flatten(0, 1)
+    )
     given = attn.keys_values(x)
     torch.testing.assert_close(given.keys, k)
     torch.testing.assert_close(given.values, v)

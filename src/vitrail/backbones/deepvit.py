@@ -32,6 +32,8 @@ from vitrail.backbones.vit import Attention, Block, ViT, ViTConfig, ViTHead, sma
 from vitrail.backbones.vit_keys import TIMM_MARKS, from_timm, resample_to
 from vitrail.features import pad_to_multiple
 from vitrail.layers.residual import drop_path_schedule
+from vitrail.ops.packed_attention import by_runs
+from vitrail.packing import Spans
 from vitrail.registry import Layout, register_backbone
 from vitrail_runtime.errors import InputError
 from vitrail_runtime.preprocess import Preprocessing
@@ -122,6 +124,10 @@ class ReAttention(Attention):
             record[f"{name}.softmax"] = maps
             record[f"{name}.weights"] = mixed  # (B, heads, queries, keys); rows do not sum to 1
         return mixed @ v
+
+    def attend_packed(self, q: Tensor, k: Tensor, v: Tensor, spans: Spans) -> Tensor:
+        """No fused kernel mixes heads."""
+        return by_runs(self.attend, q, k, v, spans)
 
 
 class Scale(nn.Module):

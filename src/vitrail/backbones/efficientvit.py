@@ -22,7 +22,7 @@ its queries and keys are.
 import functools
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import cast
 
@@ -30,11 +30,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitrail.backbones.vit import Block, KeysValues, Run, ViT, ViTConfig, smallest
+from vitrail.backbones.vit import Block, KeysValues, ViT, ViTConfig, smallest
 from vitrail.features import Features, FeatureSpec, check_images, pyramid_specs
 from vitrail.layers.checkpoint import checkpointed
 from vitrail.layers.conv import ConvNormAct, SqueezeExcite, fast_layout
 from vitrail.layers.tables import cached_table
+from vitrail.packing import Spans
 from vitrail.registry import Layout, Tensors, register_backbone, register_study, rename_keys
 from vitrail_runtime.errors import InputError
 
@@ -391,8 +392,8 @@ class MlpBlock(Block):
     ) -> Tensor:
         return self(tokens, memory_kv)
 
-    def forward_packed(self, x: Tensor, runs: Sequence[Run]) -> Tensor:
-        return x + self.drop_images(self.ls2(self.mlp(self.norm2(x))), runs)
+    def forward_packed(self, x: Tensor, spans: Spans) -> Tensor:
+        return x + self.drop_images(self.ls2(self.mlp(self.norm2(x))), spans)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,6 @@ prefix tokens, so average pooling reads normed tokens; new weights are drawn fro
 Dropout inside the blocks is left out: the recipes since DeiT use stochastic depth instead.
 """
 
-import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -36,7 +35,17 @@ from vitrail.layers.checkpoint import checkpointed
 from vitrail.layers.mlp import Mlp
 from vitrail.layers.position import resample_positions
 from vitrail.layers.residual import DropPath, LayerScale, drop_path_schedule
-from vitrail.packing import PackedFeatures, PackedImages, patch_grid
+from vitrail.ops.packed_attention import packed_attention
+from vitrail.packing import (
+    PackedFeatures,
+    PackedImages,
+    Spans,
+    check_packed,
+    packed_features,
+    packed_positions,
+    patch_grid,
+    split_prefix,
+)
 from vitrail.registry import Layout, register_backbone
 from vitrail_runtime.errors import InputError
 from vitrail_runtime.preprocess import Preprocessing
@@ -136,9 +145,6 @@ def smallest(kind: type[C], **fields: Any) -> C:
     return kind(**{**size, "mlp_ratio": 2.0, "drop_path_rate": 0.1, **fields})
 
 
-Run = tuple[int, int]  # images, tokens of each: neighbours of equal length in a packed sequence
-
-
 class KeysValues(NamedTuple):
     """What a block's tokens offer to whoever attends to them: each (B, heads, N, D)."""
 
@@ -222,14 +228,15 @@ class Attention(nn.Module):
         parts = kv.split(self.widths[1:], dim=-1)
         return KeysValues(*(p.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for p in parts))
 
-    def forward_packed(self, x: Tensor, runs: Sequence[Run]) -> Tensor:
-        """(T, C) -> (T, C): projections over all tokens at once, attention image by image."""
-        outs = []
-        qkv = self.qkv(x)
-        for part, (count, length) in zip(qkv.split([c * n for c, n in runs]), runs, strict=True):
-            out = self.attend(*self.heads(part.unflatten(0, (count, length))))
-            outs.append(out.transpose(1, 2).flatten(2).flatten(0, 1))
-        return self.proj(torch.cat(outs) if len(outs) > 1 else outs[0])
+    def forward_packed(self, x: Tensor, spans: Spans) -> Tensor:
+        """(T, C) -> (T, C): projections over all tokens at once, attention within each image."""
+        parts = self.qkv(x).split(self.widths, dim=-1)
+        q, k, v = (part.unflatten(-1, (self.num_heads, -1)) for part in parts)
+        return self.proj(self.attend_packed(q, k, v, spans).flatten(1))
+
+    def attend_packed(self, q: Tensor, k: Tensor, v: Tensor, spans: Spans) -> Tensor:
+        """The core, for tokens of many images: (T, heads, D)."""
+        return packed_attention(q, k, v, spans)
 
 
 class SwiGLU(nn.Module):
@@ -294,22 +301,17 @@ class Block(nn.Module):
         """What memory rows (M, C) or (B, M, C) offer: they pass the block's norm like any other token."""
         return self.attn.keys_values(self.norm1(memory))
 
-    def forward_packed(self, x: Tensor, runs: Sequence[Run]) -> Tensor:
+    def forward_packed(self, x: Tensor, spans: Spans) -> Tensor:
         """(T, C) tokens of many images, one after another -> same."""
-        y = self.attn.forward_packed(self.norm1(x), runs)
-        x = x + self.drop_images(self.ls1(y), runs)
-        return x + self.drop_images(self.ls2(self.mlp(self.norm2(x))), runs)
+        y = self.attn.forward_packed(self.norm1(x), spans)
+        x = x + self.drop_images(self.ls1(y), spans)
+        return x + self.drop_images(self.ls2(self.mlp(self.norm2(x))), spans)
 
-    def drop_images(self, y: Tensor, runs: Sequence[Run]) -> Tensor:
+    def drop_images(self, y: Tensor, spans: Spans) -> Tensor:
         """Stochastic depth drops the branch of a whole image, never of single tokens."""
         if not self.training or self.drop_path.rate == 0.0:
             return y
-        sizes = [count * length for count, length in runs]
-        parts = [
-            self.drop_path(part.unflatten(0, run)).flatten(0, 1)
-            for part, run in zip(y.split(sizes), runs, strict=True)
-        ]
-        return torch.cat(parts)
+        return y * spans.spread(self.drop_path(y.new_ones(len(spans.lengths), 1)))
 
 
 class ViT(nn.Module):
@@ -447,64 +449,33 @@ class ViT(nn.Module):
                 f"{type(self).__name__} with {type(self.patch_embed).__name__} cannot take packed images: "
                 "its tokens are no plain patches; use images of one size in a batch"
             )
-        patch_size = self.config.patch_size
-        if packed.patch_size != patch_size:
-            raise InputError(
-                f"the images were packed in patches of {packed.patch_size}, but this model's are of "
-                f"{patch_size}; pack with patch_size={patch_size}"
-            )
-        wanted = self.patch_embed.proj.weight[0].numel()
-        if packed.patches.shape[-1] != wanted:
-            raise InputError(
-                f"packed patches have {packed.patches.shape[-1]} numbers, but {type(self).__name__} takes "
-                f"{wanted} (3 channels of {packed.patch_size} x {packed.patch_size}); pack RGB images"
-            )
-        if not packed.patches.is_floating_point():
-            raise InputError(
-                f"packed patches are {packed.patches.dtype}, but {type(self).__name__} takes normalised "
-                "floats; normalise the images before pack"
-            )
+        check_packed(packed, self)
         skip = self.num_prefix_tokens
-        tables = {grid: self.positions(grid)[0] for grid in dict.fromkeys(packed.grids)}
         x = self.patch_embed.project(packed.patches)
-        x = x + torch.cat([tables[grid] for grid in packed.grids])
+        x = x + packed_positions(packed, lambda grid: self.positions(grid)[0])
         prefix = self.prefix()
         if prefix is not None:
             parts = [t for piece in x.split(packed.lengths) for t in (prefix[0], piece)]
             x = torch.cat(parts)
-        runs = equal_runs([skip + length for length in packed.lengths])
+        spans = packed.spans(skip)
         tapped: dict[str, Tensor] = {}
         for i, block in enumerate(cast(Iterable[Block], self.blocks)):
             if self.grad_checkpointing and self.training:
-                x = checkpointed(block, x, runs, run=block.forward_packed)
+                x = checkpointed(block, x, spans, run=block.forward_packed)
             else:
-                x = block.forward_packed(x, runs)
+                x = block.forward_packed(x, spans)
             if i in self.map_names:
                 tapped[self.map_names[i]] = self.norm(x)
-        split = {name: split_prefix(tokens, runs, skip) for name, tokens in tapped.items()}
+        split = {name: split_prefix(tokens, spans, skip) for name, tokens in tapped.items()}
         if self.config.depth - 1 in self.map_names:
             tokens = split[self.map_names[self.config.depth - 1]][0]
         else:
-            tokens = split_prefix(self.norm(x), runs, skip)[0]
-        return PackedFeatures(
-            maps={name: patches for name, (_, patches) in split.items()},
-            prefix=tokens if skip else None,
-            grids=packed.grids,
-            image_ids=packed.image_ids,
+            tokens = split_prefix(self.norm(x), spans, skip)[0]
+        return packed_features(
+            packed,
+            {name: patches for name, (_, patches) in split.items()},
+            tokens if skip else None,
         )
-
-
-def equal_runs(lengths: Sequence[int]) -> list[Run]:
-    """Neighbours of equal length as (count, length): they share one batched attention call."""
-    return [(len(list(group)), length) for length, group in itertools.groupby(lengths)]
-
-
-def split_prefix(x: Tensor, runs: Sequence[Run], skip: int) -> tuple[Tensor, Tensor]:
-    """Packed tokens with prefixes (T, C) -> prefixes (N, P, C), the other tokens (T - N * P, C)."""
-    sizes = [count * length for count, length in runs]
-    parts = [part.unflatten(0, run) for part, run in zip(x.split(sizes), runs, strict=True)]
-    prefix = torch.cat([part[:, :skip] for part in parts])
-    return prefix, torch.cat([part[:, skip:].flatten(0, 1) for part in parts])
 
 
 class ViTHead(nn.Module):
