@@ -9,11 +9,14 @@ import vitrail
 from tests.parity import randomise
 from vitrail.models import HEADS, list_models
 from vitrail.registry import list_backbones
+from vitrail.tasks.task import task_of_model
 from vitrail_runtime.errors import InputError
 
 NAMES = ("cat", "dog", "hare")
 SMALL = {"dims": (16, 24, 32), "depths": (1, 1, 1), "key_dim": 8}
 DETECTORS = ("faster_rcnn", "mask_rcnn", "cascade_rcnn", "cascade_mask_rcnn")
+ONE_STAGE = ("efficientdet",)
+NAMED = tuple(f"efficientdet_d{scale}" for scale in (0, 1, 2, 3, 4, 5, 6, 7, "7x"))
 
 
 def fields_of(head):
@@ -28,9 +31,23 @@ def make(kind, **given):
 
 
 def test_every_detector_goes_with_every_backbone_by_name():
-    assert list_models(task="detect") == [f"{h}/{b}" for h in DETECTORS for b in list_backbones()]
-    assert list_models("*m0", task="detect") == [f"{h}/efficientvit_m0" for h in DETECTORS]
+    every = [f"{h}/{b}" for h in (*DETECTORS, *ONE_STAGE) for b in list_backbones()]
+    assert list_models(task="detect") == [*every, *NAMED]
+    of_m0 = [f"{h}/efficientvit_m0" for h in (*DETECTORS, *ONE_STAGE)]
+    assert list_models("*m0", task="detect") == of_m0
     assert not set(list_models()) & set(list_models(task="detect"))
+
+
+def test_a_papers_own_name_is_listed_where_no_backbone_fits():
+    assert list_models("efficientdet_d?") == list(NAMED[:-1])
+    assert list_models("efficientdet_d*", task="detect") == list(NAMED)
+    assert not set(NAMED) & {*list_models("efficient*"), *list_models(task="segment")}
+    assert (
+        task_of_model("efficientdet_d3").name
+        == task_of_model("efficientdet/cmt_s").name
+        == "detect"
+    )
+    assert task_of_model("efficientnet_b0").name == "classify"
 
 
 @pytest.mark.parametrize("head", DETECTORS)

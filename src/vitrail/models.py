@@ -16,7 +16,8 @@ import vitrail.backbones  # noqa: F401  (registers every backbone)
 from vitrail import weights as weights_room
 from vitrail.classifiers import Classifier, PooledHead
 from vitrail.configuration import check_choices, from_dict, to_dict
-from vitrail.detectors import cascade, rcnn
+from vitrail.detectors import cascade, efficientdet, rcnn
+from vitrail.detectors.efficientdet_scales import SCALES, Scale
 from vitrail.detectors.keys import from_foreign
 from vitrail.registry import (
     BackboneEntry,
@@ -30,7 +31,7 @@ from vitrail.registry import (
 from vitrail.segmenters import linear, semantic_fpn, upernet
 from vitrail.segmenters.segmenter import check_classes
 from vitrail_runtime.errors import InputError, NewerVersion, listed
-from vitrail_runtime.preprocess import Mode, Preprocessing
+from vitrail_runtime.preprocess import Interpolation, Mode, Preprocessing
 
 SCHEMA_VERSION = 2  # 1 had one "config", the backbone's, where 2 has "parts"
 Weights = str | Path | Mapping[str, Any] | None
@@ -41,8 +42,8 @@ class Head:
     """What stands before the slash of a full model's name.
 
     build: (backbone, config, num_classes) -> the model. from_foreign: keys of other libraries' files to ours;
-    those of the backbone, under "backbone.", may keep its own layout. mode, size: how an image is prepared by
-    default.
+    those of the backbone, under "backbone.", may keep its own layout. mode, size, interpolation: how an image
+    is prepared by default; None: as for the backbone.
     """
 
     task: str
@@ -51,6 +52,7 @@ class Head:
     from_foreign: Callable[[Tensors], Tensors] = dict
     mode: Mode = "fit"
     size: tuple[int, int] = (512, 512)
+    interpolation: Interpolation | None = None
 
 
 def _detector(config: rcnn.RCNNConfig) -> Head:
@@ -61,6 +63,18 @@ def _detector(config: rcnn.RCNNConfig) -> Head:
         from_foreign=from_foreign,
         mode="edges",
         size=(800, 1333),
+    )
+
+
+def _efficientdet(scale: Scale) -> Head:
+    return Head(
+        task="detect",
+        config=efficientdet.EfficientDetConfig(**scale.fields()),
+        build=efficientdet.EfficientDet,
+        from_foreign=efficientdet.from_effdet,
+        mode="edges",
+        size=(scale.size, scale.size),
+        interpolation="bilinear",
     )
 
 
@@ -79,7 +93,10 @@ HEADS = {
     "mask_rcnn": _detector(rcnn.MaskRCNNConfig()),
     "cascade_rcnn": _detector(cascade.CascadeRCNNConfig()),
     "cascade_mask_rcnn": _detector(cascade.CascadeMaskRCNNConfig()),
+    "efficientdet": _efficientdet(SCALES["efficientdet_d0"]),
 }
+# Full models that a paper names as one: name -> (head, backbone).
+NAMED = {name: (_efficientdet(scale), scale.backbone) for name, scale in SCALES.items()}
 TASKS = ("classify", *dict.fromkeys(head.task for head in HEADS.values()))
 
 
@@ -107,7 +124,9 @@ def list_models(pattern: str = "*", *, task: str | None = None) -> list[str]:
     """Names that `create_model` takes, by shell pattern and task ("classify", "segment", "detect").
 
     Classifiers are called by their backbone alone. Every head goes with every backbone: those names,
-    "HEAD/BACKBONE", are listed where the pattern has a slash or the task asks for them.
+    "HEAD/BACKBONE", are listed where the pattern has a slash or the task asks for them. What a paper calls by
+    a name of its own ("efficientdet_d0") is listed where the task asks for it or no backbone fits the
+    pattern.
     """
     if task is not None and task not in TASKS:
         raise unknown("task", task, TASKS)
@@ -116,11 +135,17 @@ def list_models(pattern: str = "*", *, task: str | None = None) -> list[str]:
         if task == known.task or (task is None and "/" in pattern):
             full = [f"{head}/{name}" for name in list_backbones()]
             names += [n for n in full if fnmatch.fnmatchcase(n, pattern)]
+    if task is not None or not names:
+        named = (n for n, (head, _) in NAMED.items() if task in (None, head.task))
+        names += [n for n in named if fnmatch.fnmatchcase(n, pattern)]
     return names
 
 
 def parse_name(name: str) -> tuple[Head | None, BackboneEntry]:
     """The head (None: a classifier's) and the backbone of a full model's name. Raises InputError."""
+    if name in NAMED:
+        head, backbone = NAMED[name]
+        return head, backbone_entry(backbone)
     before, slash, backbone = name.rpartition("/")
     if slash and before not in HEADS:
         raise unknown("head", before, HEADS)
@@ -180,6 +205,8 @@ def create_model(
     preprocessing = entry.preprocessing
     if known is not None:
         preprocessing = replace(preprocessing, mode=known.mode, size=known.size)
+        if known.interpolation is not None:
+            preprocessing = replace(preprocessing, interpolation=known.interpolation)
     if "image_size" in config_fields:
         size = config_fields["image_size"]
         size = (size, size) if isinstance(size, int) else tuple(size)

@@ -17,7 +17,7 @@ def load(name, folder=pathlib.Path(__file__).parent):
 REL = 3e-6
 
 
-def difference(facts, arrays, key, tensor):
+def difference(facts, arrays, key, tensor, rel=REL):
     """(largest absolute difference, largest allowed one) of one tensor against the stored entry `key`."""
     info, want = facts["arrays"][key], arrays[key]
     got = np.asarray(tensor.detach().cpu() if hasattr(tensor, "detach") else tensor)
@@ -25,14 +25,14 @@ def difference(facts, arrays, key, tensor):
     if info["stored"] != "whole":
         got = got.reshape(-1)[:: info["step"]]
     big = max(abs(info.get("min", 0)), abs(info.get("max", 0)), 1e-3)
-    allowed = REL * big
+    allowed = rel * big
     gap = np.abs(got.astype(np.float64) - want.astype(np.float64))
     return (float(gap.max()) if gap.size else 0.0), (0.0 if want.dtype.kind in "ib" else allowed)
 
 
-def check(name, tensors, folder=pathlib.Path(__file__).parent):
+def check(name, tensors, folder=pathlib.Path(__file__).parent, rel=REL):
     """Assert that every given tensor (name -> tensor) agrees with fixture `name`."""
     facts, arrays = load(name, folder)
     for key, tensor in tensors.items():
-        gap, allowed = difference(facts, arrays, key, tensor)
+        gap, allowed = difference(facts, arrays, key, tensor, rel)
         assert gap <= allowed, f"{name}: {key} differs by {gap:.3g}, allowed {allowed:.3g}"

@@ -1,6 +1,8 @@
 """Which object a box stands for, and of which boxes a loss is taken (Ren et al., "Faster R-CNN", NeurIPS
 2015, https://arxiv.org/abs/1506.01497, section 3.1.2)."""
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,12 @@ CELLS = 1 << 23  # overlaps reckoned at once: 375 objects beside 240,000 anchors
 
 
 def match(
-    boxes: Tensor, objects: Tensor, *, high: float, low: float, every_object: bool = False
+    boxes: Tensor,
+    objects: Tensor,
+    *,
+    high: float,
+    low: float,
+    every_object: bool | Literal["alone"] = False,
 ) -> Tensor:
     """The object that each box stands for, by overlap.
 
@@ -21,13 +28,15 @@ def match(
         high, low: the object of largest IoU is taken from `high` on; below `low` it is BACKGROUND, and
             BETWEEN what lies between.
         every_object: the boxes that overlap an object most take part too, however little that is: a box keeps
-            the object that it overlaps most itself.
+            the object that it overlaps most itself. "alone": of these the first one of each object stands for
+            that object, whatever it overlaps itself (EfficientDet); for the first of several objects.
 
     Returns: (N,) indices of objects, BACKGROUND or BETWEEN.
     """
     best = boxes.new_full((len(boxes),), -1.0)
     index = boxes.new_zeros(len(boxes), dtype=torch.long)
     claimed = torch.zeros_like(index, dtype=torch.bool)
+    claimant = torch.full_like(index, len(objects))
     step = max(1, CELLS // max(1, len(boxes)))
     for start in range(0, len(objects) if len(boxes) else 0, step):
         overlaps = iou(objects[start : start + step], boxes)  # (g, N)
@@ -35,10 +44,17 @@ def match(
         better = value > best
         best = torch.where(better, value.to(best.dtype), best)
         index = torch.where(better, row + start, index)
-        if every_object:
+        if every_object == "alone":
+            place = overlaps.argmax(1)  # the first of equal ones
+            there = (overlaps.amax(1) > 0).nonzero()[:, 0]
+            claimant.scatter_reduce_(0, place[there], there + start, "amin")
+        elif every_object:
             top = overlaps.amax(1, keepdim=True)
             # An object that no box overlaps would otherwise claim them all.
             claimed |= ((overlaps == top) & (top > 0)).any(0)
+    if every_object == "alone":
+        claimed = claimant < len(objects)
+        index = torch.where(claimed, claimant, index)
     found = torch.where(best >= low, BETWEEN, BACKGROUND)
     return torch.where((best >= high) | claimed, index, found)
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+from vitrail.detectors.efficientdet_scales import SCALES
 from vitrail.registry import unknown
 from vitrail_runtime.errors import InputError, listed
 
@@ -158,8 +159,9 @@ def task_of(name: str) -> Task:
 
 
 def task_of_model(name: str) -> Task:
-    """The task of the models of this name: "HEAD/BACKBONE" says it by its head."""
-    if "/" not in name:
+    """The task of the models of this name: "HEAD/BACKBONE" says it by its head, and so does a paper's own
+    name."""
+    if "/" not in name and name not in SCALES:
         return task_of(DEFAULT)
     from vitrail.models import parse_name  # and with it torch
 
