@@ -14,7 +14,14 @@ from vitrail.data.batch import Batch
 from vitrail.train.clip import clip_gradients
 from vitrail.train.evaluate import evaluate
 from vitrail.train.interrupt import Interrupt
-from vitrail.train.ranks import SharedError, mean_over_ranks, report_once, share, share_buffers
+from vitrail.train.ranks import (
+    SharedError,
+    mean_over_ranks,
+    report_once,
+    share,
+    share_buffers,
+    total_loss,
+)
 from vitrail.train.replay import keep_batch, not_finite
 from vitrail.train.run import Run, seed_update
 from vitrail_runtime.errors import InputError, NotFinite
@@ -51,23 +58,27 @@ def loop(run: Run, interrupt: Interrupt) -> int:
     return asked
 
 
-def next_batch(run: Run, batches: Iterator[Batch]) -> tuple[Batch, float] | None:
-    """This process's share of the next batch, and the weight of all shares, which its losses are divided by;
-    None behind the last one. Raises SharedError, on every process, when any cannot read its share."""
-    batch = problem = None
+def next_batch(run: Run, batches: Iterator[Batch]) -> tuple[Batch, Tensor] | None:
+    """This process's share of the next batch, and the weights of all shares, which its losses are divided by;
+    None behind the last one. Raises SharedError, on every process, when any cannot read its share, or it
+    holds what the model cannot learn from."""
+    batch = weights = problem = None
     try:
         batch = next(batches, None)
+        weights = None if batch is None else run.model.weight(batch.targets)
     except InputError as error:
         problem = error
-    weight = 0.0 if batch is None else float(run.model.weight(batch.targets))
     # Told before each update: the others must not wait in it for the gradients of one who cannot come.
-    failed, weight = mean_over_ranks(run.accelerator, float(problem is not None), weight)
+    (failed,) = mean_over_ranks(run.accelerator, float(problem is not None))
     if failed and (shared := share(problem)) is not None:
         raise shared from problem
-    return None if batch is None else (batch, (weight * run.world) or 1.0)
+    if batch is None or weights is None:
+        return None
+    means = mean_over_ranks(run.accelerator, *weights.flatten())
+    return batch, torch.tensor(means) * run.world
 
 
-def update(run: Run, batch: Batch, weight: float, interrupt: Interrupt) -> int:
+def update(run: Run, batch: Batch, weight: Tensor, interrupt: Interrupt) -> int:
     """One optimiser step on one global batch. Returns the signal that any process received, or 0.
 
     Raises InputError, before any weight is changed, when loss or gradient is not finite.
@@ -90,8 +101,9 @@ def update(run: Run, batch: Batch, weight: float, interrupt: Interrupt) -> int:
     return (interrupt.asked or signal.SIGTERM) if asked else 0
 
 
-def backward(run: Run, batch: Batch, weight: float) -> Tensor:
-    """Gradients of the loss over this process's share of a batch, in `accumulate` parts; the loss."""
+def backward(run: Run, batch: Batch, weight: Tensor) -> Tensor:
+    """Gradients of the loss over this process's share of a batch, in `accumulate` parts; the loss. weight: of
+    all shares and parts."""
     total = torch.zeros((), device=batch.images.device)
     parts = batch.split(run.config.accumulate)
     bf16 = run.config.precision == "bf16"
@@ -101,7 +113,7 @@ def backward(run: Run, batch: Batch, weight: float) -> Tensor:
             with torch.autocast(part.images.device.type, torch.bfloat16, enabled=bf16):
                 losses = run.objective(part.images, part.targets, **part.padding)
             # Processes take the mean of their gradients, where the sum is meant.
-            loss = torch.stack(list(losses.values())).sum() * run.world / weight
+            loss = total_loss(losses, weight) * run.world
             run.accelerator.backward(loss)
         total += loss.detach()
     return total

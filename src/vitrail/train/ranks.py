@@ -13,7 +13,7 @@ import atexit
 import os
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -141,8 +141,20 @@ class Objective(nn.Module):
         self.options = options
 
     def forward(self, images: Any, targets: Any, **padding: Any) -> dict[str, Tensor]:
-        """{name: sum over the batch}; all of them, over the model's `weight` of the targets, are the loss."""
+        """{name: sum over the batch}; with the model's `weight` of the targets `total_loss` of them is the
+        loss."""
         return self.model.losses(images, targets, **padding, **self.options)
+
+
+def total_loss(losses: Mapping[str, Tensor], weight: Tensor) -> Tensor:
+    """The sum of all losses, each over its weight.
+
+    weight: of one number for all of them, or of one for each in their order, added up over all that shares a
+        batch; what it counts may be nowhere in it, and then there is nothing to divide.
+    """
+    sums = torch.stack(list(losses.values()))
+    weight = weight.to(sums)
+    return (sums / torch.where(weight == 0, 1, weight)).sum()
 
 
 def distribute(

@@ -14,6 +14,7 @@ from vitrail.adapt.freeze import freeze, train_mode
 from vitrail.data.batch import Batch, Dense, Padded
 from vitrail.train.config import TrainConfig, read_config
 from vitrail.train.folder import RunFolder, explained
+from vitrail.train.ranks import total_loss
 from vitrail.train.state import newest_whole, whole
 from vitrail.weights.files import read_metadata, read_safetensors, write_state
 from vitrail_runtime.errors import InputError
@@ -132,7 +133,7 @@ def replay(path: str | Path) -> dict[str, Any]:
         setattr(model, name, value)
     kept = nested({k: v for k, v in tensors.items() if not k.startswith("model.")})
     shares = [batch_of(*share) for share in zip(kept, about["padding"], strict=True)]
-    weight = float(sum(model.weight(share.targets) for share in shares)) or 1.0
+    weight = torch.stack([model.weight(share.targets) for share in shares]).sum(0)
 
     def answers(bf16: bool, ask: Callable[[Any], Any]) -> list[Any]:
         """Of `ask`, part by part as it was trained."""
@@ -148,7 +149,7 @@ def replay(path: str | Path) -> dict[str, Any]:
 
     def loss_of(part: Batch) -> Tensor:
         losses = model.losses(part.images, part.targets, **part.padding, **task.options(settings))
-        return torch.stack(list(losses.values())).sum() / weight
+        return total_loss(losses, weight)
 
     def finite(part: Batch) -> Tensor:
         outputs = model.forward_tensors(part.images)
