@@ -16,6 +16,7 @@ NAMES = ("cat", "dog", "hare")
 SMALL = {"dims": (16, 24, 32), "depths": (1, 1, 1), "key_dim": 8}
 DETECTORS = ("faster_rcnn", "mask_rcnn", "cascade_rcnn", "cascade_mask_rcnn")
 ONE_STAGE = ("efficientdet",)
+QUERIES = ("detr",)
 NAMED = tuple(f"efficientdet_d{scale}" for scale in (0, 1, 2, 3, 4, 5, 6, 7, "7x"))
 
 
@@ -31,9 +32,9 @@ def make(kind, **given):
 
 
 def test_every_detector_goes_with_every_backbone_by_name():
-    every = [f"{h}/{b}" for h in (*DETECTORS, *ONE_STAGE) for b in list_backbones()]
+    every = [f"{h}/{b}" for h in (*DETECTORS, *ONE_STAGE, *QUERIES) for b in list_backbones()]
     assert list_models(task="detect") == [*every, *NAMED]
-    of_m0 = [f"{h}/efficientvit_m0" for h in (*DETECTORS, *ONE_STAGE)]
+    of_m0 = [f"{h}/efficientvit_m0" for h in (*DETECTORS, *ONE_STAGE, *QUERIES)]
     assert list_models("*m0", task="detect") == of_m0
     assert not set(list_models()) & set(list_models(task="detect"))
 

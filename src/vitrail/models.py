@@ -16,9 +16,9 @@ import vitrail.backbones  # noqa: F401  (registers every backbone)
 from vitrail import weights as weights_room
 from vitrail.classifiers import Classifier, PooledHead
 from vitrail.configuration import check_choices, from_dict, to_dict
-from vitrail.detectors import cascade, efficientdet, rcnn
+from vitrail.detectors import cascade, detr, efficientdet, rcnn
 from vitrail.detectors.efficientdet_scales import SCALES, Scale
-from vitrail.detectors.keys import from_foreign
+from vitrail.detectors.keys import from_detr, from_foreign
 from vitrail.registry import (
     BackboneEntry,
     Tensors,
@@ -55,12 +55,14 @@ class Head:
     interpolation: Interpolation | None = None
 
 
-def _detector(config: rcnn.RCNNConfig) -> Head:
+def _detector(
+    config: Any, build: Callable[..., Any] = rcnn.RCNN, keys: Callable[..., Any] = from_foreign
+) -> Head:
     return Head(
         task="detect",
         config=config,
-        build=rcnn.RCNN,
-        from_foreign=from_foreign,
+        build=build,
+        from_foreign=keys,
         mode="edges",
         size=(800, 1333),
     )
@@ -94,6 +96,7 @@ HEADS = {
     "cascade_rcnn": _detector(cascade.CascadeRCNNConfig()),
     "cascade_mask_rcnn": _detector(cascade.CascadeMaskRCNNConfig()),
     "efficientdet": _efficientdet(SCALES["efficientdet_d0"]),
+    "detr": _detector(detr.DETRConfig(), detr.DETR, from_detr),
 }
 # Full models that a paper names as one: name -> (head, backbone).
 NAMED = {name: (_efficientdet(scale), scale.backbone) for name, scale in SCALES.items()}

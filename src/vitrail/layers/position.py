@@ -1,4 +1,6 @@
-"""Learned position tables and patch kernels at other sizes than the trained one."""
+"""Positions: learned tables and patch kernels at other sizes than the trained one, and sines of any size."""
+
+import math
 
 import torch
 from torch import Tensor
@@ -86,3 +88,29 @@ def resize_patch_embedding(weight: Tensor, new_patch_size: int) -> Tensor:
     # B is the Kronecker product of the two axes' matrices, and so is its pseudo-inverse.
     inverse = torch.linalg.pinv(resize.T).to(weight.device)  # (new, old)
     return (inverse @ weight.double() @ inverse.T).to(weight.dtype)
+
+
+def sine_positions(keep: Tensor, dim: int, *, dtype: torch.dtype, offset: float = 0.0) -> Tensor:
+    """Sines and cosines of where each cell of a map lies in its image, by "Attention Is All You Need", a half
+    of the channels for y and then one for x (Carion et al., ECCV 2020, appendix A.4).
+
+    Args:
+        keep: (B, h, w), False for padding at the right and the bottom; positions run over what is kept, from
+            0 to 2 pi, for maps of any size.
+        dim: of the result, a multiple of 4. offset: of a cell in it: of the k-th of n it is (k + offset) / n,
+            counted from 1 on.
+    Returns: (B, h, w, dim).
+    """
+    half = dim // 2
+    # Wide: of a hundred rows the last two would be the same in bf16.
+    wide = torch.promote_types(dtype, torch.float32)
+    steps = torch.arange(half // 2, device=keep.device, dtype=wide)
+    periods = 10000 ** (2 * steps / half)
+    parts = []
+    for axis in (1, 2):
+        counted = keep.to(wide).cumsum(axis)
+        last = counted.narrow(axis, counted.shape[axis] - 1, 1)
+        place = (counted + offset) / (last + 1e-6) * (2 * math.pi)
+        angles = place[..., None] / periods
+        parts.append(torch.stack((angles.sin(), angles.cos()), -1).flatten(3))
+    return torch.cat(parts, 3).to(dtype)
