@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 
 import vitrail
 from tests.train.children import run, run_many
-from tests.train.conftest import VIT, make_pictures, tiny_config
+from tests.train.conftest import TINY, VIT, make_pictures, tiny_config
 from vitrail.cli import main
 from vitrail.data.plan import BatchPlan
 from vitrail.tasks.classify import Settings
@@ -107,6 +107,21 @@ def test_a_run_of_two_goes_on_as_a_run_of_one_and_back(tiny, examples, tmp_path,
     assert 0 < read_header(states(tmp_path / "run" / "state")[0])[0].step < 20
     assert run_many(config, 2) == [0, 0]
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "whole"), abs=1e-5)
+
+
+@pytest.mark.slow
+def test_a_detector_learns_of_two_processes_what_it_learns_of_two_parts(scenes, tmp_path):
+    """Each share is a part."""
+    how = TINY["detect"].settings | {"batch_size": 12, "log_every": 1, "epochs": 3}
+    parts = tiny_config(scenes, tmp_path / "parts", **how, accumulate=2)
+    train(parts)
+    assert run_many(replace(parts, out=str(tmp_path / "both"), accumulate=1), 2) == [0, 0]
+    found, wanted = (
+        [row["loss"] for row in RunFolder(path).rows() if row["kind"] == "train"]
+        for path in (tmp_path / "both", tmp_path / "parts")
+    )
+    assert len(found) == 6
+    assert found == pytest.approx(wanted, abs=1e-5)
 
 
 def test_running_statistics_and_averages_stay_finite_with_a_share_each(pictures, tmp_path):
