@@ -6,6 +6,7 @@ import torch
 import vitrail.backbones  # noqa: F401  (registers every backbone)
 from tests.parity import randomise
 from vitrail.detectors.cascade import CascadeMaskRCNNConfig
+from vitrail.detectors.efficientdet import EfficientDet, EfficientDetConfig
 from vitrail.detectors.rcnn import RCNN, MaskRCNNConfig, RCNNConfig
 from vitrail.registry import tiny_entries
 
@@ -13,16 +14,21 @@ TINY = tiny_entries()
 K = 3
 SMALL = {"neck_dim": 8, "box_dim": 16, "proposals_before_nms": (100, 60), "proposals": (80, 50)}
 SMALL |= {"detections": 20, "samples": 32}
+ONE_STAGE = {"neck_dim": 8, "neck_cells": 1, "head_convs": 1, "detections": 20, "candidates": 300}
 CONFIGS = {
     "cascade": CascadeMaskRCNNConfig(ious=(0.5, 0.6), mask_dim=8, mask_convs=1, **SMALL),
     "pyramid": RCNNConfig(neck="simple_pyramid", **SMALL),
+    "efficientdet": EfficientDetConfig(**ONE_STAGE),
 }
+# Each family under one detector of its own kind; the matrix of all (benchmarks/matrix.py) trains each.
 PAIRS = [(family, "cascade") for family in TINY] + [(f, "pyramid") for f in ("vit", "cmt")]
+PAIRS += [(f, "efficientdet") for f in ("dinov2", "efficientvit", "mobilevit", "resnet", "swin")]
 
 
 def make(family, config="cascade", seed=0):
     torch.manual_seed(seed)
-    model = RCNN(TINY[family].cls(TINY[family].config), CONFIGS[config], K)
+    build = EfficientDet if config == "efficientdet" else RCNN
+    model = build(TINY[family].cls(TINY[family].config), CONFIGS[config], K)
     randomise(model)
     return model.eval()
 
@@ -84,9 +90,11 @@ def test_every_parameter_receives_a_finite_gradient_whatever_is_in_the_images(fa
         assert any(p.grad is not None for p in model.backbone.parameters())
 
 
-@pytest.mark.parametrize("family", TINY)
-def test_an_image_in_a_batch_is_answered_as_the_image_alone(family):
-    model = make(family).double()
+@pytest.mark.parametrize(
+    ("family", "config"), [*((f, "cascade") for f in TINY), ("resnet", "efficientdet")]
+)
+def test_an_image_in_a_batch_is_answered_as_the_image_alone(family, config):
+    model = make(family, config).double()
     x = images(2, 64, 96).double()
     with torch.no_grad():
         both = model.forward_tensors(x)
@@ -97,9 +105,12 @@ def test_an_image_in_a_batch_is_answered_as_the_image_alone(family):
     assert both["count"].min() > 0
 
 
-@pytest.mark.parametrize("family", ["vit", "swin", "efficientvit", "resnet"])
-def test_checkpointing_and_bf16_train_too(family):
-    model = make(family).train()
+@pytest.mark.parametrize(
+    ("family", "config"),
+    [*((f, "cascade") for f in ("vit", "swin", "efficientvit", "resnet")), ("vit", "efficientdet")],
+)
+def test_checkpointing_and_bf16_train_too(family, config):
+    model = make(family, config).train()
     for module in model.modules():  # what is dropped at random differs between the two runs
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
             module.eval()
@@ -120,6 +131,15 @@ def test_checkpointing_and_bf16_train_too(family):
     for value in losses.values():
         assert value.dtype == torch.float32
         assert value.isfinite()
+
+
+def test_answers_of_one_stage_end_where_the_padding_begins():
+    model, sizes = make("resnet", "efficientdet"), ((64, 96), (40, 50))
+    with torch.no_grad():
+        found = model.forward_tensors(images(2, 64, 96), sizes=sizes)
+    for own, (height, width) in zip(found["boxes"], sizes, strict=True):
+        assert width - 2 <= own[:, 2].max() <= width
+        assert height - 2 <= own[:, 3].max() <= height
 
 
 @pytest.mark.parametrize("kind", [RCNNConfig, MaskRCNNConfig, CascadeMaskRCNNConfig])
