@@ -16,7 +16,7 @@ NAMES = ("cat", "dog", "hare")
 SMALL = {"dims": (16, 24, 32), "depths": (1, 1, 1), "key_dim": 8}
 DETECTORS = ("faster_rcnn", "mask_rcnn", "cascade_rcnn", "cascade_mask_rcnn")
 ONE_STAGE = ("efficientdet",)
-QUERIES = ("detr",)
+QUERIES = ("detr", "deformable_detr")
 NAMED = tuple(f"efficientdet_d{scale}" for scale in (0, 1, 2, 3, 4, 5, 6, 7, "7x"))
 
 

@@ -16,9 +16,10 @@ import vitrail.backbones  # noqa: F401  (registers every backbone)
 from vitrail import weights as weights_room
 from vitrail.classifiers import Classifier, PooledHead
 from vitrail.configuration import check_choices, from_dict, to_dict
-from vitrail.detectors import cascade, detr, efficientdet, rcnn
+from vitrail.detectors import cascade, deformable_detr, detr, efficientdet, rcnn
+from vitrail.detectors.detr_keys import from_deformable_detr, from_detr
 from vitrail.detectors.efficientdet_scales import SCALES, Scale
-from vitrail.detectors.keys import from_detr, from_foreign
+from vitrail.detectors.keys import from_foreign
 from vitrail.registry import (
     BackboneEntry,
     Tensors,
@@ -97,6 +98,11 @@ HEADS = {
     "cascade_mask_rcnn": _detector(cascade.CascadeMaskRCNNConfig()),
     "efficientdet": _efficientdet(SCALES["efficientdet_d0"]),
     "detr": _detector(detr.DETRConfig(), detr.DETR, from_detr),
+    "deformable_detr": _detector(
+        deformable_detr.DeformableDETRConfig(),
+        deformable_detr.DeformableDETR,
+        from_deformable_detr,
+    ),
 }
 # Full models that a paper names as one: name -> (head, backbone).
 NAMED = {name: (_efficientdet(scale), scale.backbone) for name, scale in SCALES.items()}

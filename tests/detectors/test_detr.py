@@ -12,8 +12,8 @@ from tests.parity import assert_close_to_peer, randomise
 from vitrail.boxes import cxcywh_to_xyxy
 from vitrail.detectors import detr
 from vitrail.detectors.detr import DETR, DETRConfig, Transformer
+from vitrail.detectors.detr_keys import from_detr
 from vitrail.detectors.hungarian import Objects
-from vitrail.detectors.keys import from_detr
 from vitrail.features import Features, FeatureSpec
 from vitrail.layers.position import sine_positions
 from vitrail_runtime.errors import InputError

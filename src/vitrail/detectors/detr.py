@@ -204,6 +204,14 @@ class BoxHead(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList([nn.Linear(dim, dim), nn.Linear(dim, dim), nn.Linear(dim, 4)])
 
+    def start(self, size: float) -> None:
+        """Answer the same of all: no shift, and this logarithm of width and height."""
+        last = self.layers[-1]
+        assert isinstance(last, nn.Linear)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        nn.init.constant_(last.bias[2:], size)
+
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers[:-1]:
             x = F.relu(layer(x))
@@ -218,7 +226,8 @@ class DETR(nn.Module):
 
     task = "detect"
     has_masks = False
-    class_rows: Mapping[str, tuple[int, int]] = {"class_embed": (1, 1)}
+    # For loading: see weights.layouts.other_classes.
+    class_rows: Mapping[str, tuple[int, int]] = {"class_embed": (1, 1), "query_embed": (0, 0)}
     # Attached by models.create_model and load:
     info: Any
     weights_report: Any

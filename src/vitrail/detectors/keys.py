@@ -1,6 +1,5 @@
-"""Released detectors of other libraries: their keys to ours."""
+"""Released detectors of torchvision and mmdetection: their keys to ours."""
 
-from vitrail.layers.keys import join_rows
 from vitrail.registry import Tensors, rename_keys
 
 
@@ -90,59 +89,3 @@ def from_mmdetection(state: Tensors) -> Tensors:
             (r"^roi_head\.mask_head\.(\d+)\.conv_logits\.", r"mask_stages.\1.masks."),
         ],
     )
-
-
-def from_detr(state: Tensors) -> Tensors:
-    """DETR's official files, whose names are ours, and those of transformers 4 and 5."""
-    if "class_labels_classifier.weight" in state:
-        state = join_attention(state)
-    return rename_keys(
-        state,
-        [
-            *TRANSFORMERS_BACKBONE,
-            *TRANSFORMERS_LAYERS,
-            (r"^backbone\.0\.body\.", "backbone."),
-            (r"^model\.(en|de)coder\.layernorm\.", r"transformer.\1coder.norm."),
-            (r"^model\.(en|de)coder\.", r"transformer.\1coder."),
-            (r"^model\.query_position_embeddings\.", "query_embed."),
-            (r"^model\.input_projection\.", "input_proj."),
-            (r"^class_labels_classifier\.", "class_embed."),
-            (r"^bbox_predictor\.", "bbox_embed."),
-        ],
-    )
-
-
-def join_attention(state: Tensors) -> Tensors:
-    """Queries, keys and values that transformers keeps apart, as one layer."""
-    for name in ("self_attn", "encoder_attn"):
-        rows = [f"{name}.{part}_proj" for part in "qkv"]
-        state = join_rows(state, f"{name}.in_proj", rows)
-    return state
-
-
-_STAGE = r"^backbone\.encoder\.stages\.(\d)\.layers\.(\d+)\."
-TRANSFORMERS_BACKBONE = [  # timm's names, or transformers' own
-    (r"^model\.backbone\.(?:conv_encoder\.)?model\.", "backbone."),
-    (r"^backbone\.embedder\.embedder\.convolution\.", "backbone.conv1."),
-    (r"^backbone\.embedder\.embedder\.normalization\.", "backbone.bn1."),
-    (
-        rf"{_STAGE}layer\.(\d)\.(conv|norm)[a-z]+\.",
-        lambda m: f"backbone.layer{int(m[1]) + 1}.{m[2]}.{CONV[m[4]]}{int(m[3]) + 1}.",
-    ),
-    (
-        rf"{_STAGE}shortcut\.(conv|norm)[a-z]+\.",
-        lambda m: f"backbone.layer{int(m[1]) + 1}.{m[2]}.downsample.{int(m[3] == 'norm')}.",
-    ),
-]
-CONV = {"conv": "conv", "norm": "bn"}
-_LAYER = r"^(model\.(?:en|de)coder\.layers\.\d+)\."
-TRANSFORMERS_LAYERS = [
-    (rf"{_LAYER}(\w+)_attn\.in_proj\.", r"\1.\2_attn.in_proj_"),
-    (rf"{_LAYER}(\w+)_attn\.o_proj\.", r"\1.\2_attn.out_proj."),
-    (rf"{_LAYER}encoder_attn\.", r"\1.multihead_attn."),
-    (rf"{_LAYER}(?:mlp\.)?fc([12])\.", r"\1.linear\2."),
-    (rf"{_LAYER}self_attn_layer_norm\.", r"\1.norm1."),
-    (rf"{_LAYER}encoder_attn_layer_norm\.", r"\1.norm2."),
-    (r"^(model\.encoder\.layers\.\d+)\.final_layer_norm\.", r"\1.norm2."),
-    (r"^(model\.decoder\.layers\.\d+)\.final_layer_norm\.", r"\1.norm3."),
-]

@@ -101,16 +101,19 @@ def sine_positions(keep: Tensor, dim: int, *, dtype: torch.dtype, offset: float 
             counted from 1 on.
     Returns: (B, h, w, dim).
     """
-    half = dim // 2
     # Wide: of a hundred rows the last two would be the same in bf16.
     wide = torch.promote_types(dtype, torch.float32)
-    steps = torch.arange(half // 2, device=keep.device, dtype=wide)
-    periods = 10000 ** (2 * steps / half)
     parts = []
     for axis in (1, 2):
         counted = keep.to(wide).cumsum(axis)
         last = counted.narrow(axis, counted.shape[axis] - 1, 1)
-        place = (counted + offset) / (last + 1e-6) * (2 * math.pi)
-        angles = place[..., None] / periods
-        parts.append(torch.stack((angles.sin(), angles.cos()), -1).flatten(3))
+        parts.append(sines((counted + offset) / (last + 1e-6), dim // 2))
     return torch.cat(parts, 3).to(dtype)
+
+
+def sines(places: Tensor, dim: int) -> Tensor:
+    """Of places from 0 to 1 (...) sines and cosines by turns, (..., dim): of one period, and of periods up to
+    10,000 times as long."""
+    steps = torch.arange(dim // 2, device=places.device, dtype=places.dtype)
+    angles = (places * (2 * math.pi))[..., None] / 10000 ** (2 * steps / dim)
+    return torch.stack((angles.sin(), angles.cos()), -1).flatten(-2)

@@ -290,8 +290,11 @@ class MSDeformAttn(nn.Module):
         features: Tensor,
         shapes: Shapes,
         pad_mask: Tensor | None = None,
+        record: dict[str, Tensor] | None = None,
+        name: str = "",
     ) -> Tensor:
-        """(B, Q, dim) -> (B, Q, dim).
+        """(B, Q, dim) -> (B, Q, dim). With `record` what is read is kept there: "name.locations" (B, Q,
+        heads, L, P, 2) and "name.weights" (B, Q, heads, L, P).
 
         reference_points: (B, Q, L, 2) as (x, y) in 0 to 1, offsets are in pixels of the level; or
         (B, Q, L, 4) as (cx, cy, w, h), offsets are in halves of the box divided by the number of points.
@@ -314,11 +317,8 @@ class MSDeformAttn(nn.Module):
             raise InputError(
                 f"reference points have {reference.shape[-1]} numbers; expected 2 (x, y) or 4 (cx, cy, w, h)"
             )
-        out = ms_deform_attn(
-            value,
-            shapes,
-            locations,
-            weights.unflatten(-1, points[1:]),
-            implementation=self.implementation,
-        )
+        weights = weights.unflatten(-1, points[1:])
+        if record is not None:
+            record[f"{name}.locations"], record[f"{name}.weights"] = locations, weights
+        out = ms_deform_attn(value, shapes, locations, weights, implementation=self.implementation)
         return self.output_proj(out)

@@ -293,11 +293,14 @@ def other_classes(
     """`differ` and (classes given, own classes), where all these keys differ in their first axis alone and by
     the same two numbers; else nothing.
 
-    rows: layer's name -> (rows of a class, rows beside them), where that is not (1, 0).
+    rows: layer's name -> (rows of a class, rows beside them), where that is not (1, 0); (0, 0): its rows are
+        no classes, and it is none of these keys.
     """
-    counts = set()
+    counts, layers = set(), rows or {}
+    of = {k: layers.get(k.split(".")[-2], (1, 0)) if "." in k else (1, 0) for k in differ}
+    differ = [key for key in differ if of[key] != (0, 0)]
     for key in differ:
-        each, beside = (rows or {}).get(key.split(".")[-2], (1, 0)) if "." in key else (1, 0)
+        each, beside = of[key]
         counts.add(tuple((n - beside) / each for n in (*given[key].shape[:1], *own[key].shape[:1])))
     if len(counts) != 1 or any(given[k].shape[1:] != own[k].shape[1:] for k in differ):
         return [], None
