@@ -1,5 +1,7 @@
 """A backbone with a head: what the head reads, and in which order a pack answers."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -60,6 +62,30 @@ def test_the_sum_of_losses_over_their_weight_is_the_mean_cross_entropy(smoothing
     # Two parts of a batch add up to it, in any split.
     parts = [model.losses(images[s], labels[s])["classify"] for s in (slice(2), slice(2, 5))]
     torch.testing.assert_close(parts[0] + parts[1], model.losses(images, labels)["classify"])
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_the_sigmoid_loss_asks_of_each_class_by_itself(smoothing):
+    class Given(nn.Module):
+        def forward(self, images, record=None):
+            return images
+
+    model = Classifier(Given(), nn.Identity())
+    logits = torch.tensor([[2.0, -1.0, 0.5], [0.0, 3.0, -2.0]])
+    labels = torch.tensor([2, 0])
+    want = 0.0
+    for row, label in zip(logits.tolist(), labels.tolist(), strict=True):
+        for k, x in enumerate(row):
+            y = (k == label) * (1 - smoothing) + smoothing / 3
+            p = 1 / (1 + math.exp(-x))
+            want -= y * math.log(p) + (1 - y) * math.log(1 - p)
+    options = {"label_smoothing": smoothing, "loss": "sigmoid"}
+    got = model.losses(logits, labels, **options)["classify"]
+    assert got.item() == pytest.approx(want, rel=1e-5)
+    one_hot = F.one_hot(labels, 3).double()
+    assert model.losses(logits, one_hot, **options)["classify"].item() == pytest.approx(
+        want, rel=1e-5
+    )
 
 
 def test_the_loss_is_taken_in_float32_whatever_the_logits_are():

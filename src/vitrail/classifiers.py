@@ -1,13 +1,14 @@
 """Backbone + head = classifier. Papers with a tail of their own register it; the rest use PooledHead."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitrail.features import Features, FeatureSpec
+from vitrail.packing import as_packed
 from vitrail_runtime.errors import InputError
 from vitrail_runtime.preprocess import Preprocessing
 
@@ -22,6 +23,11 @@ class PooledHead(nn.Module):
     def forward(self, features: Features) -> Tensor:
         last = list(features.maps.values())[-1]
         return self.fc(last.mean((2, 3)))
+
+
+def smoothed(shares: Tensor, smoothing: float) -> Tensor:
+    """Shares of the classes (B, K), of which a part is spread over all."""
+    return shares * (1 - smoothing) + smoothing / shares.shape[1]
 
 
 class Classifier(nn.Module):
@@ -43,22 +49,42 @@ class Classifier(nn.Module):
     def forward(self, images: Tensor, record: dict[str, Tensor] | None = None) -> Tensor:
         return self.head(self.backbone(images, record=record))
 
-    def forward_tensors(self, images: Tensor) -> dict[str, Tensor]:
-        """{"logits": (B, num_classes)}: what is exported as it is."""
+    def forward_tensors(
+        self, images: Tensor, packing: Mapping[str, Any] | None = None
+    ) -> dict[str, Tensor]:
+        """{"logits": (B, num_classes)}: what is exported as it is.
+
+        packing: where `images` are the patches of several (`vitrail.packing.as_packed`).
+        """
+        if packing is not None:
+            return {"logits": self.forward_packed(as_packed(images, packing))}
         return {"logits": self(images)}
 
     def losses(
-        self, images: Tensor, targets: Tensor, *, label_smoothing: float = 0.0
+        self,
+        images: Tensor,
+        targets: Tensor,
+        *,
+        label_smoothing: float = 0.0,
+        loss: Literal["softmax", "sigmoid"] = "softmax",
+        packing: Mapping[str, Any] | None = None,
     ) -> dict[str, Tensor]:
         """{"classify": cross-entropy in float32, summed over the images}; divide by `weight(targets)`.
 
-        targets: (B,) labels, or (B, K) shares of the classes.
+        targets: (B,) labels, or (B, K) shares of the classes. loss: "sigmoid" asks of every class by itself
+        whether it is the image's, and adds the answers' cross-entropies up.
         """
-        return {
-            "classify": F.cross_entropy(
-                self(images).float(), targets, label_smoothing=label_smoothing, reduction="sum"
+        logits = self.forward_tensors(images, packing)["logits"].float()
+        if loss == "sigmoid":
+            if targets.ndim == 1:
+                targets = F.one_hot(targets, logits.shape[1])
+            shares = smoothed(targets.to(logits.dtype), label_smoothing)
+            total = F.binary_cross_entropy_with_logits(logits, shares, reduction="sum")
+        else:
+            total = F.cross_entropy(
+                logits, targets, label_smoothing=label_smoothing, reduction="sum"
             )
-        }
+        return {"classify": total}
 
     def weight(self, targets: Tensor) -> Tensor:
         """What the sums of `losses` are divided by: the number of images."""

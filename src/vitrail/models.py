@@ -26,6 +26,7 @@ from vitrail.registry import (
     backbone_entry,
     config_class,
     list_backbones,
+    tiny_entries,
     unknown,
     with_fields,
 )
@@ -292,6 +293,28 @@ def class_names(classes: Sequence[str] | None, num_classes: int | None) -> tuple
             f"num_classes={num_classes}, but {len(names)} classes are named; drop num_classes"
         )
     return names
+
+
+def check_takes_packs(model: Any) -> None:
+    """Raise InputError unless a model takes packed images, naming those that do."""
+    takes = getattr(model.backbone, "takes_packs", False)
+    if takes and hasattr(model, "forward_packed"):
+        return
+    if takes:
+        raise InputError(
+            f"{model.info.name} cannot take packed images: its head reads maps of one size "
+            f"({type(model).__name__}); take images of one size, or another head"
+        )
+    with torch.device("meta"):
+        families = [
+            family
+            for family, entry in tiny_entries().items()
+            if hasattr(entry.cls, "takes_packs") and entry.cls(entry.config).takes_packs
+        ]
+    raise InputError(
+        f"{model.info.name} cannot take packed images: its tokens are no plain patches; models that can are "
+        f"those of the families {', '.join(families)}, such as vit_tiny_patch16"
+    )
 
 
 def describe(model: Any, info: ModelInfo) -> None:

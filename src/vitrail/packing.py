@@ -8,7 +8,7 @@ whatever its neighbours.
 
 import bisect
 import itertools
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -189,6 +189,22 @@ def pack(
         )
         for ids in packs
     ]
+
+
+def as_packed(patches: Tensor, packing: Mapping[str, Any]) -> PackedImages:
+    """Patches (T, C * p * p) of images whose `patch_size` and `sizes` the mapping holds, and which of their
+    patches are `kept`. As plain data it may have been written to a file and read again."""
+    patch_size = packing["patch_size"]
+    sizes = tuple((h, w) for h, w in packing["sizes"])
+    kept = packing.get("kept")
+    return PackedImages(
+        patches=patches,
+        grids=tuple(patch_grid(size, patch_size) for size in sizes),
+        image_ids=tuple(range(len(sizes))),
+        sizes=sizes,
+        patch_size=patch_size,
+        kept=None if kept is None else tuple(map(tuple, kept)),
+    )
 
 
 def plan_packs(

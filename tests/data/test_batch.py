@@ -198,3 +198,11 @@ def test_the_losses_are_told_the_sizes_of_padded_images_alone():
     images, indices, sizes = torch.zeros(2, 3, 4, 5), torch.arange(2), ((4, 5), (2, 3))
     assert Dense(images, (), indices).padding == {}
     assert Padded(images, (), indices, sizes).padding == {"sizes": sizes}
+    assert Dense(images, (), indices).layout == Padded(images, (), indices, sizes).layout == {}
+
+
+def test_padded_is_the_share_of_pixels_without_an_image():
+    images, indices = torch.zeros(2, 3, 6, 10), torch.zeros(2)
+    assert Dense(images, (), indices).padded == 0
+    batch = Padded(images, (), indices, ((6, 5), (3, 10)))
+    assert batch.padded == pytest.approx(0.5)

@@ -1,5 +1,7 @@
 """From upright pixels to a model's input: equal to what torchvision and timm do, for any shape."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -179,6 +181,20 @@ def test_normalise_equals_torchvision_to_the_bit():
         torch.from_numpy(image).permute(2, 0, 1).float() / 255, p.mean, p.std
     )
     np.testing.assert_array_equal(normalise(image, p), expected.numpy())
+
+
+def test_native_makes_smaller_what_has_too_many_patches():
+    """96 x 160 is 6 x 10 patches of 16; at most 15 are 3 x 5: half."""
+    p = Preprocessing(mode="native", patches=(15, 16))
+    image = np.random.default_rng(0).integers(0, 256, (96, 160, 3), dtype=np.uint8)
+    pixels, geometry = prepare(image, p)
+    assert pixels.shape == (3, 48, 80)
+    assert geometry.scale == (0.5, 0.5)
+    assert preprocessed_size(96, 160, p) == (48, 80)
+    assert preprocessed_size(48, 81, replace(p, patches=(18, 16))) == (48, 81)
+    for fields in ({"mode": "crop"}, {"mode": "native", "patches": (0, 16)}):
+        with pytest.raises(InputError, match="goes with mode 'native'"):
+            Preprocessing(**{"patches": (15, 16), **fields})
 
 
 @pytest.mark.parametrize("mode", ["crop", "squash", "fit", "edges", "native"])

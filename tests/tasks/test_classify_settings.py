@@ -48,7 +48,11 @@ def test_by_default_labels_are_smoothed_and_nothing_is_mixed():
     s = Settings()
     assert (s.mixup, s.cutmix, s.mix_prob) == (0.0, 0.0, 1.0)
     assert (s.label_smoothing, s.sampling) == (0.1, "uniform")
-    assert TASK.options(Settings(label_smoothing=0.3)) == {"label_smoothing": 0.3}
+    assert TASK.options(Settings(label_smoothing=0.3)) == {
+        "label_smoothing": 0.3,
+        "loss": "softmax",
+    }
+    assert TASK.options(Settings(loss="sigmoid"))["loss"] == "sigmoid"
 
 
 @pytest.mark.parametrize(

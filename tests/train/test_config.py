@@ -8,6 +8,7 @@ from vitrail.cli import flags, main
 from vitrail.cli.train import effective_config, field_value
 from vitrail.configuration import to_dict
 from vitrail.data.augmentation import Augmentation
+from vitrail.data.packing import Packing
 from vitrail.recipes import RECIPES, recipe_config
 from vitrail.train.config import RANGES, TrainConfig, differences, read_config
 from vitrail_runtime.errors import InputError
@@ -249,6 +250,8 @@ def test_every_setting_but_those_of_carrying_it_out_makes_another_run(tmp_path):
         "task": {"label_smoothing": 0.5},
         "ema": 0.5,
         "augmentation": Augmentation(flip=0.25, scale=(0.5, 0.75)),
+        "native": True,
+        "packing": Packing(packs=2),
         "seed": 11,
         "eval_every": 12,
         "early_stopping": 13,
@@ -288,6 +291,10 @@ def test_the_defaults_are_what_the_documentation_says():
     assert (c.keep, c.keep_every, c.save_every, c.log_every) == (2, None, 5.0, 20)
     assert (c.precision, c.parallel, c.device, c.train_only) == ("fp32", "data", "auto", "full")
     assert (c.skip_broken, c.drop_bad, c.grad_checkpointing, c.tensorboard) == (False,) * 4
+    p = c.packing
+    assert (c.native, p.max_tokens, p.packs, p.tokens_per_image) == (False, 4096, 1, None)
+    assert (p.too_long, p.window, p.resolution, p.sides) == ("resize", 256, "own", (64, 256))
+    assert (p.side_of, p.drop, p.drop_std, p.drop_largest) == ("area", 0.0, 0.1, None)
     given = (c.max_steps, c.max_minutes, c.weights, c.image_size, c.crop_pct, c.resize, c.workers)
     assert (*given, c.threads) == (None,) * 8
     assert (c.model, c.model_fields, c.head_fields, c.task) == ("", {}, {}, {})

@@ -37,7 +37,8 @@ class Preprocessing:
 
     `size` is (height, width) in pixels; `mode` says how a picture of another shape gets there:
     "crop" resizes the short side to size / crop_pct and cuts the centre, "squash" ignores the
-    aspect ratio, "fit" keeps it within `size` and leaves the result smaller, "native" resizes nothing.
+    aspect ratio, "fit" keeps it within `size` and leaves the result smaller, "native" resizes nothing but
+    what has more than `patches`: (the most patches, pixels of a patch's side), for "native" alone.
     "edges" is for detectors: the short edge becomes the smaller number of `size`, such as (800, 1333), unless
     the long edge would exceed the larger one, either way round.
     `crop_pct` is for "crop" alone. "crop" is timm's and torchvision's evaluation transform.
@@ -49,6 +50,7 @@ class Preprocessing:
     interpolation: Interpolation = "bicubic"
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
+    patches: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         if len(self.size) != 2 or min(self.size) < 1:
@@ -65,6 +67,11 @@ class Preprocessing:
             )
         if not 0 < self.crop_pct <= 1:
             raise InputError(f"crop_pct must lie in (0, 1], but is {self.crop_pct}")
+        if self.patches is not None and (self.mode != "native" or min(self.patches) < 1):
+            raise InputError(
+                "patches must be (how many at most, pixels of a side), both >= 1, and goes with mode "
+                f"'native', but is {self.patches} with {self.mode!r}"
+            )
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
             raise InputError(
                 f"mean and std need three numbers, std above 0, but are {self.mean} and {self.std}"
@@ -101,6 +108,31 @@ def preprocessed_size(height: int, width: int, p: Preprocessing) -> tuple[int, i
     if p.mode in ("crop", "squash"):
         return p.size
     return _resized_size(height, width, p)
+
+
+def limited_sizes(sizes: np.ndarray, most: int, patch_size: int) -> np.ndarray:
+    """(N, 2) heights and widths -> the largest of the same ratio, up to rounding, that have at most `most`
+    patches each, those at the edges begun included. Nothing is enlarged."""
+    sizes = np.asarray(sizes, np.int64)
+    out = sizes.copy()
+    long = num_patches(sizes, patch_size) > most
+    given = sizes[long]
+    low, high = np.zeros(len(given)), np.ones(len(given))  # factors that fit, and that do not
+    for _ in range(32 if len(given) else 0):
+        middle = (low + high) / 2
+        fits = num_patches(_times(given, middle), patch_size) <= most
+        low, high = np.where(fits, middle, low), np.where(fits, high, middle)
+    out[long] = _times(given, low)
+    return out
+
+
+def num_patches(sizes: np.ndarray, patch_size: int) -> np.ndarray:
+    """(N,) patches of images of these sizes (N, 2), those at the edges begun included."""
+    return (-(-sizes // patch_size)).prod(1)
+
+
+def _times(sizes: np.ndarray, factors: np.ndarray) -> np.ndarray:
+    return np.maximum(1, (sizes * factors[:, None]).astype(np.int64))
 
 
 def decode_size(p: Preprocessing) -> tuple[int, int] | None:
@@ -189,7 +221,10 @@ def _scaled(p: Preprocessing) -> tuple[int, int]:
 def _resized_size(height: int, width: int, p: Preprocessing) -> tuple[int, int]:
     # The whole picture's size after the resize, before the cut.
     if p.mode == "native":
-        return height, width
+        if p.patches is None:
+            return height, width
+        out_h, out_w = limited_sizes(np.array([(height, width)]), *p.patches)[0].tolist()
+        return out_h, out_w
     if p.mode == "squash":
         return p.size
     if p.mode == "fit":

@@ -442,6 +442,11 @@ class ViT(nn.Module):
             offset=self.config.pos_offset,
         )
 
+    @property
+    def takes_packs(self) -> bool:
+        """Whether its tokens are plain patches."""
+        return isinstance(self.patch_embed, PatchEmbed)
+
     def forward_packed(self, packed: PackedImages) -> PackedFeatures:
         """Many images of any sizes at once, each as if it were alone."""
         if not isinstance(self.patch_embed, PatchEmbed):

@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 Key = tuple[int, int, int]  # (seed, epoch, position); for `mix`, (seed, epoch, step)
-_SAMPLE, _MIX = 0, 1  # streams of random numbers
+_SAMPLE, _MIX, DROPPING = 0, 1, 2  # streams of random numbers
 
 
 @dataclass(frozen=True)

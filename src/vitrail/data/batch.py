@@ -41,7 +41,17 @@ class Batch(Protocol):
 
     @property
     def padding(self) -> dict[str, Any]:
-        """What a model's `losses` must know of the padding beside images and targets."""
+        """What a model's `losses` must know of the padding beside images and targets. Plain data."""
+        ...
+
+    @property
+    def layout(self) -> dict[str, Any]:
+        """What its `forward_tensors` must know beside the images."""
+        ...
+
+    @property
+    def padded(self) -> float:
+        """Share of what is computed that is no image."""
         ...
 
     def to(self, device: torch.device, preprocessing: Preprocessing) -> Self:
@@ -71,13 +81,21 @@ class Dense:
     def padding(self) -> dict[str, Any]:
         return {}
 
+    @property
+    def layout(self) -> dict[str, Any]:
+        return {}
+
+    @property
+    def padded(self) -> float:
+        return 0.0
+
     def to(self, device: torch.device, preprocessing: Preprocessing) -> "Dense":
         images = normalised(self.images.to(device, non_blocking=True), preprocessing)
-        return replace(self, images=images, targets=_moved(self.targets, device))
+        return replace(self, images=images, targets=moved(self.targets, device))
 
     def pin_memory(self) -> "Dense":
         """In memory from which a GPU copies by itself; a loader asks for it."""
-        return replace(self, images=self.images.pin_memory(), targets=_pinned(self.targets))
+        return replace(self, images=self.images.pin_memory(), targets=pinned(self.targets))
 
     def split(self, parts: int) -> list["Dense"]:
         return [
@@ -88,7 +106,7 @@ class Dense:
                 indices=self.indices[some],
                 geometries=self.geometries[some],
             )
-            for some in _runs(self.num_images, parts)
+            for some in runs(self.num_images, parts)
         ]
 
 
@@ -113,21 +131,29 @@ class Padded:
         """Which part of each image is none."""
         return {"sizes": self.sizes}
 
+    @property
+    def layout(self) -> dict[str, Any]:
+        return {}
+
+    @property
+    def padded(self) -> float:
+        return 1 - sum(h * w for h, w in self.sizes) / self.images[:, 0].numel()
+
     def to(self, device: torch.device, preprocessing: Preprocessing) -> "Padded":
         images = normalised(self.images.to(device, non_blocking=True), preprocessing)
         for image, (height, width) in zip(images, self.sizes, strict=True):
             image[:, height:] = 0
             image[:, :, width:] = 0
-        return replace(self, images=images, targets=_moved(self.targets, device))
+        return replace(self, images=images, targets=moved(self.targets, device))
 
     def pin_memory(self) -> "Padded":
         """As `Dense.pin_memory`."""
-        return replace(self, images=self.images.pin_memory(), targets=_pinned(self.targets))
+        return replace(self, images=self.images.pin_memory(), targets=pinned(self.targets))
 
     def split(self, parts: int) -> list["Padded"]:
         """A part is as small as its own images allow."""
         out = []
-        for some in _runs(self.num_images, parts):
+        for some in runs(self.num_images, parts):
             sizes = self.sizes[some]
             height, width = (max(size[axis] for size in sizes) for axis in (0, 1))
             out.append(
@@ -172,11 +198,11 @@ def normalised(images: Tensor, preprocessing: Preprocessing) -> Tensor:
     return (images - mean) / std
 
 
-def _moved(targets: Any, device: torch.device) -> Any:
+def moved(targets: Any, device: torch.device) -> Any:
     return _each(targets, lambda tensor: tensor.to(device, non_blocking=True))
 
 
-def _pinned(targets: Any) -> Any:
+def pinned(targets: Any) -> Any:
     return _each(targets, lambda tensor: tensor.pin_memory())
 
 
@@ -191,7 +217,7 @@ def _each(targets: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return targets
 
 
-def _runs(count: int, parts: int) -> list[slice]:
+def runs(count: int, parts: int) -> list[slice]:
     """As `Tensor.chunk` splits."""
     length = -(-count // parts)
     return [slice(start, start + length) for start in range(0, count, length)]

@@ -19,12 +19,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from vitrail.data.augment import Augmentation, Key, draw, render
+from vitrail.data.augment import DROPPING, Augmentation, Key, draw, generator, render
 from vitrail.data.batch import Batch, Dense, Padded, collate
 from vitrail.data.decoding import read_pixels
 from vitrail.data.examples import Examples
+from vitrail.data.packed import Packed, PackPlan, PlannedImage, PlannedPacks
 from vitrail.data.plan import BatchPlan, PlannedBatch
 from vitrail.memory import enough_memory
+from vitrail.packing import to_patches
 from vitrail_runtime.errors import InputError
 from vitrail_runtime.preprocess import Preprocessing, decode_size, prepare, preprocessed_size
 
@@ -43,7 +45,7 @@ class TrainLoader:
     def __init__(
         self,
         data: Examples,
-        plan: BatchPlan,
+        plan: BatchPlan | PackPlan,
         augmentation: Augmentation,
         *,
         rank: int = 0,
@@ -61,7 +63,10 @@ class TrainLoader:
         if plan.length != len(data):
             raise InputError(f"the plan is for {plan.length} samples, but the data has {len(data)}")
         self.plan, self.rank, self.world = plan, rank, world
-        job = _TrainJob(data, augmentation, plan.seed, own_sizes)
+        if isinstance(plan, PackPlan):
+            job = _PackJob(data, plan, augmentation)
+        else:
+            job = _TrainJob(data, augmentation, plan.seed, own_sizes)
         self._source = _Jobs(job, workers, pin_memory)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
@@ -71,7 +76,7 @@ class TrainLoader:
 
 def train_batches(
     data: Examples,
-    plan: BatchPlan,
+    plan: BatchPlan | PackPlan,
     augmentation: Augmentation,
     *,
     epoch: int,
@@ -128,8 +133,8 @@ def batch_indices(
 
 
 def _train_jobs(
-    plan: BatchPlan, epoch: int, start: int, rank: int, world: int
-) -> Iterator[tuple[int, PlannedBatch]]:
+    plan: BatchPlan | PackPlan, epoch: int, start: int, rank: int, world: int
+) -> Iterator[tuple[int, PlannedBatch | PlannedPacks]]:
     for batch in plan.batches(epoch, start):
         yield epoch, batch.part(rank, world)
 
@@ -175,6 +180,68 @@ class _TrainJob(Dataset):
         drawn = draw(height, width, size, self.augmentation, key)
         pixels = read_pixels(self.data.images, i, drawn.view.needed())
         return render(pixels, drawn, self.augmentation), self.data.truth.target(i, drawn.view)
+
+
+class _PackJob(Dataset):
+    """(epoch, packs) -> their patches, 8-bit, and their targets. Or the InputError that it met."""
+
+    def __init__(self, data: Examples, plan: PackPlan, augmentation: Augmentation) -> None:
+        if augmentation.crop != "whole":
+            raise InputError(
+                f"packed images are shown whole, but crop is {augmentation.crop!r}; give "
+                "--augmentation.crop whole"
+            )
+        self.data, self.augmentation, self.seed = data, augmentation, plan.seed
+        self.patch_size, self.packing = plan.patch_size, plan.packing
+        self.num_prefix_tokens = plan.num_prefix_tokens
+
+    def __getitem__(self, job: tuple[int, PlannedPacks]) -> Packed | InputError:
+        _, step = job
+        images = [image for pack in step.packs for image in pack]
+        tokens = sum(image.kept for image in images)
+        try:
+            with enough_memory(f"packs of {tokens} patches", "give smaller --packing.max-tokens"):
+                patches, targets, kept = zip(*map(self._shown, images), strict=True)
+                return Packed(
+                    torch.cat(patches),
+                    _stacked(targets),
+                    torch.tensor([image.index for image in images]),
+                    sizes=tuple(image.size for image in images),
+                    packs=tuple(map(len, step.packs)),
+                    patch_size=self.patch_size,
+                    kept=kept if self.packing.drops else None,
+                    max_tokens=self.packing.max_tokens,
+                    num_prefix_tokens=self.num_prefix_tokens,
+                    step=step.step,
+                )
+        except InputError as error:
+            return error
+
+    def _shown(self, image: PlannedImage) -> tuple[Tensor, Any, tuple[int, ...]]:
+        """Patches (kept, 3 * p * p) of an image, what it teaches, and which of its patches they are."""
+        height, width = self.data.images.sizes[image.index].tolist()
+        key = (self.seed, image.epoch, image.position)
+        drawn = draw(height, width, image.size, self.augmentation, key)
+        pixels = read_pixels(self.data.images, image.index, drawn.view.needed())
+        _check_size(pixels, (height, width), self.data.images.where(image.index))
+        patches = to_patches(render(pixels, drawn, self.augmentation), self.patch_size)
+        places = range(len(patches))
+        if image.kept < len(patches):
+            order = generator(key, DROPPING).permutation(len(patches))
+            places = np.sort(order[: image.kept]).tolist()
+            patches = patches[places]
+        return patches, self.data.truth.target(image.index, drawn.view), tuple(places)
+
+
+def _check_size(pixels: np.ndarray, indexed: tuple[int, int], where: str) -> None:
+    """Raise InputError unless the pixels are an image of the indexed size, or a reduced form of it."""
+    found = pixels.shape[:2]
+    reduced = [tuple(-(-side // factor) for side in indexed) for factor in (1, 2, 4, 8)]
+    if found not in reduced:
+        raise InputError(
+            f"{where} has {found[0]} x {found[1]} pixels, but was indexed as {indexed[0]} x {indexed[1]}: "
+            "its pack was planned for that; start again to index it anew"
+        )
 
 
 class _EvalJob(Dataset):

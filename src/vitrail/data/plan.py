@@ -119,6 +119,11 @@ class BatchPlan:
         """Number of batches of an epoch. Under multi-scale batches it varies a little from epoch to epoch."""
         return len(self._bounds(epoch)[1])
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a person should know of it."""
+        return ()
+
     def left_out(self, epoch: int) -> int:
         """Number of samples at the end of an epoch that fill no batch. Which ones, its order draws anew."""
         ends = self._bounds(epoch)[1]
@@ -179,7 +184,7 @@ class BatchPlan:
         if self.strata is not None:
             shuffled = shuffled[np.argsort(np.asarray(self.strata)[shuffled], kind="stable")]
         ends = np.cumsum(np.asarray(self.weights, np.float64)[shuffled])
-        offset = _bits(1, (self.seed, epoch, _OFFSET))[0] / 2**64
+        offset = random_bits(1, (self.seed, epoch, _OFFSET))[0] / 2**64
         marks = (np.arange(self.length) + offset) * (ends[-1] / self.length)
         # Rounding must not put the last mark behind the last sample of positive weight.
         last = int(np.searchsorted(ends, ends[-1]))
@@ -218,7 +223,7 @@ class BatchPlan:
             choices = [0] * most
         else:
             most = -(-self.length // min(counts))
-            choices = (_bits(most, (self.seed, epoch, _SCALES)) % len(counts)).tolist()
+            choices = (random_bits(most, (self.seed, epoch, _SCALES)) % len(counts)).tolist()
         ends = list(itertools.accumulate(counts[c] for c in choices))
         full = sum(1 for end in ends if end <= self.length)
         ends = ends[:full]
@@ -256,11 +261,12 @@ def square_scales(low: int, high: int, step: int = 32) -> tuple[tuple[int, int],
     return tuple((side, side) for side in range(low, high + 1, step))
 
 
-def _bits(count: int, key: tuple[int, int, int]) -> np.ndarray:
-    """(count,) uint64. Raw output of the bit generator: its stream is promised not to change with numpy."""
+def random_bits(count: int, key: tuple[int, int, int]) -> np.ndarray:
+    """(count,) uint64 by key (seed, epoch, stream). Raw output of the bit generator: its stream is promised
+    not to change with numpy."""
     seed, epoch, stream = key
     return np.random.Philox(np.random.SeedSequence([seed, epoch, stream])).random_raw(count)
 
 
 def _permutation(count: int, key: tuple[int, int, int]) -> np.ndarray:
-    return np.argsort(_bits(count, key), kind="stable")
+    return np.argsort(random_bits(count, key), kind="stable")

@@ -21,6 +21,8 @@ class Settings:
 
     label_smoothing: float = 0.1
     """Probability spread over all classes."""
+    loss: Literal["softmax", "sigmoid"] = "softmax"
+    """"sigmoid" asks of each class by itself whether it is there; the answers' losses are added."""
     mixup: float = 0.0
     """Alpha of MixUp's Beta distribution (Zhang et al. 2018, arXiv 1710.09412); 0 is off. Where CutMix is on
     as well, each update takes one of them.
@@ -53,7 +55,7 @@ class Classify(Task):
     settings = Settings
 
     def options(self, settings: Settings) -> dict[str, Any]:
-        return {"label_smoothing": settings.label_smoothing}
+        return {"label_smoothing": settings.label_smoothing, "loss": settings.loss}
 
     def prepare(
         self, batch: "Dense", key: tuple[int, int, int], settings: Settings, num_classes: int

@@ -11,6 +11,7 @@ import torch
 from vitrail import models
 from vitrail.adapt.freeze import freeze, train_mode
 from vitrail.configuration import from_dict, to_dict
+from vitrail.data.packing import Packing
 from vitrail.data.shards import is_shard
 from vitrail.registry import config_class
 from vitrail.tasks.task import Task, task_of_model
@@ -46,6 +47,10 @@ def resolve(config: TrainConfig) -> TrainConfig:
         )
     config = replace(config, model=model_name(config))
     config = replace(config, out=config.out or f"runs/{config.model.replace('/', '-')}")
+    if config.packing != Packing() and not config.native:
+        raise InputError("--packing is for images at their own shape; give --native as well")
+    if config.native:  # a part of an image is none of its own shape
+        config = replace(config, augmentation=replace(config.augmentation, crop="whole"))
     _, settings = task_and_settings(config)
     return replace(config, task=to_dict(settings))
 
@@ -90,6 +95,8 @@ def build_model(config: TrainConfig, classes: tuple[str, ...]) -> Any:
         changes["crop_pct"] = config.crop_pct
     if config.resize is not None:
         changes["mode"] = config.resize
+    if config.native:
+        changes |= native_view(model, config)
     models.describe(
         model, replace(model.info, preprocessing=replace(model.preprocessing, **changes))
     )
@@ -100,6 +107,18 @@ def build_model(config: TrainConfig, classes: tuple[str, ...]) -> Any:
             )
         model.backbone.grad_checkpointing = True
     return model
+
+
+def native_view(model: Any, config: TrainConfig) -> dict[str, Any]:
+    """How a model that is trained on packs sees images: at their own shape, no larger than in training.
+
+    Raises InputError for a model that takes no packs.
+    """
+    models.check_takes_packs(model)
+    backbone, packing = model.backbone, config.packing
+    held = packing.max_tokens - backbone.num_prefix_tokens
+    most = max(1, min(held, packing.tokens_per_image or held))
+    return {"mode": "native", "patches": (most, backbone.config.patch_size)}
 
 
 def check_parts(

@@ -9,6 +9,7 @@ import yaml
 
 from vitrail.configuration import Range, check_ranges, from_dict, to_dict
 from vitrail.data.augmentation import Augmentation
+from vitrail.data.packing import Packing
 from vitrail_runtime.errors import InputError
 
 DEFAULT_MODEL = "efficientvit_m0"
@@ -143,6 +144,10 @@ class TrainConfig:
     ema: float = 0.0
     """Decay of the weights' moving average, which is then evaluated and saved; 0 is off."""
     augmentation: Augmentation = field(default_factory=Augmentation)
+    native: bool = False
+    """Images at their own shape, packed (--packing...), in training and evaluation; for plain ViTs. Then
+    --packing.packs, not --batch-size, says what an update is made on."""
+    packing: Packing = field(default_factory=Packing)
     seed: int = 0
 
     eval_every: int = 1
@@ -187,12 +192,28 @@ class TrainConfig:
                 "or --clip-mode norm"
             )
         check_ranges(self, RANGES)
+        self._check_native()
         if self.size is not None and not all(map(Range(1).holds, self.size)):
             raise InputError(f"image_size must be at least 1, but is {self.image_size}")
         if not all(side >= 1 for side in self.sizes):
             raise InputError(f"sizes must be at least 1 pixel, but are {self.sizes}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise InputError(f"betas must be from 0 to below 1, but are {self.betas}")
+
+    def _check_native(self) -> None:
+        if not self.native:
+            return
+        for name, off in {"sizes": (), "repeats": 1, "resize": None, "crop_pct": None}.items():
+            if getattr(self, name) not in (off, "native"):
+                raise InputError(
+                    f"native and {name} do not go together: images are packed at their own shape; leave "
+                    f"--{name.replace('_', '-')} away"
+                )
+        if self.augmentation.crop == "simple" or self.augmentation.jitters:
+            raise InputError(
+                "native shows images whole: give --augmentation.crop whole and no "
+                "--augmentation.scale-jitter; --packing.resolution draws their sizes"
+            )
 
 
 def model_name(config: TrainConfig) -> str:

@@ -21,7 +21,9 @@ def introduce(run: Run) -> None:
     for key, problem in dict.fromkeys(run.train_data.broken + run.val_data.broken):
         say(f"left out {key}: {problem}")
     report = getattr(run.model, "weights_report", None)
-    if run.plan.batch_size < config.batch_size:
+    for note in run.plan.notes:
+        say(note)
+    if run.plan.batch_size < config.batch_size and not config.native:
         say(
             f"batches of all {run.plan.batch_size} images there are, instead of {config.batch_size}"
         )
@@ -45,11 +47,15 @@ def introduce(run: Run) -> None:
     trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     trained = f"{trained / 1e6:.2f} M" if trained >= 1e5 else f"{trained:,}"
     height, width = run.model.preprocessing.size
+    shown = f"{height} x {width}"
+    if config.native:
+        packs, tokens = counted(config.packing.packs, "pack"), config.packing.max_tokens
+        shown = f"their own shape, {packs} of {tokens} tokens an update"
     processes = f"{counted(run.world, 'process', 'processes')}, " if run.world > 1 else ""
     threads, workers = counted(torch.get_num_threads(), "thread"), counted(run.workers, "worker")
     images = counted(len(run.train_data), "image")
     say(
-        f"{config.model}: {trained} parameters to train on {images} at {height} x {width}, "
+        f"{config.model}: {trained} parameters to train on {images} at {shown}, "
         f"{len(run.model.classes)} classes; {counted(run.total_steps, 'update')}; "
         f"{processes}{run.accelerator.device}, {threads}, {workers}"
     )

@@ -43,8 +43,17 @@ class Progress:
         if self.bar is not None:
             self.bar.stop()
 
-    def step(self, step: int, epoch: str, images: int, loss: float, seconds: float) -> None:
-        """One update more: its number, images seen by it, its loss, training seconds of the whole run."""
+    def step(
+        self,
+        step: int,
+        epoch: str,
+        images: int,
+        loss: float,
+        seconds: float,
+        padded: float = 0.0,
+    ) -> None:
+        """One update more: its number, images seen by it, its loss, training seconds of the whole run, and
+        the share of what it computed that was no image."""
         if not self.speaks:
             return
         now = time.monotonic()
@@ -59,7 +68,9 @@ class Progress:
         share = step / self.total
         if self.limit is not None:
             share = min(1.0, max(share, seconds / self.limit))
-        figures = f"loss {loss:.3f}  {self.rate:.0f} images/s  {self._left(step, seconds)} left"
+        padding = f"padding {padded:.1%}  " if padded else ""
+        figures = f"loss {loss:.3f}  {self.rate:.0f} images/s  {padding}"
+        figures += f"{self._left(step, seconds)} left"
         if self.bar is not None:
             self.bar.update(self.task, completed=share, epoch=epoch, figures=figures)
         elif now - self.reported >= 15:

@@ -82,14 +82,19 @@ def choose_workers(config: TrainConfig, accelerator: "Accelerator") -> int:
 def check_world(config: TrainConfig, world: int) -> None:
     """Raise InputError unless every process gets an equal share of every part of a batch."""
     shares = world * config.accumulate
-    if config.batch_size % shares:
-        nearest = max(shares, round(config.batch_size / shares) * shares)
+    have, what, flag = config.batch_size, f"a batch of {config.batch_size}", "batch-size"
+    if config.native:
+        have, flag = config.packing.packs, "packing.packs"
+        what = counted(have, "pack")
+    if have % shares:
+        nearest = max(shares, round(have / shares) * shares)
         parts = f" in {config.accumulate} parts" if config.accumulate > 1 else ""
         parts += " each" if parts and world > 1 else ""
         who = counted(world, "process", "processes") + parts
         raise InputError(
-            f"{who} cannot share a batch of {config.batch_size} equally; "
-            f"the nearest batch size that they can is {nearest}: --batch-size {nearest}"
+            f"{who} cannot share {what} equally; "
+            f"the nearest {'number' if config.native else 'batch size'} that they can is {nearest}: "
+            f"--{flag} {nearest}"
         )
 
 

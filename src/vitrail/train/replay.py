@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vitrail.adapt.freeze import freeze, train_mode
 from vitrail.data.batch import Batch, Dense, Padded
+from vitrail.data.packed import Packed
 from vitrail.train.config import TrainConfig, read_config
 from vitrail.train.folder import RunFolder, explained
 from vitrail.train.ranks import total_loss
@@ -152,7 +153,7 @@ def replay(path: str | Path) -> dict[str, Any]:
         return total_loss(losses, weight)
 
     def finite(part: Batch) -> Tensor:
-        outputs = model.forward_tensors(part.images)
+        outputs = model.forward_tensors(part.images, **part.layout)
         good = (o.reshape(len(o), -1).isfinite().all(1) for o in outputs.values())
         return torch.stack(list(good)).all(0)
 
@@ -180,7 +181,15 @@ def batch_of(kept: Mapping[str, Any], padding: Mapping[str, Any]) -> Batch:
     images, targets, indices = (kept[name] for name in ("images", "targets", "indices"))
     if not padding:
         return Dense(images, targets, indices)
-    return Padded(images, targets, indices, tuple(map(tuple, padding["sizes"])))
+    if "packing" in padding:
+        fields = {name: _tuples(value) for name, value in padding["packing"].items()}
+        return Packed(images, targets, indices, **fields)
+    return Padded(images, targets, indices, _tuples(padding["sizes"]))
+
+
+def _tuples(value: Any) -> Any:
+    """What JSON made lists of."""
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def _kept(folder: RunFolder) -> tuple[TrainConfig, dict[str, Tensor], dict[str, Any]]:

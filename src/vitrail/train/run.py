@@ -15,6 +15,7 @@ from vitrail.configuration import to_dict
 from vitrail.data.batch import Batch
 from vitrail.data.examples import Examples
 from vitrail.data.loader import TrainLoader
+from vitrail.data.packed import PackPlan
 from vitrail.data.plan import BatchPlan
 from vitrail.tasks.task import Scores, Task
 from vitrail.train.build import build_model
@@ -39,7 +40,7 @@ class Run:
     settings: Any  # the task's
     train_data: Examples
     val_data: Examples
-    plan: BatchPlan
+    plan: BatchPlan | PackPlan
     loader: TrainLoader
     model: Any
     objective: nn.Module
@@ -55,6 +56,7 @@ class Run:
     saved_at: float = 0.0  # training seconds
     rate: float = 0.0  # learning rate and gradient norm of the last update
     norm: float = 0.0
+    padded: float = 0.0  # share of what the last update computed that was no image
 
     @property
     def rank(self) -> int:
@@ -77,7 +79,8 @@ class Run:
 
     @property
     def epochs_done(self) -> float:
-        return self.at.epoch + self.at.batch / self.plan.steps(self.at.epoch)
+        at = self.at  # behind the last epoch the plan may have none
+        return at.epoch + (at.batch / self.plan.steps(at.epoch) if at.batch else 0.0)
 
     @property
     def stop_reason(self) -> str:
@@ -118,9 +121,9 @@ class Run:
         at.images += images
         at.seconds = seconds
         at.losses = (*at.losses, loss)
-        self.rate, self.norm = rate, norm
+        self.rate, self.norm, self.padded = rate, norm, batch.padded
         epoch = f"epoch {at.epoch + 1}/{self.config.epochs}"
-        self.progress.step(at.step, epoch, images, loss, seconds)
+        self.progress.step(at.step, epoch, images, loss, seconds, batch.padded)
 
     def rank_scores(self, scores: Scores) -> list[str]:
         """Take an evaluation into account; the names under which its model is to be saved."""
@@ -144,6 +147,7 @@ class Run:
             lr=self.rate,
             grad_norm=self.norm,
             images_per_second=round(self.progress.rate, 1),
+            **({"padding": round(self.padded, 4)} if self.padded else {}),
         )
         at.losses = ()
 

@@ -14,6 +14,7 @@ from vitrail.configuration import from_dict
 from vitrail.data.examples import Examples
 from vitrail.data.loader import TrainLoader
 from vitrail.data.opening import open_data, open_source
+from vitrail.data.packed import PackPlan
 from vitrail.data.plan import BatchPlan, shape_groups
 from vitrail.memory import enough_memory
 from vitrail.tasks.task import check_truth, task_of_model
@@ -106,7 +107,7 @@ def mended(folder: RunFolder, config: TrainConfig, position: Position) -> tuple[
     return rows, notes
 
 
-def count_updates(config: TrainConfig, plan: BatchPlan) -> tuple[int, int]:
+def count_updates(config: TrainConfig, plan: BatchPlan | PackPlan) -> tuple[int, int]:
     """Of the whole run, and of the warm-up."""
     per_epoch = [plan.steps(epoch) for epoch in range(config.epochs)]
     total = min(sum(per_epoch), config.max_steps or sum(per_epoch))
@@ -116,7 +117,7 @@ def count_updates(config: TrainConfig, plan: BatchPlan) -> tuple[int, int]:
 def build_loader(
     config: TrainConfig,
     data: Examples,
-    plan: BatchPlan,
+    plan: BatchPlan | PackPlan,
     preprocessing: Preprocessing,
     accelerator: Accelerator,
 ) -> TrainLoader:
@@ -146,7 +147,7 @@ def open_splits(config: TrainConfig, world: int) -> tuple[Examples, Examples]:
     return train_data, open_data(source, "val", classes=train_data.classes, **how)
 
 
-def build(config: TrainConfig, data: Examples, world: int) -> tuple[Any, BatchPlan]:
+def build(config: TrainConfig, data: Examples, world: int) -> tuple[Any, BatchPlan | PackPlan]:
     """The model, on the CPU, and the batches that its processes share."""
     size = " for images of {} x {}".format(*config.size) if config.size else ""
     with enough_memory(f"{config.model}{size}", "take a smaller model or --image-size"):
@@ -155,8 +156,12 @@ def build(config: TrainConfig, data: Examples, world: int) -> tuple[Any, BatchPl
     for name, value in task.model_options(settings, data.truth).items():
         setattr(model, name, value)
     plan = build_plan(config, data, model.preprocessing.size, world)
+    if config.native:
+        plan = pack_plan(config, data, model, plan)
     if model.preprocessing.mode == "edges":  # images at their own sizes, padded to one
         plan = replace(plan, groups=shape_groups(data.images.sizes))
+    if isinstance(plan, PackPlan):
+        return model, plan
     check_shares(config, plan, world, task.multiple(settings))
     check_parts(config, data.classes, plan.batch_sizes(), world)
     return model, plan
@@ -168,15 +173,37 @@ def build_plan(config: TrainConfig, data: Examples, size: tuple[int, int], world
     task, settings = task_and_settings(config)
     weights = task.weights(settings, data.truth)
     whole = config.accumulate == world == 1 and not config.sizes
+    batch_size = min(config.batch_size, len(data)) if whole else config.batch_size
+    if config.native:  # a sample comes when it fits
+        batch_size = 1
     return BatchPlan(
         length=len(data),
-        batch_size=min(config.batch_size, len(data)) if whole else config.batch_size,
+        batch_size=batch_size,
         size=size,
         seed=config.seed,
         scales=tuple((side, side) for side in config.sizes),
         weights=weights,
         strata=None if weights is None else data.truth.strata(),
         repeats=config.repeats,
+    )
+
+
+def pack_plan(config: TrainConfig, data: Examples, model: Any, samples: BatchPlan) -> PackPlan:
+    """The packs of every epoch; `samples` says in which order images come."""
+    task, settings = task_and_settings(config)
+    if task.multiple(settings) > 1:
+        raise InputError(
+            "images of several shapes cannot be mixed with each other: leave MixUp and CutMix away "
+            "(--task.mixup 0 --task.cutmix 0), or --native"
+        )
+    return PackPlan(
+        samples=samples,
+        sizes=data.images.sizes,
+        packing=config.packing,
+        patch_size=model.backbone.config.patch_size,
+        num_prefix_tokens=model.backbone.num_prefix_tokens,
+        epochs=config.epochs,
+        where=data.images.where,
     )
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from vitrail.data.packed import PackPlan
 from vitrail.data.plan import BatchPlan
 from vitrail.train.config import TrainConfig
 from vitrail.train.state import read_header
@@ -23,7 +24,7 @@ WORTH_IT = 50  # updates of a run, fewer of which are over sooner than a trial
 
 
 def choose_threads(
-    config: TrainConfig, model: Any, plan: BatchPlan, *, updates: int, saved: Path | None
+    config: TrainConfig, model: Any, plan: BatchPlan | PackPlan, *, updates: int, saved: Path | None
 ) -> None:
     """Take fewer threads than there are free cores for where the run began so, or where fewer are faster.
 
@@ -39,10 +40,10 @@ def choose_threads(
         torch.set_num_threads(fastest(model, config, plan, most))
 
 
-def fastest(model: Any, config: TrainConfig, plan: BatchPlan, most: int) -> int:
+def fastest(model: Any, config: TrainConfig, plan: BatchPlan | PackPlan, most: int) -> int:
     """Of `most` threads, half of them, and so on to one: with which a copy of the model learns fastest."""
     trial = copy.deepcopy(model).train()
-    count = min(LARGEST_TRIAL, plan.batch_size // config.accumulate)
+    count = min(LARGEST_TRIAL, max(1, plan.batch_size // config.accumulate))
     images = torch.rand(count, 3, *plan.size, generator=torch.Generator().manual_seed(0))
     numbers = [most >> halved for halved in range(most.bit_length())]
     taken: dict[int, float] = {}

@@ -1,0 +1,477 @@
+"""Images of any shape, many in one sequence of patches: the packs of every epoch, and an update's batch.
+
+Dehghani et al., "Patch n' Pack: NaViT, a Vision Transformer for any Aspect Ratio and Resolution", NeurIPS
+2023, https://arxiv.org/abs/2307.06304, sections 2 and 3.
+"""
+
+import bisect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vitrail.data.batch import moved, normalised, pinned, runs
+from vitrail.data.packing import Packing
+from vitrail.data.plan import BatchPlan, random_bits
+from vitrail_runtime.errors import InputError
+from vitrail_runtime.preprocess import Geometry, Preprocessing, limited_sizes, num_patches
+
+_SIDES, _DROPS = 4, 5  # streams of random numbers within one epoch, beside those of BatchPlan
+CYCLE = 8192  # images that are packed as one stream, where an epoch has fewer
+LEAST_STEPS = 8  # of an epoch, so that it shares a pack with the next
+
+
+@dataclass(frozen=True)
+class PlannedImage:
+    """An image of a pack. `epoch` and `position` in it key its augmentation."""
+
+    index: int
+    epoch: int
+    position: int
+    size: tuple[int, int]  # (height, width) that it is brought to, pixels
+    kept: int  # of its patches
+
+
+@dataclass(frozen=True)
+class PlannedPacks:
+    """One global step."""
+
+    step: int
+    packs: tuple[tuple[PlannedImage, ...], ...]
+
+    def part(self, rank: int, world: int) -> "PlannedPacks":
+        """The share of one of `world` processes: as many packs as every other's.
+
+        Raises InputError when `world` does not divide the packs.
+        """
+        if len(self.packs) % world:
+            raise InputError(
+                f"{world} processes cannot share {len(self.packs)} packs equally (step {self.step}); choose "
+                "a number of packs that they divide (--packing.packs)"
+            )
+        share = len(self.packs) // world
+        return PlannedPacks(self.step, self.packs[rank * share : (rank + 1) * share])
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PackPlan:
+    """The packs of every step of every epoch, told from the images' sizes before any is decoded: at which
+    resolution an image is shown, how many of its patches are left out, and with which others it comes.
+
+    Like a BatchPlan it knows nothing of processes and workers, and is read from any step on. Images come in
+    the random order of `samples`; of the next `packing.window` of them the longest waiting one begins a pack,
+    and the largest that fits is added until none does. Small epochs, whose last packs would be a loss, are
+    packed in one stream: every image comes once for each epoch, and packs at a border hold images of both.
+
+    samples: the order of every epoch. sizes: (N, 2) heights and widths of the images. patch_size,
+    num_prefix_tokens: the model's. epochs: of the run, whose last pack is not filled up by a further one.
+    where: what messages call image i.
+    """
+
+    samples: BatchPlan
+    sizes: np.ndarray
+    packing: Packing
+    patch_size: int
+    num_prefix_tokens: int
+    epochs: int
+    where: Callable[[int], str] = "image {}".format
+
+    def __post_init__(self) -> None:
+        if len(self.sizes) != self.samples.length or self.epochs < 1 or self.patch_size < 1:
+            raise InputError(
+                f"a plan of packs needs the sizes of {self.samples.length} images, epochs and patch_size of "
+                f"at least 1, but got {len(self.sizes)}, {self.epochs} and {self.patch_size}"
+            )
+        if self.limit < 1:
+            raise InputError(
+                f"max_tokens is {self.packing.max_tokens}, but the model adds {self.num_prefix_tokens} "
+                "tokens to each image; an image needs at least one more (--packing.max-tokens)"
+            )
+        if self.packing.too_long == "error" and len(self._too_long):
+            raise InputError(
+                f"{self._counted_too_long}; give larger --packing.max-tokens, or --packing.too-long resize"
+            )
+
+    @property
+    def length(self) -> int:
+        return self.samples.length
+
+    @property
+    def seed(self) -> int:
+        return self.samples.seed
+
+    @property
+    def weights(self) -> Any:
+        return self.samples.weights
+
+    @property
+    def limit(self) -> int:
+        """The most patches of an image."""
+        held = self.packing.max_tokens - self.num_prefix_tokens
+        wanted = self.packing.tokens_per_image
+        return held if wanted is None else min(held, wanted)
+
+    @property
+    def batch_size(self) -> int:
+        """Images of a step, about."""
+        return max(1, round(self.length * self.epochs / sum(map(self.steps, range(self.epochs)))))
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """A square of as many patches as an image has on average."""
+        patches = num_patches(
+            limited_sizes(self.sizes, self.limit, self.patch_size), self.patch_size
+        )
+        side = max(1, round(float(patches.mean()) ** 0.5)) * self.patch_size
+        return side, side
+
+    def batch_sizes(self) -> dict[tuple[int, int], int]:
+        """None: images have no common size."""
+        return {}
+
+    def left_out(self, epoch: int) -> int:
+        """None: what fills no pack is carried over."""
+        return 0
+
+    @cached_property
+    def notes(self) -> tuple[str, ...]:
+        """What becomes of images that a pack cannot hold, or that are no whole patch."""
+        notes = []
+        if len(self._too_long) and self.packing.resolution == "own":
+            notes.append(f"{self._counted_too_long}: shown smaller, their ratio kept")
+        small = np.flatnonzero((np.asarray(self.sizes) < self.patch_size).any(1))
+        if len(small):
+            notes.append(
+                f"{len(small)} of {self.length} images have a side of less than a patch of {self.patch_size} "
+                f"pixels, such as {self._named(small[0])}: zeros fill it up"
+            )
+        return tuple(notes)
+
+    @cached_property
+    def _too_long(self) -> np.ndarray:
+        return np.flatnonzero(num_patches(np.asarray(self.sizes), self.patch_size) > self.limit)
+
+    @property
+    def _counted_too_long(self) -> str:
+        largest = self._too_long[num_patches(self.sizes[self._too_long], self.patch_size).argmax()]
+        return (
+            f"{len(self._too_long)} of {self.length} images have more than {self.limit} patches of "
+            f"{self.patch_size} pixels, such as {self._named(largest)}"
+        )
+
+    def _named(self, i: int) -> str:
+        height, width = self.sizes[i].tolist()
+        return f"{self.where(int(i))} ({height} x {width})"
+
+    def steps(self, epoch: int) -> int:
+        """Number of steps of an epoch. It varies a little from epoch to epoch."""
+        first, last = self._steps_of(epoch)
+        return last - first
+
+    def batches(self, epoch: int, start: int = 0) -> Iterator[PlannedPacks]:
+        """The steps of an epoch from `start` on."""
+        first, last = self._steps_of(epoch)
+        if not 0 <= start <= last - first:
+            raise InputError(
+                f"epoch {epoch} has {last - first} steps, so it cannot start at {start}"
+            )
+        stream = self._stream(epoch // self._cycle)
+        for step in range(first + start, last):
+            packs = range(step * self.packing.packs, (step + 1) * self.packing.packs)
+            yield PlannedPacks(step - first, tuple(map(stream.pack, packs)))
+
+    def padding(self, epoch: int) -> float:
+        """Share of an epoch's budget of tokens that no image fills."""
+        packs = [pack for batch in self.batches(epoch) for pack in batch.packs]
+        tokens = sum(image.kept + self.num_prefix_tokens for pack in packs for image in pack)
+        return 1 - tokens / (len(packs) * self.packing.max_tokens)
+
+    def _steps_of(self, epoch: int) -> tuple[int, int]:
+        """Where an epoch begins and ends in its stream."""
+        if not 0 <= epoch < self.epochs:
+            raise InputError(f"the plan is for epochs 0 to {self.epochs - 1}, but got {epoch}")
+        cycle, place = divmod(epoch, self._cycle)
+        if cycle not in self._ends:
+            self._ends[cycle] = self._stream(cycle).ends
+        ends = self._ends[cycle]
+        return (ends[place - 1] if place else 0), ends[place]
+
+    @cached_property
+    def _ends(self) -> dict[int, list[int]]:
+        """Of streams that were made once."""
+        return {}
+
+    @cached_property
+    def _cycle(self) -> int:
+        """Epochs that are packed as one stream."""
+        share = self._draw(0).needs.sum() / (self.packing.max_tokens * self.packing.packs)
+        if self.length >= CYCLE or share < LEAST_STEPS:
+            return 1
+        return -(-CYCLE // self.length)
+
+    def _stream(self, cycle: int) -> "_Stream":
+        if cycle not in self._streams:
+            first = cycle * self._cycle
+            epochs = range(first, min(first + self._cycle, self.epochs))
+            stream = _Stream(self, [self._draw(epoch) for epoch in epochs])
+            self._streams.clear()  # one at a time is read
+            self._streams[cycle] = stream
+        return self._streams[cycle]
+
+    @cached_property
+    def _streams(self) -> "dict[int, _Stream]":
+        return {}
+
+    def _draw(self, epoch: int) -> "_Drawn":
+        """How the images of an epoch are shown, in its order."""
+        order = self.samples.order(epoch)
+        sizes = np.asarray(self.sizes, np.int64)[order]
+        if self.packing.resolution != "own":
+            sizes = resampled(sizes, self.packing, _uniform(len(sizes), (self.seed, epoch, _SIDES)))
+        sizes = limited_sizes(sizes, self.limit, self.patch_size)
+        patches = num_patches(sizes, self.patch_size)
+        kept = patches
+        if self.packing.drops:
+            uniform = _uniform(len(sizes), (self.seed, epoch, _DROPS))
+            shares = dropped_shares(patches, self.packing, uniform)
+            kept = np.maximum(1, np.floor(patches * (1 - shares)).astype(np.int64))
+        return _Drawn(epoch, order, sizes, kept, kept + self.num_prefix_tokens)
+
+
+class _Drawn(NamedTuple):
+    """An epoch in its order: all (N,) or (N, 2)."""
+
+    epoch: int
+    order: np.ndarray
+    sizes: np.ndarray
+    kept: np.ndarray
+    needs: np.ndarray  # tokens
+
+
+class _Stream:
+    """Epochs packed one after another. ends: the step behind each, counted from the first."""
+
+    def __init__(self, plan: PackPlan, epochs: Sequence[_Drawn]) -> None:
+        self.epochs, self.length = epochs, plan.length
+        needs = np.concatenate([drawn.needs for drawn in epochs])
+        # Two epochs in one window, but hardly an image twice in one pack.
+        window = plan.packing.window
+        if len(epochs) > 1:
+            window = max(1, min(window, plan.length // 2))
+        packs = best_fit(needs, plan.packing.max_tokens, window)
+        packs = whole_steps(packs, plan.packing.packs)
+        # Longest first: images of equal length are neighbours, and share a call.
+        tokens = needs.tolist()
+        self.members = np.array(
+            [i for pack in packs for i in sorted(pack, key=tokens.__getitem__, reverse=True)]
+        )
+        self.bounds = np.cumsum([0, *map(len, packs)])
+        by_step = self.bounds[plan.packing.packs :: plan.packing.packs]
+        self.ends = [
+            int(np.searchsorted(by_step, (i + 1) * plan.length)) + 1 for i in range(len(epochs))
+        ]
+
+    def pack(self, number: int) -> tuple[PlannedImage, ...]:
+        return tuple(
+            map(self._image, self.members[self.bounds[number] : self.bounds[number + 1]].tolist())
+        )
+
+    def _image(self, i: int) -> PlannedImage:
+        drawn, position = self.epochs[i // self.length], i % self.length
+        height, width = drawn.sizes[position].tolist()
+        return PlannedImage(
+            int(drawn.order[position]),
+            drawn.epoch,
+            position,
+            (height, width),
+            int(drawn.kept[position]),
+        )
+
+
+def best_fit(needs: Sequence[int] | np.ndarray, budget: int, window: int) -> list[list[int]]:
+    """Packs of at most `budget` tokens from a stream of images that need so many each: lists of its indices.
+
+    Of the next `window` images that are in no pack yet, the one that waited longest begins a pack; then the
+    largest that fits comes in, the earlier of equal ones, until none fits. None waits for ever, and the order
+    stays as random as it was.
+    """
+    needs = needs.tolist() if isinstance(needs, np.ndarray) else needs
+    packs: list[list[int]] = []
+    waiting: list[tuple[int, int]] = []  # (tokens, minus the place in the stream), sorted
+    placed = bytearray(len(needs))
+    oldest = coming = 0
+    while oldest < len(needs):
+        pack, room = [], budget
+        while True:
+            while coming < len(needs) and len(waiting) < window:
+                bisect.insort(waiting, (needs[coming], -coming))
+                coming += 1
+            if not pack:
+                at = bisect.bisect_left(waiting, (needs[oldest], -oldest))
+            else:
+                at = bisect.bisect_left(waiting, (room + 1, -len(needs))) - 1
+            if at < 0:
+                break
+            tokens, minus = waiting.pop(at)
+            pack.append(-minus)
+            placed[-minus] = True
+            room -= tokens
+        packs.append(pack)
+        while oldest < len(needs) and placed[oldest]:
+            oldest += 1
+    return packs
+
+
+def whole_steps(packs: list[list[int]], multiple: int) -> list[list[int]]:
+    """The packs, and some of the last ones in two, so that they are a multiple of `multiple`."""
+    images = sum(map(len, packs))
+    wanted = -(-len(packs) // multiple) * multiple
+    if images < wanted:
+        raise InputError(
+            f"{images} images cannot fill {wanted} packs, {multiple} an update; give smaller "
+            "--packing.packs, or smaller --packing.max-tokens"
+        )
+    packs = list(packs)
+    while len(packs) < wanted:
+        # The last of those with the most images: what comes early is left as it is.
+        largest = max(range(len(packs)), key=lambda i: (len(packs[i]), i))
+        pack = packs[largest]
+        packs[largest : largest + 1] = [pack[::2], pack[1::2]]
+    return packs
+
+
+def resampled(sizes: np.ndarray, packing: Packing, uniform: np.ndarray) -> np.ndarray:
+    """(N, 2) sizes of the same ratios for sides drawn by `uniform`, (N,) in [0, 1) (section 2.3).
+
+    "normal" is the paper's: a normal of mean -0.5 and deviation 1 cut at -1 and 1, brought to low and high.
+    """
+    low, high = packing.sides
+    if packing.resolution == "normal":
+        from scipy.special import ndtr, ndtri
+
+        ends = ndtr(np.array((-0.5, 1.5)))  # of -1 and 1, in deviations from the mean
+        normal = ndtri(ends[0] + uniform * (ends[1] - ends[0])) - 0.5
+        uniform = (normal.clip(-1, 1) + 1) / 2
+    drawn = low + uniform * (high - low)
+    height, width = sizes.T.astype(np.float64)
+    own = np.sqrt(height * width) if packing.side_of == "area" else np.maximum(height, width)
+    return np.maximum(1, np.rint(sizes * (drawn / own)[:, None])).astype(np.int64)
+
+
+def dropped_shares(patches: np.ndarray, packing: Packing, uniform: np.ndarray) -> np.ndarray:
+    """(N,) shares of the images' patches to leave out, drawn by `uniform`, (N,) in [0, 1), from a Beta
+    distribution each (section 2.3): of the mean that belongs to its number of patches."""
+    from scipy.special import betaincinv
+
+    small, large = packing.drop_means
+    least, most = patches.min(), patches.max()
+    mean = small + (large - small) * (patches - least) / max(1, most - least)
+    if packing.drop_std == 0:
+        return mean
+    known = np.where(mean > 0, mean, 0.5)
+    spread = np.maximum(known * (1 - known) / packing.drop_std**2 - 1, 1e-3)
+    return np.where(mean > 0, betaincinv(known * spread, (1 - known) * spread, uniform), 0.0)
+
+
+def _uniform(count: int, key: tuple[int, int, int]) -> np.ndarray:
+    """(count,) float64 in [0, 1)."""
+    return (random_bits(count, key) >> np.uint64(11)) * 2.0**-53
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """Patches of images of any sizes, one image after another, in one or several packs.
+
+    images: (T, 3 * p * p), uint8 as they are read, float32 once normalised; what fills up the last patches of
+    an image is zero then. sizes: (height, width) of each image. packs: images of each pack. kept: which
+    patches of each are here, or None. max_tokens, num_prefix_tokens: as in the plan.
+    """
+
+    images: Tensor
+    targets: Any
+    indices: Tensor
+    sizes: tuple[tuple[int, int], ...]
+    patch_size: int
+    packs: tuple[int, ...]
+    kept: tuple[tuple[int, ...], ...] | None = None
+    max_tokens: int = 0
+    num_prefix_tokens: int = 0
+    step: int = 0
+    geometries: tuple[Geometry, ...] = ()
+
+    @property
+    def num_images(self) -> int:
+        return len(self.sizes)
+
+    @property
+    def padding(self) -> dict[str, Any]:
+        return self.layout
+
+    @property
+    def layout(self) -> dict[str, Any]:
+        """Where each image's patches are (`vitrail.packing.as_packed`)."""
+        fields = ("sizes", "patch_size", "packs", "kept", "max_tokens", "num_prefix_tokens")
+        return {"packing": {name: getattr(self, name) for name in fields}}
+
+    @property
+    def padded(self) -> float:
+        tokens = len(self.images) + self.num_images * self.num_prefix_tokens
+        return 1 - tokens / (len(self.packs) * self.max_tokens)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Patches of each image."""
+        if self.kept is not None:
+            return [len(places) for places in self.kept]
+        return num_patches(np.array(self.sizes), self.patch_size).tolist()
+
+    def to(self, device: torch.device, preprocessing: Preprocessing) -> "Packed":
+        p, images = self.patch_size, self.images.to(device, non_blocking=True)
+        if images.dtype == torch.uint8:
+            images = normalised(images.view(-1, 3, p, p), preprocessing)
+            for i, patches in enumerate(images.split(self.lengths)):
+                self._clear_edges(patches, i)
+            images = images.flatten(1)
+        return replace(self, images=images, targets=moved(self.targets, device))
+
+    def _clear_edges(self, patches: Tensor, i: int) -> None:
+        """Zeros where the patches of image i, (n, 3, p, p), reach beyond it."""
+        (height, width), p = self.sizes[i], self.patch_size
+        rows, columns = -(-height // p), -(-width // p)
+        places = np.arange(rows * columns) if self.kept is None else np.array(self.kept[i])
+        if height % p:
+            last = torch.from_numpy(np.flatnonzero(places // columns == rows - 1))
+            patches[last.to(patches.device), :, height % p :] = 0
+        if width % p:
+            last = torch.from_numpy(np.flatnonzero(places % columns == columns - 1))
+            patches[last.to(patches.device), :, :, width % p :] = 0
+
+    def pin_memory(self) -> "Packed":
+        """As `Dense.pin_memory`."""
+        return replace(self, images=self.images.pin_memory(), targets=pinned(self.targets))
+
+    def split(self, parts: int) -> list["Packed"]:
+        """Packs are not torn apart."""
+        bounds = np.cumsum([0, *self.packs])
+        tokens = np.cumsum([0, *self.lengths])
+        out = []
+        for some in runs(len(self.packs), parts):
+            packs = self.packs[some]
+            first, last = int(bounds[some.start]), int(bounds[some.start + len(packs)])
+            out.append(
+                replace(
+                    self,
+                    images=self.images[tokens[first] : tokens[last]],
+                    targets=self.targets[first:last],
+                    indices=self.indices[first:last],
+                    sizes=self.sizes[first:last],
+                    packs=packs,
+                    kept=None if self.kept is None else self.kept[first:last],
+                    geometries=self.geometries[first:last],
+                )
+            )
+        return out

@@ -1,0 +1,212 @@
+"""Training on packs of images of any shape: the run's other parts do not notice."""
+
+import json
+import math
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import vitrail
+from tests.train.children import run, run_many
+from tests.train.conftest import VIT, tiny_config
+from vitrail.data import open_data
+from vitrail.data.augmentation import Augmentation
+from vitrail.data.packing import Packing
+from vitrail.train.config import TrainConfig
+from vitrail.train.evaluate import evaluate
+from vitrail.train.folder import RunFolder
+from vitrail.train.ranks import check_world
+from vitrail.train.replay import replay
+from vitrail.train.setup import build, open_splits
+from vitrail.train.trainer import train
+from vitrail_runtime.errors import InputError
+
+NATIVE = VIT | {
+    "native": True,
+    "packing": Packing(max_tokens=40, packs=4, drop=0.2, resolution="uniform", sides=(12, 40)),
+    "image_size": None,
+    "crop_pct": None,
+    "augmentation": Augmentation(crop="whole", flip=0.0),
+}
+
+
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory) -> Path:
+    """Images of many sizes whose class is whether they are bright at the top or at the bottom."""
+    root = tmp_path_factory.mktemp("shapes")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 24), ("val", 8)):
+        for i in range(count):
+            height, width = rng.integers(10, 60, 2)
+            pixels = rng.integers(0, 60, (height, width, 3), dtype=np.uint8)
+            name = ("top", "bottom")[i % 2]
+            half = slice(0, height // 2) if i % 2 == 0 else slice(height // 2, None)
+            pixels[half] += 150
+            folder = root / split / name
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(folder / f"{i}.png")
+    return root
+
+
+def native_config(data: Path, out: Path, **changes) -> TrainConfig:
+    return tiny_config(data, out, **(NATIVE | {"epochs": 2} | changes))
+
+
+@pytest.fixture(scope="module")
+def trained(shapes, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("native") / "run"
+    train(native_config(shapes, out, log_every=1))
+    return out
+
+
+def test_a_run_on_packs_counts_images_padding_and_steps(trained, shapes):
+    config = native_config(shapes, trained)
+    data, _ = open_splits(config, 1)
+    _, plan = build(config, data, 1)
+    rows = [row for row in RunFolder(trained).rows() if row["kind"] == "train"]
+    assert len(rows) == plan.steps(0) + plan.steps(1)
+    batches = [b for epoch in (0, 1) for b in plan.batches(epoch)]
+    seen = 0
+    for row, batch in zip(rows, batches, strict=True):
+        images = [image for k in batch.packs for image in k]
+        seen += len(images)
+        assert row["images"] == seen
+        tokens = sum(image.kept + 1 for image in images)
+        assert row["padding"] == pytest.approx(1 - tokens / 160, abs=1e-4)
+        assert math.isfinite(row["loss"])
+    assert seen == 48
+
+
+def test_the_model_sees_images_at_their_own_shape_ever_after(trained, shapes):
+    model = vitrail.load(trained / "best")
+    p = model.preprocessing
+    assert (p.mode, p.patches) == ("native", (39, 8))
+    data = open_data(shapes, "val", classes=model.classes)
+    scores = evaluate(model, data)
+    stored = json.loads((trained / "best" / "metrics.json").read_text())
+    assert scores["loss"] == pytest.approx(stored["loss"])
+    height, width = data.images.sizes[0].tolist()
+    pixels = torch.from_numpy(data.images.read(0)).permute(2, 0, 1)[None].float() / 255
+    normal = (pixels - torch.tensor(p.mean)[:, None, None]) / torch.tensor(p.std)[:, None, None]
+    assert height * width <= 39 * 64
+    with torch.no_grad():
+        alone = model(normal).softmax(1)
+    (said,) = vitrail.Predictor(model, top_k=2)([data.images.read(0)])
+    order = [model.classes.index(name) for name in said.names]
+    torch.testing.assert_close(torch.tensor(said.scores), alone[0, order], atol=1e-5, rtol=0)
+
+
+def test_accumulated_parts_give_the_same_update(shapes, tmp_path):
+    changes = {"max_steps": 1, "model_fields": VIT["model_fields"], "epochs": 1}
+    packing = replace(NATIVE["packing"], drop=0.0)
+    for parts in (1, 4):
+        out = tmp_path / str(parts)
+        train(native_config(shapes, out, accumulate=parts, packing=packing, **changes))
+    states = [load_file(tmp_path / n / "last" / "model.safetensors") for n in ("1", "4")]
+    for key, value in states[0].items():
+        torch.testing.assert_close(states[1][key], value, atol=2e-5, rtol=0)
+
+
+def test_a_pack_whose_loss_is_not_finite_is_kept_and_runs_again(shapes, tmp_path):
+    config = native_config(shapes, tmp_path / "run", lr=1e30, clip_grad=None, warmup_epochs=0.0)
+    with pytest.raises(InputError, match="not finite"):
+        train(config)
+    found = replay(tmp_path / "run")
+    assert not math.isfinite(found["loss"]) or not math.isfinite(found["gradient_norm"])
+    assert found["num_images"] > 4
+
+
+def test_what_is_decided_for_a_person_is_said(shapes, tmp_path, capfd):
+    packing = Packing(max_tokens=30, packs=2)
+    config = native_config(shapes, tmp_path / "run", packing=packing, max_steps=1)
+    train(replace(config, augmentation=Augmentation(flip=0.0)))
+    said = capfd.readouterr().err
+    assert "images at their own shape, 2 packs of 30 tokens an update" in said
+    assert "of 24 images have more than 29 patches of 8 pixels" in said
+    assert "batches of all" not in said
+    written = (tmp_path / "run" / "config.yaml").read_text()
+    assert "crop: whole" in written
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"resize": "crop"}, "native and resize do not go together.*leave --resize away"),
+        ({"sizes": (32, 64)}, "native and sizes do not go together"),
+        ({"repeats": 2}, "native and repeats do not"),
+        ({"augmentation": Augmentation(crop="simple")}, "shows images whole"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(changes, message, tmp_path):
+    with pytest.raises(InputError, match=message):
+        native_config(tmp_path, tmp_path, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"native": False, "image_size": 32},
+            "--packing is for images at their own shape; give --native",
+        ),
+        ({"task": {"mixup": 0.2}}, "cannot be mixed with each other.*--task.mixup 0"),
+        (
+            {"model": "efficientvit_m0", "model_fields": {}},
+            "efficientvit_m0 cannot take packed images: its tokens are no plain patches; models that can are "
+            "those of the families vit, deit, dinov2",
+        ),
+        (
+            {"model": "vit_tiny_r_s16_p8", "model_fields": {}},
+            "vit_tiny_r_s16_p8 cannot take packed images: its tokens are no plain patches",
+        ),
+    ],
+)
+def test_what_cannot_be_packed_is_said_before_any_update(changes, message, shapes, tmp_path):
+    with pytest.raises(InputError, match=message):
+        train(native_config(shapes, tmp_path / "run", **changes))
+    assert not (tmp_path / "run").exists() or not any((tmp_path / "run").glob("config.yaml"))
+
+
+def test_processes_share_whole_packs(tmp_path):
+    config = native_config(tmp_path, tmp_path, batch_size=7)
+    check_world(config, 4)
+    with pytest.raises(InputError, match=r"3 processes cannot share 4 packs .*--packing.packs 3"):
+        check_world(config, 3)
+
+
+@pytest.mark.slow
+def test_a_run_on_packs_that_is_killed_ends_the_same(shapes, tmp_path):
+    changes = {"save_every": 0.0, "ema": 0.9}
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    assert run(native_config(shapes, whole, **changes)) == 0
+    died = 0
+    for renames in (1, 2, 3, 5, 0):
+        config = native_config(shapes, out, **changes)
+        died += run(config, dies_at=f"rename:{renames}") == -signal.SIGKILL
+    assert died == 5
+    assert run(native_config(shapes, out, **changes)) == 0
+    mine, theirs = (load_file(f / "last" / "model.safetensors") for f in (out, whole))
+    assert all(torch.equal(mine[key], theirs[key]) for key in theirs)
+    rows = [
+        [(r["step"], r["images"], r.get("loss")) for r in RunFolder(f).rows()] for f in (out, whole)
+    ]
+    assert rows[0] == rows[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 4])
+def test_processes_train_on_packs_as_one_does(shapes, tmp_path, world):
+    changes = {"log_every": 1, "epochs": 3, "workers": 1}
+    alone, many = tmp_path / "alone", tmp_path / "many"
+    train(native_config(shapes, alone, **changes))
+    assert run_many(native_config(shapes, many, **changes), world) == [0] * world
+    ours, theirs = (
+        [r["loss"] for r in RunFolder(f).rows() if r["kind"] == "train"] for f in (many, alone)
+    )
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4)
