@@ -56,7 +56,12 @@ ROOMS = {
     ),
     "weights": (
         ["src/vitrail/weights"],
-        ["tests/weights", "tests/test_convert.py", "tests/test_models.py"],
+        [
+            "tests/weights",
+            "tests/test_convert.py",
+            "tests/test_models.py",
+            "tests/test_published.py",
+        ],
     ),
     "runtime": (
         ["runtime/src/vitrail_runtime"],
