@@ -87,6 +87,19 @@ def test_every_family_has_a_layer_for_each_of_its_blocks(name, blocks):
     assert sum(is_block(module) for module, _ in model.named_modules()) == blocks
 
 
+def test_what_a_backbone_adds_to_a_checkpoint_learns_at_the_full_rate():
+    with torch.device("meta"):
+        model = create_model("faster_rcnn/vit_comer_tiny", num_classes=3)
+    layers, last = layer_numbers(model)
+    assert list(layers).count("backbone.level_embed") == 1
+    added = ("backbone.level_embed", "backbone.cnn.", "backbone.interactions.", "neck.", "rpn.")
+    for name, layer in layers.items():
+        if name.startswith(added):
+            assert layer == last, name
+    assert layers["backbone.pos_embed"] == layers["backbone.patch_embed.proj.weight"] == 0
+    assert set(layers.values()) == set(range(last + 1))
+
+
 def test_a_model_without_blocks_is_one_layer():
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
     layers, last = layer_numbers(model)

@@ -389,6 +389,8 @@ class WindowBlock(Block):
 class ViTCoMer(nn.Module):
     """images (B, 3, H, W) -> maps "c2".."c5" of strides 4 to 32, each after its BatchNorm."""
 
+    new_parameters = ("level_embed",)  # before the blocks, though no ViT checkpoint has it
+
     def __init__(self, config: ViTCoMerConfig) -> None:
         super().__init__()
         self.config = config

@@ -44,9 +44,12 @@ def layer_numbers(model: nn.Module) -> tuple[dict[str, int], int]:
     """Parameter name -> layer, and the number of the last layer.
 
     Layer 0 is the stem with tokens and tables; every block is a layer; what stands between two blocks (a
-    downsampling) belongs to the later one; what follows the last block (final norm, head) is the last layer.
+    downsampling) belongs to the later one; what follows the last block (final norm, head) is the last layer,
+    and so are the backbone's `new_parameters`: tables of its own that a checkpoint has nothing for.
     """
     names = [name for name, _ in model.named_parameters()]
+    new = getattr(getattr(model, "backbone", None), "new_parameters", ())
+    names.sort(key=[f"backbone.{name}" for name in new].__contains__)  # stable: those to the end
     blocks = list(dict.fromkeys(b for b in map(_block, names) if b is not None))
     number = {block: i + 1 for i, block in enumerate(blocks)}
     last = len(blocks) + 1
