@@ -32,6 +32,7 @@ LEVELS: list[set[str]] = [
     {"backbones"},
     {"necks"},
     {"classifiers", "detectors", "segmenters"},
+    {"towers"},
     {"models"},
     {"predictor", "adapt", "tasks"},
     {"train", "deploy", "analysis", "bench"},

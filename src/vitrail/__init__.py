@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from vitrail.models import load as load
     from vitrail.models import save as save
     from vitrail.predictor import Predictor as Predictor
+    from vitrail.towers import zero_shot as zero_shot
 
 _HOMES = {  # public name -> the module it lives in; "" is a module of its own name
     "Features": "features",
@@ -31,6 +32,7 @@ _HOMES = {  # public name -> the module it lives in; "" is a module of its own n
     "save": "models",
     "load": "models",
     "Predictor": "predictor",
+    "zero_shot": "towers",
     "packing": "",
     "boxes": "",
 }
@@ -42,6 +44,7 @@ __all__ = [  # noqa: RUF022  (in the order a reader meets them)
     "save",
     "load",
     "Predictor",
+    "zero_shot",
     "Features",
     "FeatureSpec",
     "adapt_levels",

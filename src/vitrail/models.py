@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import vitrail.backbones  # noqa: F401  (registers every backbone)
+from vitrail import towers
 from vitrail import weights as weights_room
 from vitrail.classifiers import Classifier, PooledHead
 from vitrail.configuration import check_choices, from_dict, to_dict
@@ -46,15 +47,18 @@ class Head:
     build: (backbone, config, num_classes) -> the model. from_foreign: keys of other libraries' files to ours;
     those of the backbone, under "backbone.", may keep its own layout. mode, size, interpolation: how an image
     is prepared by default; None: as for the backbone.
+    whole: it reads an image as a whole, as a classifier does: build gets (backbone, its paper's tail with
+    config.dim outputs, config), images are prepared as for the backbone, and no class need be named.
     """
 
     task: str
     config: Any
-    build: Callable[[Any, Any, int], Any]
+    build: Callable[[Any, Any, Any], Any]
     from_foreign: Callable[[Tensors], Tensors] = dict
     mode: Mode = "fit"
     size: tuple[int, int] = (512, 512)
     interpolation: Interpolation | None = None
+    whole: bool = False
 
 
 def _detector(
@@ -103,6 +107,13 @@ HEADS = {
         deformable_detr.DeformableDETRConfig(),
         deformable_detr.DeformableDETR,
         from_deformable_detr,
+    ),
+    "clip": Head(task="contrast", config=towers.TowersConfig(), build=towers.TwoTowers, whole=True),
+    "siglip": Head(  # scale and bias of section 3.2
+        task="contrast",
+        config=towers.TowersConfig(loss="sigmoid", scale=10.0, bias=-10.0),
+        build=towers.TwoTowers,
+        whole=True,
     ),
 }
 # Full models that a paper names as one: name -> (head, backbone).
@@ -202,8 +213,9 @@ def create_model(
     head: fields of the head's config, such as {"dim": 256}. config_fields: of the backbone's.
     """
     known, entry = parse_name(name)
-    names = class_names(classes, num_classes)
-    dense = {} if known is None else entry.dense
+    whole = known is not None and known.whole
+    names = () if whole and not classes and not num_classes else class_names(classes, num_classes)
+    dense = {} if known is None or whole else entry.dense
     parts = {"backbone": _configured(entry, {**dense, **config_fields})}
     if known is not None:
         parts["head"] = _head_config(f"the head of {name}", known.config, head or {})
@@ -213,7 +225,7 @@ def create_model(
         )
     model = assemble(name, parts, len(names))
     preprocessing = entry.preprocessing
-    if known is not None:
+    if known is not None and not whole:
         preprocessing = replace(preprocessing, mode=known.mode, size=known.size)
         if known.interpolation is not None:
             preprocessing = replace(preprocessing, interpolation=known.interpolation)
@@ -247,7 +259,14 @@ def assemble(name: str, parts: Mapping[str, Any], num_classes: int) -> Any:
         return build_classifier(entry, parts["backbone"], num_classes)
     if known.task == "segment":
         check_classes(num_classes)
-    return known.build(entry.cls(parts["backbone"]), parts["head"], num_classes)
+    backbone = entry.cls(parts["backbone"])
+    if known.whole:
+        tail = entry.tail or PooledHead
+        outputs = parts["head"].dim
+        return known.build(
+            backbone, tail(parts["backbone"], backbone.feature_specs, outputs), parts["head"]
+        )
+    return known.build(backbone, parts["head"], num_classes)
 
 
 def build_backbone(entry: BackboneEntry, config_fields: Mapping[str, Any]) -> Any:
@@ -494,7 +513,9 @@ def _checked(text: str, path: Path) -> dict[str, Any]:
             raise InputError(
                 f"{path} lacks {key!r} (expected {kind.__name__}); copy the folder again"
             )
-    class_names(config["classes"], None)
+    known, _ = parse_name(config["name"])
+    if config["classes"] or known is None or not known.whole:
+        class_names(config["classes"], None)
     return _checked_hash(config, path)
 
 

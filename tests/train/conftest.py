@@ -126,6 +126,34 @@ def make_scenes(root: Path, *, train: int = 24, val: int = 12) -> Path:
     return root
 
 
+# Two towers, whose text tower learns its words from the captions.
+TOWERS = VIT | {
+    "model": "clip/vit_tiny_patch16",
+    "head_fields": {
+        "dim": 8,
+        "text_dim": 16,
+        "text_depth": 1,
+        "text_heads": 2,
+        "context": 8,
+        "vocab_size": 540,
+        "templates": ("a square {}",),
+    },
+}
+
+
+def make_pairs(root: Path, *, train: int = 24, val: int = 12) -> Path:
+    """The bright squares with captions, such as "a square left", and labels."""
+    lines = ["file,caption,label,split"]
+    for split, count in (("train", train), ("val", val)):
+        (root / split).mkdir(parents=True)
+        for i in range(count):
+            name = CLASSES[i % 3]
+            draw(name, seed=100 * (split == "val") + i).save(root / split / f"{i:02d}.png")
+            lines.append(f"{split}/{i:02d}.png,a square {name},{name},{split}")
+    (root / "pairs.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return root
+
+
 @dataclass(frozen=True)
 class Tiny:
     """Settings of a model without BatchNorm, and how a set of 24 images to learn from and 12 to measure on
@@ -141,6 +169,7 @@ TINY = {
     "classify": Tiny(make_pictures, VIT, "top1", CLASSES),
     "segment": Tiny(make_masks, SEGMENTER, "mIoU", SHAPES),
     "detect": Tiny(make_scenes, DETECTOR, "AP", BLOCKS),
+    "contrast": Tiny(make_pairs, TOWERS, "recall", CLASSES),
 }
 
 
@@ -154,6 +183,11 @@ def scenes(tmp_path_factory) -> Path:
     return make_scenes(tmp_path_factory.mktemp("scenes"))
 
 
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory) -> Path:
+    return make_pairs(tmp_path_factory.mktemp("pairs"))
+
+
 @pytest.fixture(scope="session", params=TINY)
 def tiny(request) -> Tiny:
     """Of each task."""
@@ -161,9 +195,9 @@ def tiny(request) -> Tiny:
 
 
 @pytest.fixture(scope="session")
-def examples(tiny, pictures, masks, scenes) -> Path:
+def examples(tiny, pictures, masks, scenes, pairs) -> Path:
     """The data set of `tiny`."""
-    made = {"classify": pictures, "segment": masks, "detect": scenes}
+    made = {"classify": pictures, "segment": masks, "detect": scenes, "contrast": pairs}
     return next(made[name] for name in TINY if TINY[name] is tiny)
 
 

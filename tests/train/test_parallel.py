@@ -97,6 +97,16 @@ def test_losses_do_not_depend_on_the_number_of_processes(
     assert vitrail.load(out / "best").classes == vitrail.load(alone / "best").classes
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("tiny", ["contrast"], indirect=True, scope="session")
+@pytest.mark.parametrize("world", [2, 3])
+def test_every_image_is_held_against_the_captions_of_all_processes(
+    tiny, examples, tmp_path, alone_of_task, world
+):
+    how = (tiny, examples, tmp_path, alone_of_task, world, {})
+    test_losses_do_not_depend_on_the_number_of_processes(*how)
+
+
 @WHOLE
 @pytest.mark.parametrize("parallel", ["data", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_a_run_of_two_goes_on_as_a_run_of_one_and_back(tiny, examples, tmp_path, parallel):

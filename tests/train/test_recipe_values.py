@@ -361,6 +361,29 @@ DIGITS_DETECT: Table = DIGITS_SEGMENT | {
     "warmup_epochs": (1, OURS),
     "eval_every": (7, OURS),
 }
+DIGITS_PAIRS: Table = DIGITS | {
+    "model": ("clip/efficientvit_m0", OURS),
+    "head_fields": (
+        {
+            "dim": 64,
+            "text_dim": 64,
+            "text_depth": 2,
+            "text_heads": 2,
+            "context": 12,
+            "vocab_size": 600,
+            "templates": ("a {}",),
+        },
+        "short captions of few words, for minutes on a CPU",
+    ),
+    "image_size": ((48, 80), "as wide as the images, which show a place"),
+    "epochs": (12, OURS),
+    "batch_size": (64, OURS),
+    "lr": (3e-3, OURS),
+    "warmup_epochs": (2, OURS),
+    "eval_every": (6, OURS),
+    "augmentation.scale": ((0.8, 1.0), OURS),
+    "augmentation.ratio": ((1.2, 2.2), OURS),
+}
 CIFAR_M0: Table = DIGITS | {
     "val_fraction": (0.02, OURS),
     "epochs": (20, OURS),
@@ -451,6 +474,7 @@ TABLES: dict[str, Table] = {
     "digits": DIGITS,
     "digits_segment": DIGITS_SEGMENT,
     "digits_detect": DIGITS_DETECT,
+    "digits_pairs": DIGITS_PAIRS,
     "cifar10_efficientvit_m0": CIFAR_M0,
     "cifar10_vit_tiny": CIFAR_VIT,
 }

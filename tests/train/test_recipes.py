@@ -21,7 +21,7 @@ def test_every_recipe_builds_its_model_and_tells_what_to_expect(name):
     with torch.device("meta"):
         model = build_model(config, ("a", "b"))
     if config.image_size is not None:
-        assert model.preprocessing.size == (config.image_size, config.image_size)
+        assert model.preprocessing.size == config.size
 
 
 @pytest.fixture(scope="module")

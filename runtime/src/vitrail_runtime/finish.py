@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -187,8 +188,16 @@ def _detect(
 
 
 # Task -> (what a model's `forward_tensors` gives, geometries, classes, top_k) -> Predictions, one an image.
+def _contrast(*_: Any) -> list[Prediction]:
+    raise InputError(
+        "a model of images and captions says something once it is asked by names: "
+        "vitrail.zero_shot(model, ['cat', 'dog']) is a classifier; or vitrail predict --classes cat dog"
+    )
+
+
 FINISH: dict[str, Callable[..., list[Prediction]]] = {
     "classify": _classify,
     "segment": _segment,
     "detect": _detect,
+    "contrast": _contrast,
 }

@@ -34,7 +34,8 @@ class MakeFlags:
     """The data set, and where it goes."""
     task: str = DEFAULT
     """What they are for: classify (class folders, a digit an image), semantic (several, with a mask of the
-    whole), detect (several, with a box for each) or instances (with a box and a mask for each)."""
+    whole), detect (several, with a box for each), instances (with a box and a mask for each) or pairs (one,
+    with a caption)."""
     seed: int = 0
     """Of the splits, and of colours, sizes and places."""
 

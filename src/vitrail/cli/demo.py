@@ -70,6 +70,7 @@ def show(demo: "Demo", out: Path) -> "Scores":
     from vitrail.data import open_data
     from vitrail.models import load
     from vitrail.predictor import Predictor
+    from vitrail.tasks.task import task_of
     from vitrail.train.evaluate import evaluate
 
     model = load(out / "run" / "best")
@@ -82,7 +83,8 @@ def show(demo: "Demo", out: Path) -> "Scores":
     print("4/4  predict three images", flush=True)
     chosen = [out / "digits" / test.keys[i] for i in demo.choose(scores.said)[:3]]
     shown = []
-    for path, prediction in zip(chosen, Predictor(model)(chosen), strict=True):
+    asked = task_of(model.task).answering(model, None)
+    for path, prediction in zip(chosen, Predictor(asked)(chosen), strict=True):
         prediction = demo.shown(prediction)
         print(f"     {path}: {demo.answer(prediction)}")
         shown.append(prediction.draw())

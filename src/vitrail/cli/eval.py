@@ -99,13 +99,15 @@ def measure(flags: EvalFlags, folder: Path) -> "Scores":
     from vitrail.data.opening import open_source
     from vitrail.device import choose_device
     from vitrail.models import load
-    from vitrail.tasks.task import label_map
+    from vitrail.tasks.task import label_map, task_of
     from vitrail.train.evaluate import evaluate
 
     model = flags.applied(load(folder)).to(choose_device(flags.device))
-    # Shows both lists where they differ.
-    label_map(open_source(flags.data).classes(), model.classes)
-    data = open_pictures(flags, flags.split, model.classes)
+    task = task_of(model.task)
+    if not task.any_names:  # shows both lists where they differ
+        label_map(open_source(flags.data).classes(), model.classes)
+    data = open_pictures(flags, flags.split, None if task.any_names else model.classes)
+    model = task.answering(model, None, data)
     show_report = flags.report is not None
     how: dict[str, Any] = {"batch_size": flags.batch_size, "workers": flags.workers}
     scores = evaluate(model, data, predictions=show_report, **how)

@@ -39,6 +39,8 @@ class PredictFlags(InferenceFlags):
     """A folder for annotated pictures and predictions.jsonl; of a segmenter also for masks/*.png, the
     index of the class of every pixel, with a palette, 255 for none; of a detector for coco_results.json, and
     coco_images.json, which tells what its ids mean."""
+    classes: tuple[str, ...] | None = None
+    """Of a model of images and captions: names to look for; none: those that its training data had."""
     top_k: int = 5
     """How many classes to tell per picture."""
     skip_broken: bool = False
@@ -74,9 +76,11 @@ def run(argv: list[str]) -> int:
 
     from vitrail.models import load, model_folder
     from vitrail.predictor import Predictor
+    from vitrail.tasks.task import task_of
 
+    model = flags.applied(load(model_folder(flags.model)))
     predict = Predictor(
-        flags.applied(load(model_folder(flags.model))),
+        task_of(model.task).answering(model, flags.classes),
         device=flags.device,
         batch_size=flags.batch_size,
         top_k=flags.top_k,

@@ -4,7 +4,8 @@ The source is the 8 x 8 "Optical Recognition of Handwritten Digits" (Alpaydin an
 4.0). Digits are drawn upscaled, in dark ink on tinted, unevenly lit paper of one of many sizes and shapes:
 enough variety that colour, place and size say nothing, small enough to learn on a CPU in minutes. For
 classification each is drawn once, alone; for semantic segmentation several stand on a sheet, beside a mask;
-for detection and instance segmentation they lie scattered on larger sheets, in COCO's JSON.
+for detection and instance segmentation they lie scattered on larger sheets, in COCO's JSON; for captions
+each is drawn alone in one of some inks, on the left, in the middle or on the right, as a text beside it says.
 """
 
 import importlib.resources
@@ -34,6 +35,13 @@ CLASSES = {  # of a pixel, and its colour
     "3": (0, 130, 200), "4": (245, 130, 48), "5": (145, 30, 180), "6": (70, 240, 240),
     "7": (240, 50, 230), "8": (210, 245, 60), "9": (250, 190, 212),
 }  # fmt: skip
+WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+INKS = {
+    "red": (200, 20, 20), "green": (10, 130, 40), "blue": (20, 40, 200), "purple": (140, 20, 150),
+    "brown": (120, 70, 20), "black": (15, 15, 15),
+}  # fmt: skip
+PLACES = {"on the left": 0.0, "in the middle": 0.5, "on the right": 1.0}
+CAPTIONED = 2  # images of each digit
 MARKER = "ABOUT.txt"
 ABOUT = """\
 Handwritten digits on coloured canvases, drawn by `vitrail data make digits{how}`.
@@ -52,6 +60,9 @@ def make_digits(folder: str | Path, *, task: str = "classify", seed: int = 0) ->
         of every pixel (background, 0 to 9) and classes.txt, 900 images in all.
     "detect": FOLDER/images/{train,val,test}/NNNN.jpg, and FOLDER/{train,val,test}.json in COCO's format with
         a box around every digit, 900 images in all. "instances": likewise, with the mask of every digit.
+    "pairs": FOLDER/images/{train,val,test}/NNNN.jpg, and FOLDER/pairs.csv with a caption of each, such as
+        "a red seven on the left", and its label ("seven"), 3,594 images in all. In train some captions leave
+        out the colour or the place.
 
     The same seed gives the same files byte for byte (with the same Pillow). Splits are drawn by source
     digit, so none is on two sides. A folder that already holds this set is left as it is; one that holds
@@ -134,6 +145,30 @@ def _write_scenes(
         (folder / f"{split}.json").write_text(json.dumps(told), encoding="utf-8")
 
 
+def _write_pairs(folder: Path, images: np.ndarray, labels: np.ndarray, seed: int) -> None:
+    lines = ["file,caption,label,split"]
+    for split in SHARES:
+        (folder / "images" / split).mkdir(parents=True)
+    for index, split in enumerate(split_digits(labels, seed)):
+        rng = np.random.default_rng([seed, index])
+        for number in range(index * CAPTIONED, (index + 1) * CAPTIONED):
+            word = WORDS[labels[index]]
+            image, caption = draw_captioned(images[index], word, rng)
+            if split == "train" and number % CAPTIONED:
+                caption = _shorter(caption, word, rng)
+            name = f"images/{split}/{number:04d}.jpg"
+            image.save(folder / name, quality=92)
+            lines.append(f"{name},{caption},{word},{split}")
+    (folder / "pairs.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _shorter(caption: str, word: str, rng: np.random.Generator) -> str:
+    """A caption as people write them: some leave the colour out, some the place, some both."""
+    before, after = caption.split(f" {word} ")
+    colour, place = rng.integers(2, size=2)
+    return f"{before if colour else 'a'} {word}" + (f" {after}" if place else "")
+
+
 def _annotation(digit: "Placed", size: tuple[int, int], *, masks: bool) -> dict[str, Any]:
     """A digit as COCO writes it; its area is that of the mask only where there is one."""
     high, wide = digit.strokes.shape
@@ -210,6 +245,11 @@ SETS = {  # by what they are made for
         "900 scenes of handwritten digits with boxes and masks",
         "mask_rcnn/efficientvit_m0",
     ),
+    "pairs": DigitSet(
+        _write_pairs,
+        "3,594 handwritten digits with captions",
+        "clip/efficientvit_m0",
+    ),
 }
 
 
@@ -242,6 +282,20 @@ def draw_digit(ink: np.ndarray, rng: np.random.Generator) -> Image.Image:
     left = int(rng.integers(0, width - alpha.shape[1] + 1))
     _lay(canvas[top : top + alpha.shape[0], left : left + alpha.shape[1]], pen, alpha)
     return _noisy(canvas, rng)
+
+
+def draw_captioned(ink: np.ndarray, word: str, rng: np.random.Generator) -> tuple[Image.Image, str]:
+    """One image of a digit, wider than tall, and what is on it: its colour, its name and its place."""
+    colour, place = (list(names)[int(rng.integers(len(names)))] for names in (INKS, PLACES))
+    height = int(rng.integers(56, 97))
+    width = round(height * rng.uniform(1.5, 1.8))
+    canvas = rng.uniform(190, 245) + rng.uniform(-8, 8, 3) + _shading(height, width, rng) / 2
+    alpha = _strokes(ink, round(height * rng.uniform(0.75, 0.95)), rng)
+    top = int(rng.integers(0, height - alpha.shape[0] + 1))
+    left = round((width - alpha.shape[1]) * PLACES[place])
+    here = canvas[top : top + alpha.shape[0], left : left + alpha.shape[1]]
+    _lay(here, np.array(INKS[colour]) + rng.uniform(-12, 12, 3), alpha)
+    return _noisy(canvas, rng), f"a {colour} {word} {place}"
 
 
 def draw_sheet(

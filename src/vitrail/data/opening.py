@@ -14,6 +14,7 @@ from vitrail.data.examples import Examples, Images
 from vitrail.data.folders import ClassFolders
 from vitrail.data.index import Index, Source, read_index
 from vitrail.data.mask_folders import MaskFolders, is_mask_folder
+from vitrail.data.pairs import FOLDERS_TABLE, PairShards, PairTable, holds_captions, is_pair_table
 from vitrail.data.shards import Shards, is_shard, split_of
 from vitrail.data.tables import Table, is_table
 from vitrail.data.voc import Voc, is_voc_folder
@@ -40,7 +41,7 @@ def open_data(
         source: class folders (ROOT/train/CLASS/*.jpg with val and test beside train, or ROOT/CLASS/*.jpg);
             images with masks (ROOT/images/train/*.jpg and ROOT/masks/train/*.png, or lists of both);
             images with boxes, in COCO's JSON, YOLO's text files or Pascal VOC's XML (`data/coco.py`,
-            `data/yolo.py`, `data/voc.py`);
+            `data/yolo.py`, `data/voc.py`); images with captions (`data/pairs.py`);
             a folder of tar shards (train-*.tar, train-*.tar.gz, ...); a .csv or .tsv of file and label; or
             a data set of the hub, hf:owner/name@revision; or what `open_source` gave for one of these, whose
             files are then listed once for all splits.
@@ -120,9 +121,9 @@ def open_source(source: str | Path) -> Source:
         raise InputError(f"{source}: no such file or folder{_nearest(path)}")
     if path.is_file():
         if is_table(path):
-            return Table(path)
+            return PairTable(path) if is_pair_table(path) else Table(path)
         if is_shard(path):
-            return Shards(path)
+            return PairShards(path) if holds_captions(path) else Shards(path)
         if path.suffix.lower() == ".json":
             return Coco(path)
         if path.suffix.lower() in YAML_SUFFIXES:
@@ -132,6 +133,8 @@ def open_source(source: str | Path) -> Source:
             ".json or YOLO's .yaml; "
             "give a folder of class folders or shards, or a table of file and label"
         )
+    if (path / FOLDERS_TABLE).is_file():
+        return PairTable(path / FOLDERS_TABLE)
     if is_mask_folder(path):
         return MaskFolders(path)
     if is_coco_folder(path):
@@ -150,7 +153,7 @@ def open_source(source: str | Path) -> Source:
             f"{source} holds both tar files ({listed(shards)}) and folders ({listed(folders)}); move away "
             "those that are not the data set, or give the shard itself"
         )
-    return Shards(path)
+    return PairShards(path) if holds_captions(path) else Shards(path)
 
 
 def hold_out(labels: np.ndarray, digests: Sequence[str], fraction: float, seed: int) -> np.ndarray:

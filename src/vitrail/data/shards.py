@@ -35,6 +35,8 @@ class Shards:
     """A folder of tar shards, or a single one. See `vitrail.data.index.Source`."""
 
     truth = labels_by_name
+    ending = "cls"  # of the member that says what an image is, which messages call
+    called = "label"
 
     def __init__(self, path: Path) -> None:
         self.name = str(path)
@@ -145,10 +147,26 @@ class Shards:
     def _members(self, number: int) -> Iterator[tuple[str, str, int, int]]:
         """(key, class name, offset, bytes) of every sample of a shard, checked."""
         shard = self.folder / self._files[number]
+        pictures, labels = self._parts(number)
+        for key in pictures.keys() ^ labels.keys():
+            if key in pictures:
+                unpack = "; where its folders are the classes, unpack it" if "/" in key else ""
+                raise InputError(
+                    f"{shard}: {pictures[key][2]} has no label; expected {key}.cls{unpack}"
+                )
+            raise InputError(
+                f"{shard}: {key}.cls has no picture; expected {key}.jpg, .png or .webp"
+            )
+        for key, (offset, size, _) in pictures.items():
+            yield key, labels[key], offset, size
+
+    def _parts(self, number: int) -> tuple[dict[str, tuple[int, int, str]], dict[str, str]]:
+        """By key, (offset, bytes, member's name) of the pictures of a shard, and what is said of them."""
+        shard = self.folder / self._files[number]
         plain = self._plain(number)
         length = plain.stat().st_size
         pictures: dict[str, tuple[int, int, str]] = {}
-        labels: dict[str, str] = {}
+        said: dict[str, str] = {}
         try:
             with tarfile.open(plain, "r:") as tar:
                 for member in tar:
@@ -166,32 +184,22 @@ class Shards:
                                 f"{member.name}); keys must be unique within a split"
                             )
                         pictures[key] = (member.offset_data, member.size, member.name)
-                    elif ending == "cls":
-                        if key in labels:
-                            raise InputError(f"{shard}: sample {key!r} has two labels")
-                        labels[key] = self._label(tar, member, shard)
-                    elif ending.endswith(".cls"):
+                    elif ending == self.ending:
+                        if key in said:
+                            raise InputError(f"{shard}: sample {key!r} has two {self.called}s")
+                        said[key] = self._text(tar, member, shard)
+                    elif ending.endswith(f".{self.ending}"):
                         raise InputError(
-                            f"{shard}: {member.name} labels no picture, because a key ends at its first dot; "
-                            f"expected {stem}.jpg and {stem}.cls"
+                            f"{shard}: {member.name} {self.called}s no picture, because a key ends at its "
+                            f"first dot; expected {stem}.jpg and {stem}.{self.ending}"
                         )
                 # tarfile takes a damaged header for the end.
                 _check_end(plain, tar.offset, shard)
         except tarfile.TarError as error:
             raise InputError(f"{shard} is no whole tar file: {error}") from error
-        for key in pictures.keys() ^ labels.keys():
-            if key in pictures:
-                unpack = "; where its folders are the classes, unpack it" if "/" in key else ""
-                raise InputError(
-                    f"{shard}: {pictures[key][2]} has no label; expected {key}.cls{unpack}"
-                )
-            raise InputError(
-                f"{shard}: {key}.cls has no picture; expected {key}.jpg, .png or .webp"
-            )
-        for key, (offset, size, _) in pictures.items():
-            yield key, labels[key], offset, size
+        return pictures, said
 
-    def _label(self, tar: tarfile.TarFile, member: tarfile.TarInfo, shard: Path) -> str:
+    def _text(self, tar: tarfile.TarFile, member: tarfile.TarInfo, shard: Path) -> str:
         file = tar.extractfile(member)
         assert file is not None  # a regular file, checked above
         try:

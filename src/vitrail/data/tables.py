@@ -8,7 +8,7 @@ table's folder.
 import csv
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from vitrail.data.examples import labels_by_name
@@ -32,7 +32,7 @@ class Table:
         self.folder = path.absolute().parent
         self._rows: dict[str, list[tuple[str, str]]] = {}  # split -> (file, label), in order
         seen: dict[str, int] = {}
-        for number, file, label, split in _read_rows(path):
+        for number, file, label, split in self._read(path):
             if file in seen:
                 raise InputError(
                     f"{path}, line {number}: {file} is also in line {seen[file]}; list each file once"
@@ -49,6 +49,10 @@ class Table:
                 f"{path} lists {len(missing)} of {len(seen)} files that do not exist below "
                 f"{self.folder}: {listed(missing, limit=5)}"
             )
+
+    def _read(self, path: Path) -> Iterator[tuple[int, str, str, str]]:
+        """(line, file, what its image is, split) of every row."""
+        return _read_rows(path)
 
     def splits(self) -> tuple[str, ...]:
         return tuple(s for s in ("train", "val", "test", "") if s in self._rows)
@@ -96,6 +100,17 @@ def is_table(path: Path) -> bool:
 
 def _read_rows(path: Path) -> Iterator[tuple[int, str, str, str]]:
     """(line, file, label, split) of every row."""
+    for line, titles, (name, label, split) in read_cells(path, _columns):
+        if not name or not label:
+            raise InputError(f"{path}, line {line}: no {titles[1 if name else 0]}")
+        yield line, name, label, split_called(titles[2], split, path, line)
+
+
+def read_cells(
+    path: Path, choose: Callable[[list[str], Path], Sequence[int | None]]
+) -> Iterator[tuple[int, list[str], list[str]]]:
+    """(line, titles, cells) of every row, in the columns that `choose(header, path)` names; "" where it names
+    None."""
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
@@ -103,7 +118,8 @@ def _read_rows(path: Path) -> Iterator[tuple[int, str, str, str]]:
             header = [cell.strip() for cell in next(rows, [])]
             if "\0" in "".join(header):  # letters of two bytes, such as UTF-16 without its mark
                 raise InputError(_no_utf8(path, "it holds zero bytes"))
-            file_at, label_at, split_at = _columns(header, path)
+            chosen = choose(header, path)
+            titles = ["" if at is None else header[at] for at in chosen]
             for row in rows:
                 if not row:
                     continue
@@ -111,23 +127,23 @@ def _read_rows(path: Path) -> Iterator[tuple[int, str, str, str]]:
                     raise InputError(
                         f"{path}, line {rows.line_num}: {len(row)} cells under a header of {len(header)}"
                     )
-                name, label = row[file_at].strip(), row[label_at].strip()
-                if not name or not label:
-                    what = header[label_at if name else file_at]
-                    raise InputError(f"{path}, line {rows.line_num}: no {what}")
-                split = ""
-                if split_at is not None:
-                    split = SPLIT_NAMES.get(row[split_at].strip().lower(), "")
-                    if not split:
-                        raise InputError(
-                            f"{path}, line {rows.line_num}: split must be train, val or test, but is "
-                            f"{row[split_at]!r}"
-                        )
-                yield rows.line_num, name, label, split
+                yield (
+                    rows.line_num,
+                    titles,
+                    ["" if at is None else row[at].strip() for at in chosen],
+                )
     except UnicodeDecodeError as error:
         raise InputError(_no_utf8(path, str(error))) from error
     except csv.Error as error:
         raise InputError(f"{path} cannot be read as a table: {error}") from error
+
+
+def split_called(title: str, cell: str, path: Path, line: int) -> str:
+    """The split that a cell names; "" in a table without a column for it. Raises InputError for no split."""
+    split = SPLIT_NAMES.get(cell.lower(), "")
+    if title and not split:
+        raise InputError(f"{path}, line {line}: split must be train, val or test, but is {cell!r}")
+    return split
 
 
 def _no_utf8(path: Path, why: str) -> str:

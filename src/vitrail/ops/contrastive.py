@@ -36,6 +36,7 @@ def softmax_pairs(
     *,
     implementation: Implementation = "chunked",
     chunk: int = CHUNK,
+    alone: bool = False,
 ) -> Tensor:
     """The mean of both cross-entropies of each pair (image to texts, text to images), summed over the pairs.
 
@@ -43,17 +44,19 @@ def softmax_pairs(
         images, texts: (N, D), row i of both is a pair; of unit length as the paper has them.
         scale: one number that similarities are multiplied by, 1 / temperature.
         chunk: how many rows of the matrix the chunked form holds at once.
+        alone: these pairs are all there are, whatever other processes do.
     Returns: this process's share of the sum, float32 (float64 of float64); divide by the number of pairs.
     Raises: ValueError when images and texts are no pairs.
     """
     _check(images, texts, implementation)
     images, texts, scale = _wide(images, texts, scale)
+    learns, alone = torch.is_grad_enabled(), alone or not _many()
     if implementation == "chunked":
-        return _Chunked.apply(images, texts, scale, None, chunk, torch.is_grad_enabled())
+        return _Chunked.apply(images, texts, scale, None, chunk, learns, alone)
     with torch.autocast(images.device.type, enabled=False):
-        own = _own(images)
-        to_texts = scale * images @ _Gather.apply(texts).T
-        to_images = scale * texts @ _Gather.apply(images).T
+        own = _own(images, alone)
+        to_texts = scale * images @ _Gather.apply(texts, alone).T
+        to_images = scale * texts @ _Gather.apply(images, alone).T
         both = [F.cross_entropy(s, own, reduction="sum") for s in (to_texts, to_images)]
         return (both[0] + both[1]) / 2
 
@@ -66,6 +69,7 @@ def sigmoid_pairs(
     *,
     implementation: Implementation = "chunked",
     chunk: int = CHUNK,
+    alone: bool = False,
 ) -> Tensor:
     """The binary cross-entropy of each image with each text, summed over all of them.
 
@@ -74,11 +78,12 @@ def sigmoid_pairs(
     """
     _check(images, texts, implementation)
     images, texts, scale, bias = _wide(images, texts, scale, bias)
+    learns, alone = torch.is_grad_enabled(), alone or not _many()
     if implementation == "chunked":
-        return _Chunked.apply(images, texts, scale, bias, chunk, torch.is_grad_enabled())
+        return _Chunked.apply(images, texts, scale, bias, chunk, learns, alone)
     with torch.autocast(images.device.type, enabled=False):
-        logits = scale * images @ _Gather.apply(texts).T + bias
-        truth = F.one_hot(_own(images), logits.shape[1]).to(logits.dtype)
+        logits = scale * images @ _Gather.apply(texts, alone).T + bias
+        truth = F.one_hot(_own(images, alone), logits.shape[1]).to(logits.dtype)
         return F.binary_cross_entropy_with_logits(logits, truth, reduction="sum")
 
 
@@ -95,12 +100,13 @@ class _Chunked(torch.autograd.Function):
         bias: Tensor | None,
         chunk: int,
         learns: bool,
+        alone: bool,
     ) -> Tensor:
         with torch.autocast(images.device.type, enabled=False):
-            everything, own = _gather(texts), _own(images)
+            everything, own = _gather(texts, alone), _own(images, alone)
             strips = [slice(start, start + chunk) for start in range(0, len(images), chunk)]
             if bias is None:
-                pairs = _SoftmaxStrips(images, everything, own, scale, strips)
+                pairs = _SoftmaxStrips(images, everything, own, scale, strips, alone)
             else:
                 pairs = _SigmoidStrips(images, everything, own, scale, bias)
             loss = images.new_zeros(())
@@ -117,7 +123,7 @@ class _Chunked(torch.autograd.Function):
                 of_bias += gradient.sum()
                 of_texts.addmm_(gradient.T, images[strip])
             if learns:
-                of_texts = _sum(scale * of_texts)[own]
+                of_texts = _sum(scale * of_texts, alone)[own]
                 ctx.save_for_backward(of_images, of_texts, of_scale, of_bias)
         ctx.biased = bias is not None
         return loss
@@ -128,7 +134,7 @@ class _Chunked(torch.autograd.Function):
         ctx: Any, factor: Tensor
     ) -> tuple[Tensor | None, ...]:
         images, texts, scale, bias = (factor * gradient for gradient in ctx.saved_tensors)
-        return images, texts, scale, bias if ctx.biased else None, None, None
+        return images, texts, scale, bias if ctx.biased else None, None, None, None
 
 
 class _SoftmaxStrips:
@@ -138,7 +144,13 @@ class _SoftmaxStrips:
     """
 
     def __init__(
-        self, images: Tensor, texts: Tensor, own: Tensor, scale: Tensor, strips: list[slice]
+        self,
+        images: Tensor,
+        texts: Tensor,
+        own: Tensor,
+        scale: Tensor,
+        strips: list[slice],
+        alone: bool,
     ) -> None:
         self.images, self.texts, self.own, self.scale = images, texts, own, scale
         rows, columns = [], texts.new_full((len(texts),), -torch.inf)
@@ -147,7 +159,7 @@ class _SoftmaxStrips:
             rows.append(similarity.logsumexp(1))
             columns = torch.logaddexp(columns, similarity.logsumexp(0))
         self.rows = torch.cat(rows) if rows else texts.new_zeros(0)
-        self.columns = _gather(columns[None]).logsumexp(0)  # of every process's rows
+        self.columns = _gather(columns[None], alone).logsumexp(0)  # of every process's rows
 
     def similarity(self, strip: slice) -> Tensor:
         return self.scale * self.images[strip] @ self.texts.T
@@ -187,21 +199,21 @@ class _Gather(torch.autograd.Function):
     """(n, D) of this process -> (N, D) of all, by rank; the gradient is added over processes."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.own = _own(x)
-        return _gather(x)
+    def forward(ctx: Any, x: Tensor, alone: bool) -> Tensor:
+        ctx.own, ctx.alone = _own(x, alone), alone
+        return _gather(x, alone)
 
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, gradient: Tensor
-    ) -> Tensor:
-        return _sum(gradient)[ctx.own]
+    ) -> tuple[Tensor, None]:
+        return _sum(gradient, ctx.alone)[ctx.own], None
 
 
-def _gather(x: Tensor) -> Tensor:
+def _gather(x: Tensor, alone: bool) -> Tensor:
     """Rows of all processes, who may have different numbers of them."""
-    if not _many():
+    if alone:
         return x
     counts = _counts(x)
     padded = F.pad(x, (0, 0, 0, max(counts) - len(x))).contiguous()
@@ -210,9 +222,9 @@ def _gather(x: Tensor) -> Tensor:
     return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
 
-def _own(x: Tensor) -> Tensor:
+def _own(x: Tensor, alone: bool) -> Tensor:
     """(n,) which rows of all processes' are this one's."""
-    before = sum(_counts(x)[: dist.get_rank()]) if _many() else 0
+    before = 0 if alone else sum(_counts(x)[: dist.get_rank()])
     return torch.arange(before, before + len(x), device=x.device)
 
 
@@ -223,8 +235,8 @@ def _counts(x: Tensor) -> list[int]:
     return torch.cat(counts).tolist()
 
 
-def _sum(x: Tensor) -> Tensor:
-    if _many():
+def _sum(x: Tensor, alone: bool) -> Tensor:
+    if not alone:
         x = x.contiguous()
         dist.all_reduce(x)
     return x

@@ -87,6 +87,16 @@ DEMOS = {
         folder="vitrail-demo-detect",
         shown=lambda p: p.above(SURE),
     ),
+    "contrast": Demo(
+        digits="pairs",
+        recipe="digits_pairs",
+        score="recall@1",
+        own="a CSV of file and caption, docs/pairs.md has the forms",
+        choose=mistake_first,
+        answer=lambda p: f"{p.names[0]} ({p.scores[0]:.2f})",
+        command="vitrail demo --task contrast",
+        folder="vitrail-demo-contrast",
+    ),
 }
 
 

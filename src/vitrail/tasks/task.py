@@ -25,6 +25,7 @@ TASKS = {
     "classify": "vitrail.tasks.classify",
     "segment": "vitrail.tasks.segment",
     "detect": "vitrail.tasks.detect",
+    "contrast": "vitrail.tasks.contrast",
 }
 DEFAULT = "classify"  # of a model that is called by its backbone alone
 
@@ -98,7 +99,7 @@ class Task(Protocol):
     """What the rest of the house asks of a task, which inherits what it does not do in its own way.
 
     truth: the kind of truth that it learns from. settings: a frozen dataclass, its own group of flags.
-    shown: how its headline is called in a line.
+    shown: how its headline is called in a line. any_names: whether its models answer to any class names.
     """
 
     name: str
@@ -106,6 +107,7 @@ class Task(Protocol):
     headline: str
     shown: str
     settings: type
+    any_names: bool = False
 
     def options(self, settings: Any) -> dict[str, Any]:
         """Keywords for the model's `losses`."""
@@ -114,6 +116,22 @@ class Task(Protocol):
     def model_options(self, settings: Any, truth: Any) -> dict[str, Any]:
         """Attributes of the model that the training data decides, such as the weights of classes."""
         return {}
+
+    def check(self, config: Any) -> None:
+        """Raise InputError where a run's settings do not go with the task."""
+
+    def notes(self, model: Any, truth: Any) -> list[str]:
+        """What a person should know of the training data and the model together."""
+        return []
+
+    def answering(self, model: Any, classes: "Sequence[str] | None", data: Any = None) -> Any:
+        """The model as it is asked for these classes, or about labelled data; None: as it stands."""
+        if classes is not None:
+            raise InputError(
+                f"{model.info.name} knows its own {len(model.classes)} classes; --classes is for models that "
+                "answer to any names (vitrail models --task contrast)"
+            )
+        return model
 
     def prepare(
         self, batch: Any, key: tuple[int, int, int], settings: Any, num_classes: int

@@ -18,6 +18,8 @@ def introduce(run: Run) -> None:
     at, config, say = run.at, run.config, run.progress.say
     for note in dict.fromkeys(run.train_data.notes + run.val_data.notes):
         say(note)
+    for note in run.task.notes(run.model, run.train_data.truth):
+        say(note)
     for key, problem in dict.fromkeys(run.train_data.broken + run.val_data.broken):
         say(f"left out {key}: {problem}")
     report = getattr(run.model, "weights_report", None)

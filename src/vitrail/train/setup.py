@@ -44,6 +44,7 @@ from vitrail_runtime.preprocess import Preprocessing
 def set_up(config: TrainConfig, accelerator: Accelerator, folder: RunFolder) -> Run:
     """Build everything and bring it to where the run in `folder` stopped, if one did."""
     task, settings = task_and_settings(config)
+    task.check(config)
     train_data, val_data = together(lambda: open_splits(config, accelerator.num_processes))
     saved, notes = on_rank_zero(
         accelerator, lambda: find_state(config, folder, train_data, val_data)
