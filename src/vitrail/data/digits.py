@@ -5,7 +5,7 @@ The source is the 8 x 8 "Optical Recognition of Handwritten Digits" (Alpaydin an
 enough variety that colour, place and size say nothing, small enough to learn on a CPU in minutes. For
 classification each is drawn once, alone; for semantic segmentation several stand on a sheet, beside a mask;
 for detection and instance segmentation they lie scattered on larger sheets, in COCO's JSON; for captions
-each is drawn alone in one of some inks, on the left, in the middle or on the right, as a text beside it says.
+each is drawn alone in one of some inks, on the left or on the right, as a text beside it says.
 """
 
 import importlib.resources
@@ -36,11 +36,8 @@ CLASSES = {  # of a pixel, and its colour
     "7": (240, 50, 230), "8": (210, 245, 60), "9": (250, 190, 212),
 }  # fmt: skip
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-INKS = {
-    "red": (200, 20, 20), "green": (10, 130, 40), "blue": (20, 40, 200), "purple": (140, 20, 150),
-    "brown": (120, 70, 20), "black": (15, 15, 15),
-}  # fmt: skip
-PLACES = {"on the left": 0.0, "in the middle": 0.5, "on the right": 1.0}
+INKS = {"red": (200, 20, 20), "green": (10, 130, 40), "blue": (20, 40, 200), "black": (15, 15, 15)}
+PLACES = {"on the left": 0.0, "on the right": 1.0}
 CAPTIONED = 2  # images of each digit
 MARKER = "ABOUT.txt"
 ABOUT = """\
@@ -288,7 +285,7 @@ def draw_captioned(ink: np.ndarray, word: str, rng: np.random.Generator) -> tupl
     """One image of a digit, wider than tall, and what is on it: its colour, its name and its place."""
     colour, place = (list(names)[int(rng.integers(len(names)))] for names in (INKS, PLACES))
     height = int(rng.integers(56, 97))
-    width = round(height * rng.uniform(1.5, 1.8))
+    width = round(height * rng.uniform(1.3, 1.6))
     canvas = rng.uniform(190, 245) + rng.uniform(-8, 8, 3) + _shading(height, width, rng) / 2
     alpha = _strokes(ink, round(height * rng.uniform(0.75, 0.95)), rng)
     top = int(rng.integers(0, height - alpha.shape[0] + 1))
