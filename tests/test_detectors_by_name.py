@@ -7,6 +7,8 @@ import torch
 
 import vitrail
 from tests.parity import randomise
+from vitrail.cli import main
+from vitrail.cli.models import count
 from vitrail.models import HEADS, list_models
 from vitrail.registry import list_backbones
 from vitrail.tasks.task import task_of_model
@@ -49,6 +51,14 @@ def test_a_papers_own_name_is_listed_where_no_backbone_fits():
         == "detect"
     )
     assert task_of_model("efficientnet_b0").name == "classify"
+
+
+def test_models_shows_what_a_detector_costs_where_that_follows_from_the_size_alone(capsys):
+    params, macs = count("efficientdet_d0", 90)
+    assert (params, round(macs / 1e9, 1)) == (3880067, 2.5)  # the paper's Table 2
+    assert main(["models", "faster_rcnn/resnet18"]) == 0
+    # Behind the proposals it depends on what is seen.
+    assert "faster_rcnn/resnet18     29.04            800  4, 8, 16, 32" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("head", DETECTORS)

@@ -59,6 +59,7 @@ class Head:
     size: tuple[int, int] = (512, 512)
     interpolation: Interpolation | None = None
     whole: bool = False
+    counted: str = "forward"  # the method whose multiply-adds are the model's
 
 
 def _detector(
@@ -83,6 +84,7 @@ def _efficientdet(scale: Scale) -> Head:
         mode="edges",
         size=(scale.size, scale.size),
         interpolation="bilinear",
+        counted="raw",
     )
 
 

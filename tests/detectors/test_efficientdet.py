@@ -210,6 +210,24 @@ def test_how_many_anchors_stand_for_objects_follows_from_the_objects_alone(seed)
     assert model.weight(({"boxes": boxes}, target(), {"boxes": boxes})) == 2 * max(counts)
 
 
+def test_losses_of_parts_add_up_to_those_of_the_batch():
+    """Norms aside, which see their part; and their weights, by which the sum is divided."""
+    model = make("efficientvit").double()
+    x = torch.randn(4, 3, 100, 128, generator=torch.Generator().manual_seed(0)).double()
+    targets = (
+        target([10, 20, 60, 90], [40, 8, 120, 50]),
+        target(),
+        target([70, 70, 95, 100]),
+        target([3, 3, 30, 30]),
+    )
+    whole, parts = model.losses(x, targets), {"class": 0.0, "box": 0.0}
+    for part in (slice(0, 1), slice(1, 2), slice(2, 4)):
+        for name, loss in model.losses(x[part], targets[part]).items():
+            parts[name] += loss
+    torch.testing.assert_close(whole, parts, rtol=1e-9, atol=0)
+    assert model.weight(targets) == sum(model.weight(targets[i : i + 1]) for i in range(4)) > 4
+
+
 def test_anchors_in_the_padding_neither_teach_nor_answer(monkeypatch):
     """An image in a padded batch has the anchors that it has alone."""
     model = make(detections=30, candidates=200)

@@ -12,21 +12,35 @@ from torch.utils.flop_counter import FlopCounterMode
 from vitrail.modes import eval_mode
 
 
-def count_macs(model: nn.Module, height: int, width: int) -> int:
+def count_macs(model: nn.Module, height: int, width: int, *, method: str = "forward") -> int:
     """Multiply-adds of one (1, 3, height, width) image: convolutions, linear layers, attention products.
+    method: of the model, that takes it.
 
     Norms and activations are left out, as in the papers' tables; at another size than the model's own the
     products that resample a table of positions count; of deformable convolutions and attention the reading
     between pixels does not. Nothing is computed: shapes run through the operators
-    on `meta`, with the weights of a model on any device, or of none.
+    on `meta`, with the weights of a model on any device, or of none. Raises NotImplementedError where what is
+    computed depends on what is seen, as behind a detector's proposals.
     """
-    tensors = chain(model.named_parameters(), model.named_buffers())
+    asked = _Asked(model, method)
+    tensors = chain(asked.named_parameters(), asked.named_buffers())
     shapes = {name: tensor.detach().to("meta") for name, tensor in tensors}
     image = torch.empty(1, 3, height, width, device="meta")
     counter = FlopCounterMode(display=False, custom_mapping=_deformable())
     with eval_mode(model), torch.no_grad(), counter:
-        functional_call(model, shapes, (image,))
+        functional_call(asked, shapes, (image,))
     return counter.get_total_flops() // 2  # the counter takes a multiply-add as two
+
+
+class _Asked(nn.Module):
+    """A model whose forward is one of its methods."""
+
+    def __init__(self, model: nn.Module, method: str) -> None:
+        super().__init__()
+        self.model, self.method = model, method
+
+    def forward(self, image: torch.Tensor) -> Any:
+        return getattr(self.model, self.method)(image)
 
 
 def _deformable() -> dict[Any, Any]:

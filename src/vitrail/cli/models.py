@@ -3,6 +3,7 @@
 import importlib.resources
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ class ModelsFlags:
     """List models: parameters, MACs, strides, tasks, papers' scores, where weights come from."""
 
     task: str | None = None
-    """Only models for this task (classify, segment)."""
+    """Only models for this task (classify, segment, detect)."""
     json: bool = False
     """One JSON object per line, on stdout."""
 
@@ -43,8 +44,9 @@ def run(argv: list[str]) -> int:
     return 0
 
 
-def count(name: str) -> list[int]:
-    """[parameters, multiply-adds] of a model built for the paper's size, on `meta`."""
+def count(name: str, classes: int | None = None) -> list[int | None]:
+    """[parameters, multiply-adds] of a model built for the paper's size, on `meta`; None where what is
+    computed depends on what is seen."""
     import torch
 
     from vitrail.bench.macs import count_macs, count_params
@@ -52,13 +54,18 @@ def count(name: str) -> list[int]:
 
     size = paper_size(name)
     head, entry = parse_name(name)
-    fields: dict[str, Any] = {} if head is None else {"num_classes": DENSE_CLASSES}
+    fields: dict[str, Any] = {} if head is None else {"num_classes": classes or DENSE_CLASSES}
     # Position tables grow with the size that a model is built for.
     if hasattr(entry.config, "image_size"):
         fields["image_size"] = size
     with torch.device("meta"):
         model = create_model(name, **fields)
-    return [count_params(model), count_macs(model, size, size)]
+    method = "forward" if head is None else head.counted
+    try:
+        macs = count_macs(model, size, size, method=method)
+    except NotImplementedError:
+        macs = None
+    return [count_params(model), macs]
 
 
 def paper_size(name: str) -> int:
@@ -72,7 +79,7 @@ def paper_size(name: str) -> int:
     return known.image_size if known else entry.preprocessing.size[0]
 
 
-def differences(name: str, counts: list[int]) -> list[tuple[str, str]]:
+def differences(name: str, counts: Sequence[int | None]) -> list[tuple[str, str]]:
     """(what, why) for each of our counts that lies beyond 0.5 % (parameters) or 1 % (multiply-adds) of the
     published one; an empty "why" is one that nobody has explained.
 
@@ -85,6 +92,8 @@ def differences(name: str, counts: list[int]) -> list[tuple[str, str]]:
     published = PUBLISHED.get(entry.name)
     if published is None or head is not None:
         return []
+    assert counts[0] is not None
+    assert counts[1] is not None
     params, macs = counts[0] / 1e6, counts[1] / 1e9
     found = []
     for what, unit, ours, theirs, slack, note in (
@@ -108,7 +117,7 @@ def stored_counts() -> dict[str, list[int]]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def row(name: str, counts: list[int]) -> dict[str, Any]:
+def row(name: str, counts: Sequence[int | None]) -> dict[str, Any]:
     """What is known of one model."""
     import torch
 
@@ -124,8 +133,8 @@ def row(name: str, counts: list[int]) -> dict[str, Any]:
         "name": name,
         "family": entry.family,
         "task": DEFAULT if head is None else head.task,
-        "params_m": round(counts[0] / 1e6, 2),
-        "macs_g": round(counts[1] / 1e9, 3),
+        "params_m": None if counts[0] is None else round(counts[0] / 1e6, 2),
+        "macs_g": None if counts[1] is None else round(counts[1] / 1e9, 3),
         "image_size": paper_size(name),
         "strides": [spec.stride for spec in specs.values()],
         "paper_params_m": published.params if published else None,
@@ -155,12 +164,13 @@ def print_table(rows: list[dict[str, Any]]) -> None:
         table.add_column(column, justify="right", no_wrap=True)
     for r in rows:
         top1 = "" if r["paper_top1"] is None else f"{r['paper_top1']:.1f}"
-        numbers = (f"{r['params_m']:.2f}", f"{r['macs_g']:.3g}", str(r["image_size"]))
+        macs = "" if r["macs_g"] is None else f"{r['macs_g']:.3g}"
+        numbers = (f"{r['params_m']:.2f}", macs, str(r["image_size"]))
         table.add_row(r["name"], *numbers, strides_of(r), top1)
     console = Console() if sys.stdout.isatty() else Console(width=160)
     console.print(table)
     tasks = ", ".join(dict.fromkeys(r["task"] for r in rows))
-    dense = any("/" in r["name"] for r in rows)
+    dense = any(r["task"] != DEFAULT for r in rows)
     counts = f"counts with a dense head are for {DENSE_CLASSES} classes; " if dense else ""
     print(f"{len(rows)} models; task {tasks}; {counts}vitrail train --model NAME trains one")
     if len(rows) > FEW:

@@ -165,6 +165,10 @@ class EfficientDet(nn.Module):
         padded = pad_to_multiple(images, self.multiple)
         return list(self.neck(self.levels(self.backbone(padded))).values())
 
+    def raw(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """What is said of the anchors: the part whose cost follows from the size of the images alone."""
+        return self.said(self.maps(images))
+
     def said(self, maps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Logits (B, N, K) and deltas (B, N, 4) of the anchors; levels, rows, columns, shapes, the last
         fastest."""
@@ -242,7 +246,7 @@ class EfficientDet(nn.Module):
             width) of each image in a padded batch: anchors beyond them do not count.
         Returns: "class", the focal loss, and "box", the Huber loss times its weight.
         """
-        logits, deltas = self.said(self.maps(images))
+        logits, deltas = self.raw(images)
         height, width = images.shape[-2:]
         own, config = self._own_anchors(images, sizes), self.config
         anchors = self.anchors(height, width, deltas)
