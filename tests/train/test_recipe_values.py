@@ -445,6 +445,13 @@ DETECT: Table = SEGMENT | {
 }
 
 
+EFFICIENTDET: Table = DETECT | {
+    "model": ("efficientdet/mobilenetv3_small", OURS),
+    "lr": (2e-3, OURS),
+    "head_fields": ({"norm_momentum": 0.1}, "official 0.01, for runs of many updates"),
+}
+
+
 TABLES: dict[str, Table] = {
     "deit_tiny": named(DEIT, "deit_tiny_patch16"),
     "deit_small": named(DEIT, "deit_small_patch16"),
@@ -471,6 +478,7 @@ TABLES: dict[str, Table] = {
     "finetune_small": FINETUNE,
     "segment_small": SEGMENT,
     "detect_small": DETECT,
+    "efficientdet_small": EFFICIENTDET,
     "digits": DIGITS,
     "digits_segment": DIGITS_SEGMENT,
     "digits_detect": DIGITS_DETECT,
