@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from vitrail.cli.models import count, row, strides_of
+from vitrail.detectors.efficientdet_scales import SCALES
 from vitrail.models import list_models
 from vitrail.registry import backbone_entry
+from vitrail.weights.systems import systems
 
 ROOT = Path(__file__).parents[1]
+MATRIX = ROOT / "docs" / "matrix.json"  # what benchmarks/matrix.py wrote
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -28,7 +31,17 @@ def main(argv: list[str] | None = None) -> int:
     counts = {name: count(name) for name in list_models()}
     lines = [f'"{name}": {json.dumps(c)}' for name, c in sorted(counts.items())]
     files = {
-        ROOT / "docs" / "models.md": markdown([row(name, c) for name, c in counts.items()]),
+        ROOT / "docs" / "models.md": "\n".join(
+            [
+                markdown([row(name, c) for name, c in counts.items()]),
+                *systems(),
+                "",
+                *efficientdets(),
+                "",
+                *matrix(json.loads(MATRIX.read_text(encoding="utf-8"))),
+                "",
+            ]
+        ),
         ROOT / "src" / "vitrail" / "cli" / "counts.json": "{\n" + ",\n".join(lines) + "\n}\n",
     }
     for path, text in files.items():
@@ -87,6 +100,74 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     for title, text in departures({r["name"] for r in rows}):
         lines += [f"### {title}", "", text, ""]
     return "\n".join(lines).rstrip() + "\n"
+
+
+# google/automl, efficientdet/README.md: parameters in M, multiply-adds in G, AP on COCO test-dev.
+AUTHORS = {
+    "efficientdet_d0": ("3.9", "2.54", "34.6"),
+    "efficientdet_d1": ("6.6", "6.10", "40.5"),
+    "efficientdet_d2": ("8.1", "11.0", "43.0"),
+    "efficientdet_d3": ("12.0", "24.9", "47.5"),
+    "efficientdet_d4": ("20.7", "55.2", "49.7"),
+    "efficientdet_d5": ("33.7", "130", "51.5"),
+    "efficientdet_d6": ("51.9", "226", "52.6"),
+    "efficientdet_d7": ("51.9", "325", "53.7"),
+    "efficientdet_d7x": ("77.0", "410", "55.1"),
+}
+
+
+def efficientdets() -> list[str]:
+    """EfficientDet's scales beside the paper's table, as lines of Markdown."""
+    lines = [
+        "## EfficientDet",
+        "",
+        "Counted for COCO's 90 classes, beside what the authors say (google/automl); effdet has the same",
+        "parameters to the last one. None was trained here: the AP is the authors', on COCO test-dev.",
+        "",
+        "| model | backbone | at px | params M | theirs | MACs G | theirs | their AP |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, scale in SCALES.items():
+        params, macs = count(name, 90)
+        assert params is not None
+        assert macs is not None
+        theirs, their_macs, ap = AUTHORS[name]
+        lines.append(
+            f"| `{name}` | `{scale.backbone}` | {scale.size} | {params / 1e6:.2f} | {theirs} "
+            f"| {macs / 1e9:.3g} | {their_macs} | {ap} |"
+        )
+    return lines
+
+
+def matrix(cells: dict[str, dict[str, Any]]) -> list[str]:
+    """Every head on every family, as `benchmarks/matrix.py` found it, as lines of Markdown."""
+    families = list(dict.fromkeys(family for of in cells.values() for family in of))
+    refused: list[str] = []
+    lines = [
+        "## Every head on every family",
+        "",
+        "By `python benchmarks/matrix.py`, at tiny size: each model was built by its name, trained for",
+        "five updates on one batch, evaluated, saved, loaded, and answered the same to the last bit. The",
+        "number is the loss after the five updates, in per cent of that before.",
+        "",
+        "| family | " + " | ".join(f"`{head}`" for head in cells) + " |",
+        "|---|" + "---|" * len(cells),
+    ]
+    for family in families:
+        shown = []
+        for of_head in cells.values():
+            found = of_head.get(family, {"refused": "not tried"})
+            if "refused" in found:
+                if found["refused"] not in refused:
+                    refused.append(found["refused"])
+                shown.append(f"({refused.index(found['refused']) + 1})")
+            elif "error" in found:
+                shown.append("fails")
+            else:
+                before, after = found["loss"]
+                shown.append(f"{100 * after / before:.0f}")
+        lines.append(f"| {family} | " + " | ".join(shown) + " |")
+    return lines + [f"\n({i}) refused: {why}" for i, why in enumerate(refused, 1)]
 
 
 def _grouped(rows: list[dict[str, Any]]) -> dict[tuple[str, str, str], list[str]]:

@@ -181,6 +181,7 @@ def test_the_page_is_written_with_its_counts_and_stale_where_either_differs(
     monkeypatch.setattr(models_table, "ROOT", tmp_path)
     monkeypatch.setattr(models_table, "list_models", lambda: ["efficientvit_m0"])
     monkeypatch.setattr(models_table, "count", lambda name: ours)
+    monkeypatch.setattr(models_table, "efficientdets", lambda: ["(their scales)"])
     assert models_table.main(["--check"]) == 1
     assert not page.exists()
     assert models_table.main([]) == 0
@@ -189,6 +190,8 @@ def test_the_page_is_written_with_its_counts_and_stale_where_either_differs(
     assert "| `efficientvit_m0` | 2.16 | 2.3 | 0.079 | 0.079 | 224 | 16, 32, 64 | 63.2 |" in text
     assert "### EfficientViT (Liu et al." in text
     assert "Unlike the official classification code" in text
+    assert "(their scales)" in text
+    assert "| EfficientDet | [1911.09070](https://arxiv.org/abs/1911.09070) |" in text
     assert models_table.main(["--check"]) == 0
     monkeypatch.setattr(models_table, "count", lambda name: [2_160_000, 79_000_001])
     assert models_table.main(["--check"]) == 1, "the text is the same, the counts are not"
