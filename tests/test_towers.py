@@ -203,7 +203,15 @@ def test_packed_images_have_the_embeddings_of_each_alone():
     (pack,) = packing.pack(several, patch_size=8, max_tokens=60)
     got = model.forward_packed(pack)
     want = torch.cat([model(several[i][None]) for i in pack.image_ids])
-    torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+    patches = torch.cat([packing.to_patches(image, 8) for image in several])
+    layout = {"sizes": [tuple(i.shape[1:]) for i in several], "patch_size": 8, "packs": (3,)}
+    texts = as_bytes(CAPTIONS[:3])
+    losses = model.losses(patches, texts, packing=layout)
+    logits = model.pairs.scale * want @ model.embed(CAPTIONS[:3]).T
+    own = torch.arange(3)
+    both = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) * 3 / 2
+    torch.testing.assert_close(losses["contrast"], both)
 
 
 @pytest.mark.parametrize("backbone", ["mobilenetv3_small", "deit_tiny_distilled_patch16"])

@@ -11,7 +11,7 @@ ResNet an attention pool), and SigLIP's text tower attends in both directions.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -24,6 +24,7 @@ from vitrail.classifiers import Classifier
 from vitrail.features import Features
 from vitrail.modes import eval_mode
 from vitrail.ops.contrastive import sigmoid_pairs, softmax_pairs
+from vitrail.packing import as_packed
 from vitrail_runtime.errors import InputError
 from vitrail_runtime.preprocess import Preprocessing
 
@@ -108,8 +109,15 @@ class TwoTowers(nn.Module):
     def forward(self, images: Any, record: dict[str, Tensor] | None = None) -> Tensor:
         return unit(self.head(self.backbone(images, record=record)))
 
-    def forward_tensors(self, images: Tensor) -> dict[str, Tensor]:
-        """{"embeddings": (B, dim)}: what is exported as it is."""
+    def forward_tensors(
+        self, images: Tensor, packing: Mapping[str, Any] | None = None
+    ) -> dict[str, Tensor]:
+        """{"embeddings": (B, dim)}: what is exported as it is.
+
+        packing: where `images` are the patches of several (`vitrail.packing.as_packed`).
+        """
+        if packing is not None:
+            return {"embeddings": self.forward_packed(as_packed(images, packing))}
         return {"embeddings": self(images)}
 
     def forward_packed(self, packed: Any) -> Tensor:
@@ -123,13 +131,16 @@ class TwoTowers(nn.Module):
         said = [self.text(self.text.encode(part)) for part in parts]
         return unit(torch.cat(said))
 
-    def losses(self, images: Tensor, targets: Any) -> dict[str, Tensor]:
+    def losses(
+        self, images: Tensor, targets: Any, *, packing: Mapping[str, Any] | None = None
+    ) -> dict[str, Tensor]:
         """{"contrast": over all pairs of all processes' images and captions, this process's share}; divide by
         `weight(targets)`, of all processes.
 
         targets: the UTF-8 bytes of each image's caption, (B, length) or B tensors (length,).
         """
-        return {"contrast": self.pairs(self(images), self.embed(texts_of(targets)))}
+        embeddings = self.forward_tensors(images, packing)["embeddings"]
+        return {"contrast": self.pairs(embeddings, self.embed(texts_of(targets)))}
 
     def weight(self, targets: Any) -> Tensor:
         """What the sums of `losses` are divided by: the number of pairs."""

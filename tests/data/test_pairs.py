@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from tests.data.conftest import picture
-from vitrail.data import open_data
+from vitrail.cli import main
+from vitrail.data import open_data, sheet
+from vitrail.data.checkup import check
 from vitrail.data.digits import INKS, PLACES, WORDS, draw_captioned, make_digits
 from vitrail.data.opening import open_source
 from vitrail.data.pairs import PairShards, PairTable, packed, unpacked
@@ -248,3 +250,42 @@ def test_digits_with_captions_are_made_and_read(tmp_path, monkeypatch):
             assert whole or (data is train and number % 2)
     forms = {len(caption.split()) for caption in train.truth.captions}
     assert forms == {2, 3, 5, 6}  # with and without a colour, a place
+
+
+def test_check_counts_captions_and_names_images_without(tmp_path, capsys):
+    text = SAID.replace("a dot,dot,val", ",dot,val")
+    path = table(tmp_path / "set", text)
+    found = check(path)
+    train, val = found.splits
+    assert train.captions == (3, (2, 2, 4))
+    assert train.per_class == {"cell": 1, "dot": 1}
+    assert val.captions == (0, (0, 0, 0))
+    where = f"{path.parent / 'd.png'}: has an empty caption"
+    assert found.errors == {"images without a caption": [where]}
+    assert main(["data", "check", str(path)]) == 1
+    said = capsys.readouterr().out
+    assert "train: 3 images, 3 different captions of 2 to 4 words (median 2)" in said
+    assert where in said
+
+
+def test_check_finds_nothing_in_pairs_as_they_should_be(tmp_path):
+    text = "file,caption,split\n" + "".join(
+        f"{letter}.png,the same,{split}\n"
+        for letter, split in zip("abcd", ("train", "train", "val", "val"), strict=True)
+    )
+    found = check(table(tmp_path / "set", text))
+    assert not found.errors
+    assert [s.captions for s in found.splits] == [(1, (2, 2, 2))] * 2
+
+
+def test_a_sheet_shows_images_above_their_captions(tmp_path, monkeypatch):
+    data = open_data(table(tmp_path / "set", SAID), "train")
+    written = []
+    monkeypatch.setattr(sheet, "_write", lambda draw, at, text, *_, **__: written.append(text))
+    image = sheet.contact_sheet([data], "set")
+    assert image.width == sheet.WIDTH
+    assert sorted(written[:-1]) == sorted(data.truth.captions)
+    cell = sheet._with_caption(data, 0, 60)
+    assert cell.size == (60, 40 + sheet.CAPTION)  # of an image of 20 x 30
+    shown = np.asarray(cell.crop((0, 0, 60, 40)).resize((30, 20))).astype(int)
+    assert np.abs(shown - data.images.read(0)).mean() < 40

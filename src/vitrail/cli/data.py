@@ -20,7 +20,7 @@ HELP = """usage: vitrail data make digits DIR      write the embedded digits (--
        vitrail data show SOURCE          draw a contact sheet
 
 A SOURCE is a folder of class folders, of images with masks, of images with boxes (COCO, YOLO, Pascal VOC) or
-of tar shards, a COCO .json, a YOLO .yaml, a .csv of file and label, or hf:owner/name@revision.
+of tar shards, a COCO .json, a YOLO .yaml, a .csv of file and label or caption, or hf:owner/name@revision.
 vitrail data ACTION --help tells an action's options."""
 
 SHOWN = 10  # places named for each finding
@@ -183,6 +183,14 @@ def _split_lines(split: "SplitSummary") -> list[str]:
         return _mask_lines(split)
     if split.objects is not None:
         return _object_lines(split, split.objects)
+    if split.captions is not None:
+        different, words = split.captions
+        few, middle, many = words
+        return [
+            f"  {split.name}: {split.pictures:,} images, {different:,} different captions of {few} to {many} "
+            f"words (median {middle})",
+            _size_line(split),
+        ]
     counts = sorted(split.per_class.values())
     each = f"{counts[0]:,}" + (f" to {counts[-1]:,}" if counts[-1] > counts[0] else "")
     return [f"  {split.name}: {split.pictures:,} pictures, {each} a class", _size_line(split)]

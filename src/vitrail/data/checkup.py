@@ -16,6 +16,7 @@ from vitrail.data.coco import Coco
 from vitrail.data.index import Index, Place, Source, digest, read_index
 from vitrail.data.masks import ClassMaps, MaskSource, read_class_maps
 from vitrail.data.opening import hold_out, open_source
+from vitrail.data.pairs import Captions, PairShards, PairTable
 from vitrail.data.voc import Voc
 from vitrail.data.yolo import Yolo
 from vitrail_runtime.errors import ImageError, InputError
@@ -25,6 +26,7 @@ IMBALANCE = 10.0  # largest class over smallest from which it is worth a word
 SMALL = 32  # pixels of the short side, likewise
 BORDERS = (32**2, 96**2)  # pixels of area: between small, medium and large objects, as COCO has it
 BOXED = (Coco, Voc, Yolo)
+PAIRED = (PairTable, PairShards)
 VAL_FRACTION = 0.2  # held out for validation where no val split is, as in training by default
 LOOK_SIDE = 8  # pictures are compared as thumbnails of this many pixels a side,
 LOOK_APART = 4.0  # and look the same up to this mean difference of 255
@@ -35,7 +37,8 @@ class SplitSummary:
     """Counts and sizes of one split. Sizes are (height, width) in pixels.
 
     per_class: images of each class; of masks and boxes, images that contain it. Of masks `pixels`
-    counts its pixels, and `ignored` are those without a class; `objects` counts those of boxes.
+    counts its pixels, and `ignored` are those without a class; `objects` counts those of boxes. Of captions
+    `captions` tells how many different ones there are and (fewest, median, most) words of one.
     """
 
     name: str
@@ -48,6 +51,7 @@ class SplitSummary:
     pixels: dict[str, int] = field(default_factory=dict)
     ignored: int = 0
     objects: "ObjectSummary | None" = None
+    captions: tuple[int, tuple[int, int, int]] | None = None
 
 
 @dataclass(frozen=True)
@@ -110,7 +114,7 @@ def check(source: str | Path, *, drop_bad: bool = False) -> Checkup:
     summaries, seen = [], []
     notes: tuple[str, ...] = ()
     masks = opened if isinstance(opened, MaskSource) else None
-    boxed = isinstance(opened, BOXED)
+    boxed, paired = isinstance(opened, BOXED), isinstance(opened, PAIRED)
     indexes = {}
     for split in opened.splits():
         try:
@@ -128,6 +132,11 @@ def check(source: str | Path, *, drop_bad: bool = False) -> Checkup:
                 continue
             truths, summary = _digests(boxes), _box_summary(split, index, boxes)
             _check_boxes(summary.name, boxes, warnings if drop_bad else errors, errors, warnings)
+        elif paired:
+            pairs = opened.truth(split, index, classes)
+            truths, summary = [""] * len(index), _pair_summary(split, index, pairs)
+            for where, problem in pairs.problems.values():
+                errors["images without a caption"].append(f"{where}: {problem}")
         elif masks is None:
             truths, summary = index.names, _summary(split, index, classes)
             _check_classes(summary, classes, errors, warnings)
@@ -145,11 +154,12 @@ def check(source: str | Path, *, drop_bad: bool = False) -> Checkup:
                 f"{index.sizes[i][0]} x {index.sizes[i][1]}"
                 for i in small.tolist()
             ]
-    by_class = masks is None and not boxed
+    by_class = masks is None and not boxed and not paired
     _check_splits(indexes, errors, by_class=by_class)
-    if len(classes) < 2 and not boxed:
+    if len(classes) < 2 and not boxed and not paired:
         errors["one class only; a classifier needs at least two"].append(", ".join(classes))
-    _compare(seen, errors, warnings, "labels" if by_class else "boxes" if boxed else "masks")
+    kind = "labels" if by_class else "boxes" if boxed else "captions" if paired else "masks"
+    _compare(seen, errors, warnings, kind)
     return Checkup(str(source), classes, tuple(summaries), dict(errors), dict(warnings), notes)
 
 
@@ -218,6 +228,18 @@ def _mask_summary(split: str, index: Index, maps: ClassMaps) -> SplitSummary:
         per_class=dict(zip(maps.classes, there, strict=True)),
         pixels=dict(zip(maps.classes, pixels, strict=True)),
         ignored=int(maps.ignored.sum()),
+    )
+
+
+def _pair_summary(split: str, index: Index, pairs: Captions) -> SplitSummary:
+    words = sorted(len(caption.split()) for caption in pairs.captions if caption) or [0]
+    named = pairs.labels[pairs.labels >= 0]
+    counts = np.bincount(named, minlength=len(pairs.classes)).tolist()
+    different = len(set(pairs.captions) - {""})
+    return replace(
+        _summary(split, index, ()),
+        per_class=dict(zip(pairs.classes, counts, strict=True)),
+        captions=(different, (words[0], words[len(words) // 2], words[-1])),
     )
 
 

@@ -28,6 +28,7 @@ PAIRS_ACROSS, MOST_PAIRS, PAIR_GAP = (
     18,
 )  # images beside their class maps, or with their objects
 MOST_NAMED = 12  # objects of an image up to which each has its name written beside it
+CAPTION = 34  # height of a line below an image
 VEIL = 0.4  # opacity of the masks of objects
 ENTRIES, ENTRY, SWATCH = 4, 46, 24  # legend: classes in a row, height of an entry and of its colour
 OPACITY = 0.6  # of classes laid over an image
@@ -41,7 +42,7 @@ def contact_sheet(splits: Sequence[Examples], title: str, *, seed: int = 0) -> I
     Of labels, up to 24 classes have a row each, filled with images in their own shapes; of more, up to 77
     show one image each. Of class maps, a legend with colours and shares of pixels, and up to 12 images beside
     their class maps. Of boxes, a legend with colours and counts, and up to 12 images with their objects and
-    masks drawn; crowds in grey. `seed` chooses the images.
+    masks drawn; crowds in grey. Of captions, up to 12 images above theirs. `seed` chooses the images.
     """
     data = splits[0]
     body = BODIES[data.truth.kind](data, seed)
@@ -334,8 +335,25 @@ def _overlay(image: Image.Image, ids: np.ndarray, palette: np.ndarray) -> Image.
     return Image.fromarray(np.rint(pixels).astype(np.uint8))
 
 
+def _captions(data: Examples, seed: int) -> Image.Image:
+    """Up to 12 images above their captions."""
+    picked = _by_content(data, range(len(data)), seed)[:MOST_PAIRS]
+    side = (WIDTH - 2 * MARGIN - (PAIRS_ACROSS - 1) * PAIR_GAP) // PAIRS_ACROSS
+    return _cells([_with_caption(data, i, side) for i in picked], side)
+
+
+def _with_caption(data: Examples, i: int, side: int) -> Image.Image:
+    height, width = data.images.sizes[i].tolist()
+    scale = side / max(height, width)
+    shown = _thumbnail(data, i, (max(1, round(height * scale)), max(1, round(width * scale))))
+    cell = Image.new("RGB", (side, shown.height + CAPTION), PAPER)
+    cell.paste(shown, (0, 0))
+    _write(ImageDraw.Draw(cell), (2, shown.height + 6), data.truth.captions[i], 17, side - 4, INK)
+    return cell
+
+
 # Kind of truth -> what is drawn below the header.
-BODIES = {"labels": _labels, "class maps": _maps, "boxes": _objects}
+BODIES = {"labels": _labels, "class maps": _maps, "boxes": _objects, "captions": _captions}
 
 
 def _thumbnail(data: Examples, i: int, size: tuple[int, int]) -> Image.Image:
