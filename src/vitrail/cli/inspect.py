@@ -19,6 +19,7 @@ HELP = """usage: vitrail inspect ACTION [options]
 
   vitrail inspect collapse MODEL... --images DIR    do attention maps repeat from block to block?
   vitrail inspect heads MODEL... --images DIR       are heads of a layer alike, and how far do they reach?
+  vitrail inspect queries RUN --images DIR          where does a DETR look for what it finds?
   vitrail inspect importance RUN --data DIR         which channels matter? --slim 0.5 makes a slimmer model
 
 A MODEL is a run folder, a model folder or a name of `vitrail models` (with --weights, or random weights).
@@ -66,6 +67,26 @@ class HeadsFlags(StudyFlags):
 
 
 @dataclass(frozen=True, kw_only=True)
+class QueriesFlags:
+    """Draw what the query of each answer of a DETR looks at, and the encoder around it, and write a page."""
+
+    model: Annotated[Positional[Path], arg(metavar="RUN")]
+    """A run folder (its best model) or a model folder."""
+    images: Path
+    """An image, or a folder of them."""
+    count: int = 4
+    """How many images are taken, evenly from all."""
+    answers: int = 4
+    """How many answers of an image are drawn, best first."""
+    score: float = 0.3
+    """Those of at least this score; of an image without any the best one."""
+    out: Path = Path("queries.html")
+    """The page."""
+    device: str = "auto"
+    """Where the model runs, such as cpu or cuda; auto: a GPU where there is one."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ImportanceFlags:
     """Weigh the channels of a trained model by stage and by Q, K, V and FFN, and write a page.
 
@@ -94,7 +115,7 @@ class ImportanceFlags:
 
 
 def run(argv: list[str]) -> int | None:
-    actions = {"collapse": collapse, "heads": heads, "importance": importance}
+    actions = {"collapse": collapse, "heads": heads, "queries": queries, "importance": importance}
     return act("inspect", actions, HELP, argv)
 
 
@@ -122,6 +143,24 @@ def heads(argv: list[str]) -> None:
     studies, shown, fresh = _study(flags)
     page = heads_page(flags.out, studies, shown, random=fresh)
     _tell(flags.json, studies, [heads_words(study) for study in studies], fresh, page)
+
+
+def queries(argv: list[str]) -> None:
+    flags = parse_flags(FlagCreatePairsOff[QueriesFlags], argv, prog="vitrail inspect queries")
+    if flags.answers < 1:
+        raise InputError(f"--answers must be at least 1, but is {flags.answers}")
+    chosen = _chosen(flags.images, flags.count)
+
+    from vitrail.analysis.queries_page import queries_page
+    from vitrail.device import choose_device
+    from vitrail.models import load, model_folder
+
+    device = choose_device(flags.device)
+    model = load(model_folder(flags.model)).to(device)
+    images = (image.to(device) for image in prepared(chosen, model.preprocessing))
+    named = zip((path.name for path in chosen), images, strict=True)
+    how = {"count": flags.answers, "score": flags.score}
+    print(f"page: {queries_page(flags.out, model, named, **how)}")
 
 
 def importance(argv: list[str]) -> None:
@@ -204,14 +243,7 @@ def _study(flags: StudyFlags) -> tuple[list[Any], dict[str, str], list[str]]:
     """(studies, HTML of attention maps by model, names of models with random weights)."""
     if not flags.models:
         raise InputError("say which model: vitrail inspect ACTION MODEL --images DIR")
-    if flags.count < 1:
-        raise InputError(f"--count must be at least 1 picture, but is {flags.count}")
-
-    from vitrail_runtime.pictures import find_pictures
-
-    paths = find_pictures(flags.images)
-    step = len(paths) / min(flags.count, len(paths))
-    chosen = [paths[int(i * step)] for i in range(min(flags.count, len(paths)))]
+    chosen = _chosen(flags.images, flags.count)
 
     from vitrail.analysis.attention import study_attention
     from vitrail.analysis.attention_page import attention_pictures
@@ -231,6 +263,17 @@ def _study(flags: StudyFlags) -> tuple[list[Any], dict[str, str], list[str]]:
         first = next(prepared(chosen[:1], pre))
         shown[name] = attention_pictures(backbone, first, pre, name=name)
     return studies, shown, fresh
+
+
+def _chosen(images: Path, count: int) -> list[Path]:
+    """So many of the images, evenly from all."""
+    if count < 1:
+        raise InputError(f"--count must be at least 1 picture, but is {count}")
+    from vitrail_runtime.pictures import find_pictures
+
+    paths = find_pictures(images)
+    step = len(paths) / min(count, len(paths))
+    return [paths[int(i * step)] for i in range(min(count, len(paths)))]
 
 
 def open_model(given: str, weights: str | None) -> tuple[str, Any, bool]:
