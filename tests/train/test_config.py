@@ -176,6 +176,7 @@ SMALL, INF, NAN = 1e-9, float("inf"), float("nan")
         ("momentum", (0, 1 - SMALL), (-SMALL, 1)),
         ("eps", (0,), (-SMALL,)),
         ("weight_decay", (0,), (-SMALL,)),
+        ("backbone_lr", (SMALL, 1), (0, 1 + SMALL)),
         ("layer_decay", (SMALL, 1), (0, 1 + SMALL)),
         ("warmup_epochs", (0,), (-SMALL,)),
         ("warmup_lr", (0,), (-SMALL,)),
@@ -240,6 +241,7 @@ def test_every_setting_but_those_of_carrying_it_out_makes_another_run(tmp_path):
         "eps": 0.3,
         "momentum": 0.4,
         "weight_decay": 0.6,
+        "backbone_lr": 0.35,
         "layer_decay": 0.7,
         "schedule": "constant",
         "warmup_epochs": 0.5,
@@ -286,7 +288,7 @@ def test_the_defaults_are_what_the_documentation_says():
     assert (c.optimizer, c.lr, c.betas, c.eps) == ("adamw", 1e-3, (0.9, 0.999), 1e-8)
     assert (c.momentum, c.weight_decay, c.layer_decay, c.schedule) == (0.9, 0.05, 1.0, "cosine")
     assert (c.warmup_epochs, c.warmup_lr, c.min_lr) == (1.0, 1e-6, 1e-5)
-    assert (c.clip_grad, c.clip_mode, c.ema) == (1.0, "norm", 0.0)
+    assert (c.clip_grad, c.clip_mode, c.ema, c.backbone_lr) == (1.0, "norm", 0.0, 1.0)
     assert (c.seed, c.val_fraction, c.eval_every, c.early_stopping) == (0, 0.2, 1, None)
     assert (c.keep, c.keep_every, c.save_every, c.log_every) == (2, None, 5.0, 20)
     assert (c.precision, c.parallel, c.device, c.train_only) == ("fp32", "data", "auto", "full")

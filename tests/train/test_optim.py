@@ -53,6 +53,16 @@ def test_layer_decay_falls_by_its_factor_from_block_to_block(vit):
     assert set(head) == {1.0}
 
 
+def test_a_backbone_may_learn_at_a_share_of_the_rate(vit):
+    scales = names_by(vit, TrainConfig(backbone_lr=0.1), "lr_scale")
+    below = [v for name, v in scales.items() if name.startswith("backbone.")]
+    assert set(below) == {0.1}
+    assert set(scales.values()) == {0.1, 1.0}
+    both = names_by(vit, TrainConfig(backbone_lr=0.1, layer_decay=0.5), "lr_scale")
+    assert both["backbone.blocks.2.mlp.fc1.weight"] == 0.1 * 0.5
+    assert both["head.fc.weight"] == 1.0
+
+
 def test_layers_of_a_staged_model_grow_from_stem_to_head(efficientvit):
     layers, last = layer_numbers(efficientvit)
     order = list(layers.values())

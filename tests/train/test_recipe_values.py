@@ -44,6 +44,7 @@ RUN: Table = {
     "max_steps": (None, "the scripts count epochs"),
     "max_minutes": (None, "the scripts count epochs"),
     "task.sampling": ("uniform", "the scripts shuffle"),
+    "backbone_lr": (1.0, "none of the scripts"),
     "layer_decay": (1.0, "none of the scripts"),
     "clip_mode": ("norm", "--clip-mode: timm's default"),
     "crop_pct": (None, "evaluation: the model's own preprocessing"),
@@ -452,6 +453,19 @@ EFFICIENTDET: Table = DETECT | {
 }
 
 
+DETR_SMALL: Table = DETECT | {
+    "model": ("deformable_detr/resnet18", OURS),
+    "head_fields": (
+        {"refine": True, "two_stage": True, "num_queries": 100},
+        "the paper's last row; as many queries as few objects need: ours",
+    ),
+    "epochs": (50, "table 1"),
+    "lr": (2e-4, "section 5"),
+    "weight_decay": (1e-4, "--weight_decay of the official script"),
+    "clip_grad": (0.1, "--clip_max_norm of the official script"),
+}
+
+
 TABLES: dict[str, Table] = {
     "deit_tiny": named(DEIT, "deit_tiny_patch16"),
     "deit_small": named(DEIT, "deit_small_patch16"),
@@ -479,6 +493,7 @@ TABLES: dict[str, Table] = {
     "segment_small": SEGMENT,
     "detect_small": DETECT,
     "efficientdet_small": EFFICIENTDET,
+    "detr_small": DETR_SMALL,
     "digits": DIGITS,
     "digits_segment": DIGITS_SEGMENT,
     "digits_detect": DIGITS_DETECT,

@@ -44,6 +44,7 @@ RANGES = {
     "momentum": Range(0, 1, below=True),
     "eps": Range(0),
     "weight_decay": Range(0),
+    "backbone_lr": Range(0, 1, above=True, hint="1 is off; --train-only head freezes it"),
     "layer_decay": Range(0, 1, above=True, hint="1 is off"),  # 0 would train the last layer alone
     "warmup_epochs": Range(0),
     "warmup_lr": Range(0),
@@ -126,6 +127,8 @@ class TrainConfig:
     """SGD's momentum (Nesterov)."""
     weight_decay: float = 0.05
     """Not on biases, norms, tokens and position tables."""
+    backbone_lr: float = 1.0
+    """The backbone's learning rate, as a share of --lr: 0.1 for DETRs on pretrained weights."""
     layer_decay: float = 1.0
     """Each earlier block learns slower by this factor; 1 is off."""
     schedule: Literal["cosine", "constant"] = "cosine"

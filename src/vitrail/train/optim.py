@@ -19,21 +19,22 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict]:
 
     Not decayed: everything of one axis or none (biases, norms, scales), class and register tokens, position
     and relative-bias tables. With `layer_decay` d < 1 the layer i of n gets d ** (n - i), the head 1
-    (Clark et al., ELECTRA, ICLR 2020; BEiT, ICLR 2022).
+    (Clark et al., ELECTRA, ICLR 2020; BEiT, ICLR 2022). `backbone_lr` multiplies that of the whole backbone.
     """
     layers, count = layer_numbers(model)
-    groups: dict[tuple[bool, int], dict] = {}
+    groups: dict[tuple[bool, int, float], dict] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         decayed = parameter.ndim > 1 and not _NO_DECAY.search(name)
         layer = layers[name] if config.layer_decay < 1.0 else count
+        share = config.backbone_lr if name.startswith("backbone.") else 1.0
         group = groups.setdefault(
-            (decayed, layer),
+            (decayed, layer, share),
             {
                 "params": [],
                 "weight_decay": config.weight_decay if decayed else 0.0,
-                "lr_scale": config.layer_decay ** (count - layer),
+                "lr_scale": share * config.layer_decay ** (count - layer),
             },
         )
         group["params"].append(parameter)
