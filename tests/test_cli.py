@@ -147,3 +147,15 @@ def test_the_demo_of_segmentation_goes_the_whole_path(tmp_path, capsys):
     assert re.fullmatch(r"test mIoU 0\.\d\d", capsys.readouterr().out.splitlines()[-1])
     assert (out / "predictions.png").is_file()
     assert "Worst images" in (out / "report.html").read_text()
+
+
+@pytest.mark.slow
+def test_the_demo_of_captions_learns_digits_by_their_names(tmp_path, capsys):
+    """All of it: by chance one of ten names is right, and one of 80 captions."""
+    out = tmp_path / "demo"
+    assert main(["demo", "--task", "contrast", "--out", str(out)]) == 0
+    assert "test recall@1 0." in capsys.readouterr().out
+    kept = json.loads((out / "run" / "best" / "metrics.json").read_text())
+    assert kept["zero_shot"] > 0.7
+    assert kept["recall"] > 0.7
+    assert (out / "predictions.png").is_file()
