@@ -15,6 +15,7 @@ from vitrail.weights.published import PUBLISHED
 # at so many pixels; None: they give no such figure. Each group says where its figures were read a second
 # time: in the authors' own page or, for a paper's table, in a text version of the paper or in another paper.
 # "Not re-read": such figures agree with our files alone, which is no second source.
+NOTHING = (None, None, None, 224)
 FIGURES: dict[str, tuple[float | None, float | None, float | None, int]] = {
     # github.com/facebookresearch/deit, README_deit.md; multiply-adds: Swin's table 1 (text), tiny's as quoted
     "deit_tiny_patch16": (5, 1.3, 72.2, 224),
@@ -118,6 +119,9 @@ FIGURES: dict[str, tuple[float | None, float | None, float | None, int]] = {
     "mobilenetv3_small": (2.5, 0.056, 67.4, 224),
     "mobilenetv3_small_075": (2.0, 0.044, 65.4, 224),
     "mobilenetv3_small_050": (1.6, 0.021, 58.0, 224),
+    # NaViT and NaFlexViT: none
+    **{f"navit_{size}_patch16": NOTHING for size in ("tiny", "small", "base", "large")},
+    **{f"naflexvit_base_patch16_{kind}": NOTHING for kind in ("gap", "par_gap", "parfac_gap")},
     # EfficientNet: the paper's table 2, as others quote it; B4 to B7 also in Swin's table 1 (text)
     "efficientnet_b0": (5.3, 0.39, 77.1, 224),
     "efficientnet_b1": (7.8, 0.70, 79.1, 240),

@@ -135,7 +135,7 @@ def assert_modules(model: nn.Module, linear_std: float, conv_std: Any, skip: str
                 assert module.bias is None or not module.bias.any(), f"{name}.bias"
         elif isinstance(module, nn.LayerNorm | nn.BatchNorm2d):
             assert bool((module.weight == 1).all()), name
-            assert not module.bias.any(), name
+            assert module.bias is None or not module.bias.any(), name
 
 
 def test_cmt_is_drawn_as_its_official_code_says():
@@ -175,6 +175,17 @@ def test_deepvit_is_drawn_as_its_official_code_says(name):
         bound = conv.weight[0].numel() ** -0.5
         assert float(conv.weight.detach().abs().max()) <= bound
         assert float(conv.weight.detach().std()) == pytest.approx(bound / 3**0.5, rel=0.15)
+
+
+def test_navit_is_drawn_as_the_vits():
+    """Linear layers and the tables 0.02; the classifier zero."""
+    torch.manual_seed(0)
+    entry = backbone_entry("navit_tiny_patch16")
+    model = build_classifier(entry, replace(entry.config, depth=1), 100)
+    assert_modules(model, 0.02, lambda conv: None, skip=r"head\.fc")
+    assert not model.head.fc.weight.any()
+    for value in (model.backbone.rows.table, model.backbone.columns.table, model.head.pool.query):
+        assert_drawn_alike("table", value.detach(), torch.empty_like(value).normal_(0.0, 0.02))
 
 
 @pytest.mark.parametrize("head", ["tanh", "mlp"])

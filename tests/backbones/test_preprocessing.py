@@ -45,7 +45,13 @@ def shown(name: str) -> dict[str, Any]:
     return {k: getattr(own, k) for k in ("size", "crop_pct", "interpolation", "mean", "std")}
 
 
-@pytest.mark.parametrize("name", [n for n in list_models() if timms(n) and n not in TORCHVISIONS])
+NATIVE = [n for n in list_models() if backbone_entry(n).family == "navit"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [n for n in list_models() if timms(n) and n not in TORCHVISIONS and n not in NATIVE],
+)
 def test_images_are_prepared_as_timm_prepares_them(name):
     cfg = timm.models.get_pretrained_cfg(timms(name))
     assert cfg.crop_mode == "center"
@@ -102,8 +108,22 @@ def test_models_that_timm_has_not_are_shown_images_as_their_official_code_does(
     assert shown(name) == want
 
 
+@pytest.mark.parametrize("name", NATIVE)
+def test_navit_is_shown_images_at_their_own_shape(name):
+    own = backbone_entry(name).preprocessing
+    assert (own.mode, own.interpolation, own.mean, own.std) == (
+        "native",
+        "bicubic",
+        HALF["mean"],
+        HALF["std"],
+    )
+    if timms(name):
+        cfg = timm.models.get_pretrained_cfg(timms(name))
+        assert (own.mean, own.std) == (tuple(cfg.mean), tuple(cfg.std))
+
+
 def test_every_model_is_compared_with_somebody():
     alone = [n for n in list_models() if not timms(n) and n not in TORCHVISIONS]
-    families = {"cmt", "deepvit", "resnetdcn", "vitcomer"}
+    families = {"cmt", "deepvit", "navit", "resnetdcn", "vitcomer"}
     assert {backbone_entry(n).family for n in alone} == families
-    assert len(alone) == 17
+    assert len(alone) == 21

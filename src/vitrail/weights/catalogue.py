@@ -125,6 +125,10 @@ RELEASED: dict[str, tuple[str, ...]] = {  # name -> sources, the default first
     "cmt_xs": (f"{_CMT}/cmt_xs.pth",),
     "cmt_s": (f"{_CMT}/cmt_small.pth",),
     "cmt_b": (f"{_CMT}/cmt_base.pth",),
+    **{
+        f"naflexvit_base_patch16_{kind}": (f"hf:timm/naflexvit_base_patch16_{kind}.e300_s576_in1k",)
+        for kind in ("gap", "par_gap", "parfac_gap")
+    },
     "deepvit_24b": (_DEEPVIT,),
     "deepvit_32b": (_DEEPVIT,),
     "deepvit_s": (_DEEPVIT,),

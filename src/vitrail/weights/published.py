@@ -104,6 +104,17 @@ PUBLISHED: dict[str, Published] = {
             "the classifier has 1.28 M, the convolution before it 0.66, the position tables 0.29; an "
             "expansion of 3.7 would have 25.1 M but 3.83 G"),
     "cmt_b": Published(45.7, 9.3, 84.5, CMT_TABLE, image_size=256),
+    # backbones/navit.py
+    **{
+        f"navit_{size}_patch16": Published(None, None, None, "none",
+            remark="the paper trains on data of its own; a table for these shapes we could not verify")
+        for size in ("tiny", "small", "base", "large")
+    },
+    **{
+        f"naflexvit_base_patch16_{kind}": Published(None, None, None, "none",
+            remark="timm's; its figures, for images of 576 tokens, we could not verify")
+        for kind in ("gap", "par_gap", "parfac_gap")
+    },
     # backbones/deepvit.py
     "deepvit_s": Published(27, 6.2, 82.3, DEEPVIT_TABLE,
         macs_note="the official code is the same layer for layer; why the paper has less is not known. "
