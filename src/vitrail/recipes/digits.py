@@ -98,8 +98,9 @@ def digits_pairs() -> TrainConfig:
 
     Command: vitrail data make digits out/pairs --task pairs; vitrail train --recipe digits_pairs
         --data out/pairs.
-    Cost: 28,760 images of 56 x 80 and as many captions.
-    Expected: `vitrail demo --task contrast` prints the test recall.
+    Cost: 28,760 images of 56 x 80 and as many captions; two and a half minutes of one CPU core.
+    Expected: a test recall@1 of about 0.95 and, by the digits' names alone, an accuracy of about 0.94, of one
+        run (`vitrail demo --task contrast` prints the recall).
     """
     return TrainConfig(
         model="clip/efficientvit_m0",
