@@ -97,6 +97,12 @@ def test_the_best_answer_is_shown_where_none_is_sure():
     assert [answer.label for answer in found] == [1, 0]
 
 
+def test_a_query_that_answers_with_two_classes_is_shown_once_with_the_better():
+    record = dense() | {"queries": torch.tensor([[1, 1, 0]])}
+    found = answers(Told(record), torch.zeros(3, 32, 64), count=2, score=0.1)
+    assert [(answer.query, answer.label) for answer in found] == [(1, 1), (0, 2)]
+
+
 @pytest.mark.parametrize(
     ("x", "y", "cell"), [(0, 0, 0), (0.3, 0, 1), (0.99, 0.4, 3), (0, 0.5, 4), (1.0, 1.0, 7)]
 )

@@ -38,8 +38,8 @@ class Answer:
 
 
 def answers(model: Any, image: Tensor, *, count: int, score: float) -> list[Answer]:
-    """The best answers of a preprocessed image (3, H, W), `count` at most, of this score at least; where none
-    has it, the best one. Raises InputError for a model without queries."""
+    """The best answers of a preprocessed image (3, H, W), one of a query and `count` at most, of this score
+    at least; where none has it, the best one. Raises InputError for a model without queries."""
     record: Record = {}
     with eval_mode(model), torch.no_grad():
         found = model.forward_tensors(image[None], record)
@@ -49,19 +49,21 @@ def answers(model: Any, image: Tensor, *, count: int, score: float) -> list[Answ
             "deformable_detr/resnet50"
         )
     height, width = image.shape[1:]
-    scores = found["scores"][0, : int(found["count"][0])]
-    number = max(1, min(count, int((scores >= score).sum())))
-    out = []
-    for i in range(min(number, len(scores))):
+    scores = found["scores"][0, : int(found["count"][0])].tolist()
+    out: dict[int, Answer] = {}
+    for i, sure in enumerate(scores):
         box, query = found["boxes"][0, i].cpu().numpy(), int(record["queries"][0, i])
+        if len(out) == count or (out and sure < score):
+            break
+        if query in out:  # its second best class
+            continue
         x, y = (box[0] + box[2]) / 2 / width, (box[1] + box[3]) / 2 / height
         name = _last(record, "decoder", ("multihead_attn", "cross_attn"))
         looked = _seen(record, name, query, (height, width))
         name = _last(record, "encoder", ("self_attn",))
         around = _seen(record, name, cell_of(record["cells"], x, y), (height, width))
-        about = int(found["labels"][0, i]), float(scores[i]), query
-        out.append(Answer(box, *about, looked, around))
-    return out
+        out[query] = Answer(box, int(found["labels"][0, i]), sure, query, looked, around)
+    return list(out.values())
 
 
 def cell_of(cells: Tensor, x: float, y: float) -> int:

@@ -166,7 +166,7 @@ SYSTEMS = (
         "2010.04159",
         "deformable_detr/resnet50",
         f"logits, boxes and losses, one and two stages: transformers, {EXACT}",
-        "--recipe detect_small --model deformable_detr/resnet18 --data DIR",
+        "--recipe detr_small --data DIR",
     ),
     System(
         "EfficientDet",
