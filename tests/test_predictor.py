@@ -2,6 +2,8 @@
 
 import itertools
 import random
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+import vitrail
 from tests.parity import randomise
 from vitrail.classifiers import Classifier, PooledHead
 from vitrail.models import ModelInfo, build_backbone, describe
@@ -343,3 +346,64 @@ def test_the_model_is_moved_to_the_device_and_nowhere_without_one(monkeypatch):
     assert next(Predictor(classifier(size=(8, 8))).model.parameters()).device.type == "meta"
     monkeypatch.setattr("vitrail.predictor.choose_device", lambda name: torch.device(name))
     assert next(Predictor(model, device="meta").model.parameters()).device.type == "meta"
+
+
+def packing_model() -> Any:
+    torch.manual_seed(0)
+    shape = {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 8, "image_size": 32}
+    model = vitrail.create_model("vit_tiny_patch16", classes=["a", "b", "c"], **shape)
+    randomise(model)
+    return model
+
+
+def arrays_of(*sizes: tuple[int, int]) -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, 256, (h, w, 3), dtype=np.uint8) for h, w in sizes]
+
+
+def test_packed_pictures_come_in_order_and_are_each_what_it_is_alone():
+    model = packing_model()
+    images = arrays_of((8, 40), (30, 21), (64, 64), (8, 8), (17, 80), (40, 8))
+    for options in (
+        {"max_tokens": 70},
+        {"tokens_per_image": 6},
+        {"max_tokens": 8, "tokens_per_image": 5},
+    ):
+        predict = vitrail.Predictor(model, top_k=3, **options)
+        got = list(predict(images))
+        alone = [next(iter(predict([image]))) for image in images]
+        assert [p.labels.tolist() for p in got] == [p.labels.tolist() for p in alone]
+        for a, b in zip(got, alone, strict=True):
+            np.testing.assert_allclose(a.scores, b.scores, atol=1e-6)
+    # Against the model itself: 64 x 64 as 4 patches of 8 is 16 x 16.
+    small = vitrail.Predictor(model, top_k=3, tokens_per_image=4)
+    (found,) = small([images[2]])
+    pixels, _ = prepare(images[2], replace(model.preprocessing, mode="squash", size=(16, 16)))
+    with torch.no_grad():
+        want = model.eval()(torch.from_numpy(pixels)[None]).softmax(1)[0]
+    np.testing.assert_allclose(found.scores, want[torch.as_tensor(found.labels)], atol=1e-6)
+    assert model.preprocessing.mode == "crop", "left as it was"
+
+
+def test_packs_share_forwards(monkeypatch):
+    model, seen = packing_model(), []
+    real = model.forward_tensors
+
+    def counted(patches, packing):
+        seen.append(len(packing["sizes"]))
+        return real(patches, packing=packing)
+
+    monkeypatch.setattr(model, "forward_tensors", counted)
+    images = arrays_of(*[(8, 8 * n) for n in (1, 2, 3, 4, 5, 6)])  # 2 to 7 tokens with the prefix
+    assert len(list(vitrail.Predictor(model, max_tokens=9)(images))) == 6
+    assert seen == [2, 2, 2]
+
+
+def test_what_cannot_be_packed_is_said_by_the_predictor():
+    other = vitrail.create_model("efficientvit_m0", num_classes=2)
+    with pytest.raises(InputError, match="efficientvit_m0 cannot take packed images"):
+        vitrail.Predictor(other, tokens_per_image=9)
+    with pytest.raises(InputError, match="needs at least one patch, but at most 0"):
+        vitrail.Predictor(packing_model(), max_tokens=1)
+    with pytest.raises(InputError, match="at most 0"):
+        vitrail.Predictor(packing_model(), tokens_per_image=0)

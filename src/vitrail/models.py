@@ -338,6 +338,15 @@ def check_takes_packs(model: Any) -> None:
     )
 
 
+def at_own_shape(model: Any, most: int) -> Preprocessing:
+    """How a model that takes packs sees images at their own shape, of at most so many patches."""
+    check_takes_packs(model)
+    if most < 1:
+        raise InputError(f"an image needs at least one patch, but at most {most} are allowed")
+    patches = (most, model.backbone.config.patch_size)
+    return replace(model.preprocessing, mode="native", patches=patches)
+
+
 def describe(model: Any, info: ModelInfo) -> None:
     """Attach what a saved model says of itself."""
     model.info = info

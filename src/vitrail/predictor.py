@@ -1,4 +1,4 @@
-"""From pictures in any form to Predictions, in order, batched by size around a model."""
+"""From pictures in any form to Predictions, in order, batched by size around a model, or packed."""
 
 import os
 from collections import defaultdict, deque
@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from vitrail.device import choose_device
 from vitrail.memory import enough_memory
+from vitrail.models import at_own_shape, check_takes_packs
 from vitrail.modes import eval_mode
+from vitrail.packing import PackedImages, pack, patch_grid
 from vitrail_runtime.errors import ImageError, InputError
 from vitrail_runtime.finish import FINISH
 from vitrail_runtime.pictures import find_pictures
@@ -41,6 +43,10 @@ class Predictor:
         inference mode, and left as it was.
     batch_size: pictures per forward. Only pictures of equal preprocessed size share one, so that each
         result is that of the picture alone.
+    tokens_per_image: pictures at their own shape, made smaller to at most so many patches, and packed,
+        whatever their sizes: fewer cost less and tell less. For plain ViTs; each result is that of the
+        picture alone.
+    max_tokens: of a pack; given alone it packs pictures of up to so many tokens.
     top_k: how many classes a Prediction of a classifier holds, the best first.
     skip_broken: leave out pictures that cannot be read; `skipped` then lists them as (name, problem).
     """
@@ -53,6 +59,8 @@ class Predictor:
         batch_size: int = 16,
         top_k: int = 5,
         skip_broken: bool = False,
+        max_tokens: int | None = None,
+        tokens_per_image: int | None = None,
     ) -> None:
         if not hasattr(model, "preprocessing") or not hasattr(model, "classes"):
             raise InputError(
@@ -69,6 +77,10 @@ class Predictor:
         self.model: Any = model
         self.classes: tuple[str, ...] = self.model.classes
         self.preprocessing: Preprocessing = self.model.preprocessing
+        self.packs = None
+        if max_tokens is not None or tokens_per_image is not None:
+            self.packs = _Packs.of(self.model, max_tokens or PACK, tokens_per_image)
+            self.preprocessing = self.packs.preprocessing
         self.batch_size = batch_size
         self.top_k = top_k
         self.skip_broken = skip_broken
@@ -95,6 +107,7 @@ class Predictor:
         return self._predict(items, top_k or self.top_k)
 
     def _predict(self, items: Iterator[Picture], top_k: int) -> Iterator[Prediction]:
+        run = self._run if self.packs is None else self._run_packed
         done: dict[int, Prediction] = {}
         waiting: dict[tuple[int, int], list[tuple[int, _Prepared]]] = defaultdict(list)
         count = given = 0  # of pictures prepared and of Predictions yielded
@@ -102,24 +115,54 @@ class Predictor:
             if isinstance(prepared, tuple):
                 self.skipped.append(prepared)
                 continue
-            group = waiting[prepared.pixels.shape[1:]]
+            size = (0, 0) if self.packs is not None else prepared.pixels.shape[1:]
+            group = waiting[size]
             group.append((count, prepared))
             count += 1
-            if len(group) == self.batch_size:
-                done.update(self._run(group, top_k))
+            if self._ready(group):
+                done.update(run(group, top_k))
             elif count - given >= _WINDOW * self.batch_size:
                 # Many sizes: the oldest picture has waited long enough for mates.
                 oldest = next(g for g in waiting.values() if g and g[0][0] == given)
-                done.update(self._run(oldest, top_k))
+                done.update(run(oldest, top_k))
             while given in done:
                 yield done.pop(given)
                 given += 1
         for group in waiting.values():
-            done.update(self._run(group, top_k))
+            done.update(run(group, top_k))
         for index in range(given, count):
             yield done.pop(index)
         if self.skipped and not self.skip_broken:
             raise broken_pictures(self.skipped, count)
+
+    def _ready(self, group: list[tuple[int, "_Prepared"]]) -> bool:
+        """Whether a group need not wait for more."""
+        if self.packs is None:
+            return len(group) == self.batch_size
+        held = sum(self.packs.tokens(prepared) for _, prepared in group)
+        return held >= _WINDOW * self.packs.max_tokens
+
+    def _run_packed(
+        self, group: list[tuple[int, "_Prepared"]], top_k: int
+    ) -> Iterator[tuple[int, Prediction]]:
+        # A forward for each pack of pictures of any sizes; empties the group.
+        assert self.packs is not None
+        if not group:
+            return
+        weight = next(self.model.parameters())
+        images = [torch.from_numpy(prepared.pixels) for _, prepared in group]
+        what = f"packs of {self.packs.max_tokens} tokens on {weight.device}"
+        for packed in self.packs.made(images):
+            with (
+                eval_mode(self.model),
+                torch.inference_mode(),
+                enough_memory(what, "give smaller max_tokens (--max-tokens)"),
+            ):
+                patches = packed.patches.to(weight.device, weight.dtype)
+                packing = {"sizes": packed.sizes, "patch_size": packed.patch_size}
+                found = self.model.forward_tensors(patches, packing=packing)
+            yield from self._finished(found, [group[i] for i in packed.image_ids], top_k)
+        group.clear()
 
     def _run(
         self, group: list[tuple[int, "_Prepared"]], top_k: int
@@ -137,17 +180,50 @@ class Predictor:
         ):
             images = torch.from_numpy(np.stack([prepared.pixels for _, prepared in group]))
             found = self.model.forward_tensors(images.to(weight.device, weight.dtype))
+        yield from self._finished(found, group, top_k)
+        group.clear()
+
+    def _finished(
+        self, found: dict[str, Tensor], group: list[tuple[int, "_Prepared"]], top_k: int
+    ) -> Iterator[tuple[int, Prediction]]:
         outputs = {name: value.float().cpu().numpy() for name, value in found.items()}
         geometries = [prepared.geometry for _, prepared in group]
         predictions = FINISH[self.model.task](outputs, geometries, self.classes, top_k)
         for (index, prepared), prediction in zip(group, predictions, strict=True):
             prediction.source = prepared.source
             yield index, prediction
-        group.clear()
 
 
 # A picture waits for others of its size while at most so many batches are held back.
 _WINDOW = 4
+
+
+PACK = 4096  # tokens of a pack, where nothing else is said
+
+
+@dataclass(frozen=True)
+class _Packs:
+    """How pictures of any sizes share a forward."""
+
+    max_tokens: int
+    patch_size: int
+    num_prefix_tokens: int
+    preprocessing: Preprocessing
+
+    @classmethod
+    def of(cls, model: Any, max_tokens: int, tokens_per_image: int | None) -> "_Packs":
+        check_takes_packs(model)
+        prefix = model.backbone.num_prefix_tokens
+        held = max_tokens - prefix
+        most = held if tokens_per_image is None else min(held, tokens_per_image)
+        return cls(max_tokens, model.backbone.config.patch_size, prefix, at_own_shape(model, most))
+
+    def tokens(self, prepared: "_Prepared") -> int:
+        h, w = patch_grid(prepared.pixels.shape[1:], self.patch_size)
+        return h * w + self.num_prefix_tokens
+
+    def made(self, images: list[Tensor]) -> list[PackedImages]:
+        return pack(images, self.patch_size, self.max_tokens, self.num_prefix_tokens)
 
 
 @dataclass(frozen=True)

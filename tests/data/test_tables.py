@@ -259,3 +259,22 @@ def test_a_byte_order_mark_does_not_hide_the_first_of_several_columns(table):
     data = open_data(path, "all")
     assert data.classes == ("a", "b")
     assert data.keys == ["pictures/0.jpg", "pictures/1.jpg"]
+
+
+def test_a_folder_with_its_table_of_labels_is_that_table_and_may_hold_nothing_out(tmp_path):
+    """One picture a class: none could be held out."""
+    (tmp_path / "images").mkdir()
+    rows = ["file,class_name,width"]
+    for i in range(3):
+        picture(i).save(tmp_path / "images" / f"{i}.jpg")
+        rows.append(f"images/{i}.jpg,kind{i},1")
+    (tmp_path / "labels.csv").write_text("\n".join(rows))
+    with pytest.raises(InputError, match="too few pictures to hold out"):
+        open_data(tmp_path, "val")
+    train, val = (open_data(tmp_path, split, val_fraction=0) for split in ("train", "val"))
+    assert train.classes == ("kind0", "kind1", "kind2")
+    assert train.keys == val.keys
+    assert train.truth.labels.tolist() == val.truth.labels.tolist() == [0, 1, 2]
+    assert "none is held out: val are the training pictures" in val.notes[-1]
+    with pytest.raises(InputError, match=r"from 0 to below 1, but is -0\.1"):
+        open_data(tmp_path, "train", val_fraction=-0.1)

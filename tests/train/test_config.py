@@ -134,7 +134,7 @@ def test_training_without_data_asks_for_it(capsys):
         (["--lr", "inf"], "lr must be at least 0, but is inf (give a finite number)"),
         (["--image-size", "0"], "image_size must be at least 1, but is 0"),
         (["--crop-pct", "2"], "crop_pct must be above 0 and at most 1, but is 2.0"),
-        (["--val-fraction", "1"], "val_fraction must be above 0 and below 1, but is 1.0"),
+        (["--val-fraction", "1"], "val_fraction must be at least 0 and below 1, but is 1.0"),
         (["--sizes", "32", "-5"], "sizes must be at least 1 pixel, but are (32, -5)"),
         (["--seed", str(2**63)], "seed must be at least 0 and at most 9223372036854775807"),
         (["--keep", "0"], "keep must be at least 1, but is 0"),
@@ -163,7 +163,7 @@ SMALL, INF, NAN = 1e-9, float("inf"), float("nan")
 @pytest.mark.parametrize(
     ("name", "allowed", "refused"),
     [
-        ("val_fraction", (SMALL, 1 - SMALL), (0, 1)),
+        ("val_fraction", (0, 1 - SMALL), (-SMALL, 1)),
         ("image_size", (1, (1, 2)), (0, (0, 8), (8, 0))),
         ("crop_pct", (SMALL, 1), (0, 1 + SMALL)),
         ("epochs", (1,), (0,)),

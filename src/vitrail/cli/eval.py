@@ -61,7 +61,8 @@ def run(argv: list[str]) -> None:
         raise InputError("--weights and --image-size go with --probe; a trained model has its own")
     if flags.probe is not None and flags.asked():
         raise InputError(
-            "--window, --stride, --scales and --flip ask a trained model; they do not go with --probe"
+            "--window, --stride, --scales, --flip and --tokens-per-image ask a trained model; they do not go "
+            "with --probe"
         )
     if flags.report is not None and flags.probe is not None:
         raise InputError("--report shows a trained model's answers; it does not go with --probe")

@@ -31,16 +31,23 @@ class InferenceFlags:
     flip: bool = False
     """Of a segmenter: also ask of the mirrored image, and average."""
 
+    tokens_per_image: int | None = None
+    """Of a plain ViT: images at their own shape, made smaller to at most so many patches; fewer cost less."""
+
     def asked(self) -> bool:
         """Whether in any way but the plain one."""
         from vitrail.segmenters.inference import Inference
 
-        return self._inference() != Inference()
+        return self._inference() != Inference() or self.tokens_per_image is not None
 
     def applied(self, model: Any) -> Any:
         """The model, asked in this way. Raises InputError where it cannot be."""
+        from vitrail.models import at_own_shape, describe
         from vitrail.segmenters.inference import inferred
 
+        if self.tokens_per_image is not None:
+            seen = at_own_shape(model, self.tokens_per_image)
+            describe(model, dataclasses.replace(model.info, preprocessing=seen))
         return inferred(model, self._inference())
 
     def _inference(self) -> Any:

@@ -49,6 +49,9 @@ class PredictFlags(InferenceFlags):
     """Where the model runs, such as cpu or cuda; auto: a GPU where there is one."""
     batch_size: int = 16
     """Pictures per forward."""
+    max_tokens: int | None = None
+    """Of a plain ViT: pictures at their own shape, packed into so many tokens a forward; with
+    --tokens-per-image 4096 where not given."""
     threshold: float = 0.5
     """Of a detector: boxes with a lower score are neither told nor drawn; coco_results.json has them all."""
     coco: Path | None = None
@@ -85,6 +88,8 @@ def run(argv: list[str]) -> int:
         batch_size=flags.batch_size,
         top_k=flags.top_k,
         skip_broken=flags.skip_broken,
+        max_tokens=flags.max_tokens,
+        tokens_per_image=flags.tokens_per_image,
     )
     # Bar and lines would overwrite each other on one terminal.
     quiet = flags.json and sys.stdout.isatty()

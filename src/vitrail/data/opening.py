@@ -22,6 +22,7 @@ from vitrail.data.yolo import YAML_SUFFIXES, Yolo, is_yolo_folder, yolo_file
 from vitrail_runtime.errors import InputError, listed
 
 SPLITS = ("train", "val", "test", "all")
+LABELS_TABLE = "labels.csv"  # of file and label, in the folder of the images
 SHOWN = 10  # broken images in one message
 
 
@@ -55,14 +56,14 @@ def open_data(
         skip_broken: leave broken pictures out and list them in `broken`, instead of raising.
         drop_bad: leave annotations out that cannot be used, cut boxes that reach outside of their image, and
             list both in the truth's `bad`, instead of raising.
-        val_fraction: in (0, 1).
+        val_fraction: in [0, 1); with 0 nothing is held out, and val are the training pictures themselves.
         seed: of the held-out split alone.
     Raises: InputError for anything that does not fit, naming files.
     """
     if split not in SPLITS:
         raise InputError(f"split must be one of {', '.join(SPLITS)}, but is {split!r}")
-    if not 0 < val_fraction < 1:
-        raise InputError(f"val_fraction must lie between 0 and 1, but is {val_fraction}")
+    if not 0 <= val_fraction < 1:
+        raise InputError(f"val_fraction must be from 0 to below 1, but is {val_fraction}")
     opened = open_source(source) if isinstance(source, (str, Path)) else source
     source = opened.name
     have = opened.splits()
@@ -73,7 +74,12 @@ def open_data(
     notes: list[str] = []
     found = [_examples(opened, part, names, skip_broken, drop_bad, notes) for part in parts]
     data = found[0] if len(found) == 1 else _joined(found)
-    if cut:
+    if cut and val_fraction == 0:
+        notes.append(
+            f"{source} has no val split, and none is held out: val are the training pictures, so its scores "
+            "tell what was learnt by heart"
+        )
+    elif cut:
         data = _cut(data, source, split, val_fraction, seed, whole=have == ("",))
         notes += data.notes
     if split == "train":
@@ -135,6 +141,8 @@ def open_source(source: str | Path) -> Source:
         )
     if (path / FOLDERS_TABLE).is_file():
         return PairTable(path / FOLDERS_TABLE)
+    if (path / LABELS_TABLE).is_file():
+        return Table(path / LABELS_TABLE)
     if is_mask_folder(path):
         return MaskFolders(path)
     if is_coco_folder(path):

@@ -32,7 +32,7 @@ EXECUTION = frozenset(
 
 
 RANGES = {
-    "val_fraction": Range(0, 1, above=True, below=True),
+    "val_fraction": Range(0, 1, below=True, hint="0 holds nothing out"),
     "crop_pct": Range(0, 1, above=True),
     "epochs": Range(1),
     "max_steps": Range(1),
@@ -70,7 +70,8 @@ class TrainConfig:
     data: str = ""
     """Where the images are: class folders, tar shards or a CSV file."""
     val_fraction: float = 0.2
-    """Share of the training images held out for validation, where the data has no val split."""
+    """Share of the training images held out for validation, where the data has no val split; 0: none, and
+    scores are those of the training images."""
     model: str = ""
     """A name from `vitrail models`; empty: the model of --weights, else efficientvit_m0."""
     out: str = ""
