@@ -78,6 +78,15 @@ def test_random_weights_deserve_a_word_only_at_the_start_of_a_small_set(start, m
     word = "starting from random weights; on 24 images, weights trained on many do far better"
     monkeypatch.setattr(introduction, "weight_sources", lambda name: [f"hf:{name}@1", "hf:other@1"])
     assert told(run, monkeypatch)[0] == f"{word}: --weights pretrained takes hf:vit_tiny_patch16@1"
+    for model, backbone in (
+        ("linear/resnet18", "resnet18"),
+        ("efficientdet_d1", "tf_efficientnet_b1"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(run, "config", replace(run.config, model=model))
+            assert (
+                told(run, monkeypatch)[0] == f"{word}: --weights pretrained takes hf:{backbone}@1"
+            )
     monkeypatch.setattr(introduction, "SMALL", 25)
     assert told(run, monkeypatch)[0].startswith(word)
     for name, value in (("SMALL", 24), ("at", Position(step=1))):

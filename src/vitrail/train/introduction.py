@@ -40,7 +40,7 @@ def introduce(run: Run) -> None:
     if report is not None:
         say(str(report))
     elif config.weights is None and not at.step and len(run.train_data) < SMALL:
-        known = weight_sources(config.model.rpartition("/")[2])
+        known = weight_sources(models.parse_name(config.model)[1].name)
         known = f": --weights pretrained takes {known[0]}" if known else ""
         say(
             f"starting from random weights; on {len(run.train_data)} images, weights trained on many "
