@@ -43,10 +43,16 @@ from vitrail_runtime.errors import InputError
 UPDATES, RATE, BATCH, EVALUATED = 5, 1e-3, 2, 4
 SIZE = (64, 96)
 CLASSIFIER = "classifier"
-DIGITS = {"classify": "classify", "segment": "semantic", "detect": "instances"}
+DIGITS = {  # of each task
+    "classify": "classify",
+    "segment": "semantic",
+    "detect": "instances",
+    "contrast": "pairs",
+}
 _RCNN = {"neck_dim": 16, "box_dim": 32, "proposals": (60, 40), "samples": 64}
 _MASKS = {**_RCNN, "mask_dim": 8, "mask_convs": 1}
 _DETR = {"dim": 32, "num_heads": 2, "mlp_dim": 64, "encoder_layers": 1, "decoder_layers": 2}
+_TEXT = {"dim": 32, "text_dim": 32, "text_depth": 1, "text_heads": 2, "vocab_size": 800}
 SMALL: dict[str, dict[str, Any]] = {  # fields of the heads
     "semantic_fpn": {"fpn_dim": 16, "dim": 16, "groups": 4},
     "upernet": {"dim": 16, "auxiliary_dim": 8},
@@ -56,6 +62,8 @@ SMALL: dict[str, dict[str, Any]] = {  # fields of the heads
     "cascade_mask_rcnn": _MASKS,
     "efficientdet": {"neck_dim": 16, "neck_cells": 1, "head_convs": 1},
     "detr": _DETR,
+    "clip": _TEXT,
+    "siglip": _TEXT,
     "deformable_detr": {**_DETR, "dim": 64, "num_queries": 40, "detections": 40},
 }
 
@@ -82,6 +90,9 @@ def cell(head: str, backbone: str, config: dict[str, Any], data: Examples) -> di
         model = vitrail.create_model(name, classes=data.classes, **given, **config)
     except InputError as error:
         return {"refused": str(error)}
+    task = task_of(model.task)
+    for option, value in task.model_options(task.settings(), data.truth).items():
+        setattr(model, option, value)
     seen = replace(model.preprocessing, size=SIZE)
     vitrail.models.describe(model, replace(model.info, preprocessing=seen))
     try:
@@ -119,10 +130,11 @@ def learn(model: Any, data: Examples) -> tuple[float, float]:
 
 def comes_back(model: Any, images: list[Path]) -> bool:
     """Whether a saved model answers as it did, to the last bit."""
-    before = list(Predictor(model.eval())(images))
+    task = task_of(model.task)
+    before = list(Predictor(task.answering(model.eval(), None))(images))
     with tempfile.TemporaryDirectory() as folder:
         again = vitrail.load(vitrail.save(model, Path(folder) / "model"))
-    after = list(Predictor(again)(images))
+    after = list(Predictor(task.answering(again, None))(images))
     return all(
         one.to_dict() == other.to_dict() and np.array_equal(one.scores, other.scores)
         for one, other in zip(before, after, strict=True)
