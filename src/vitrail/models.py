@@ -326,11 +326,14 @@ def check_takes_packs(model: Any) -> None:
             f"{model.info.name} cannot take packed images: its head reads maps of one size "
             f"({type(model).__name__}); take images of one size, or another head"
         )
+    known = {backbone_entry(name).family for name in list_backbones()}
     with torch.device("meta"):
         families = [
             family
             for family, entry in tiny_entries().items()
-            if hasattr(entry.cls, "takes_packs") and entry.cls(entry.config).takes_packs
+            if family in known
+            and hasattr(entry.cls, "takes_packs")
+            and entry.cls(entry.config).takes_packs
         ]
     raise InputError(
         f"{model.info.name} cannot take packed images: its tokens are no plain patches; models that can are "

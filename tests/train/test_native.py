@@ -24,7 +24,7 @@ from vitrail.train.folder import RunFolder
 from vitrail.train.ranks import check_world
 from vitrail.train.replay import replay
 from vitrail.train.setup import build, open_splits
-from vitrail.train.trainer import train
+from vitrail.train.trainer import failures_told, train
 from vitrail_runtime.errors import InputError
 
 NATIVE = VIT | {
@@ -178,6 +178,18 @@ def test_processes_share_whole_packs(tmp_path):
     check_world(config, 4)
     with pytest.raises(InputError, match=r"3 processes cannot share 4 packs .*--packing.packs 3"):
         check_world(config, 3)
+
+
+def test_memory_that_runs_out_is_told_of_packs(tmp_path):
+    config = native_config(tmp_path, tmp_path)
+    with (
+        pytest.raises(
+            InputError,
+            match=r"for an update on 4 packs of 40 tokens .*smaller --packing.max-tokens",
+        ),
+        failures_told(config, RunFolder(tmp_path), 1),
+    ):
+        raise MemoryError
 
 
 @pytest.mark.slow

@@ -96,6 +96,10 @@ def failures_told(config: TrainConfig, folder: RunFolder, world: int) -> Iterato
                 "same command goes on from it"
             )
         what = f"an update on {images} of {size}{parts}"
+        if config.native:
+            packs, tokens = counted(config.packing.packs, "pack"), config.packing.max_tokens
+            what = f"an update on {packs} of {tokens} tokens"
+            less = "give smaller --packing.max-tokens, or fewer --packing.packs; or " + less
         raise report_alone(does_not_fit(what, error, less)) from error
 
 
