@@ -6,28 +6,38 @@ import torch
 import vitrail.backbones  # noqa: F401  (registers every backbone)
 from tests.parity import randomise
 from vitrail.detectors.cascade import CascadeMaskRCNNConfig
+from vitrail.detectors.deformable_detr import DeformableDETR, DeformableDETRConfig
+from vitrail.detectors.detr import DETR, DETRConfig
 from vitrail.detectors.efficientdet import EfficientDet, EfficientDetConfig
 from vitrail.detectors.rcnn import RCNN, MaskRCNNConfig, RCNNConfig
 from vitrail.registry import tiny_entries
+from vitrail.train.ranks import total_loss
 
 TINY = tiny_entries()
 K = 3
 SMALL = {"neck_dim": 8, "box_dim": 16, "proposals_before_nms": (100, 60), "proposals": (80, 50)}
 SMALL |= {"detections": 20, "samples": 32}
 ONE_STAGE = {"neck_dim": 8, "neck_cells": 1, "head_convs": 1, "detections": 20, "candidates": 300}
+QUERIES = {"num_heads": 2, "mlp_dim": 16, "encoder_layers": 1, "decoder_layers": 2}
+QUERIES |= {"num_queries": 45, "dropout": 0.0}
 CONFIGS = {
     "cascade": CascadeMaskRCNNConfig(ious=(0.5, 0.6), mask_dim=8, mask_convs=1, **SMALL),
     "pyramid": RCNNConfig(neck="simple_pyramid", **SMALL),
     "efficientdet": EfficientDetConfig(**ONE_STAGE),
+    "detr": DETRConfig(dim=16, **QUERIES),
+    "deformable_detr": DeformableDETRConfig(dim=64, refine=True, detections=20, **QUERIES),
 }
+BUILD = {"efficientdet": EfficientDet, "detr": DETR, "deformable_detr": DeformableDETR}
+ROWS = {"detr": 45}  # an answer of each query
 # Each family under one detector of its own kind; the matrix of all (benchmarks/matrix.py) trains each.
 PAIRS = [(family, "cascade") for family in TINY] + [(f, "pyramid") for f in ("vit", "cmt")]
 PAIRS += [(f, "efficientdet") for f in ("dinov2", "efficientvit", "mobilevit", "resnet", "swin")]
+PAIRS += [(f, "detr") for f in ("vit", "swin")] + [(f, "deformable_detr") for f in ("vit", "cmt")]
 
 
 def make(family, config="cascade", seed=0):
     torch.manual_seed(seed)
-    build = EfficientDet if config == "efficientdet" else RCNN
+    build = BUILD.get(config, RCNN)
     model = build(TINY[family].cls(TINY[family].config), CONFIGS[config], K)
     randomise(model)
     return model.eval()
@@ -53,7 +63,7 @@ def target(height, width, number):
 
 def loss_of(model, x, targets, **given):
     torch.manual_seed(0)
-    return sum(model.losses(x, targets, **given).values()) / model.weight(targets)
+    return total_loss(model.losses(x, targets, **given), model.weight(targets))
 
 
 @pytest.mark.parametrize(("family", "config"), PAIRS)
@@ -62,8 +72,9 @@ def test_any_size_from_one_pixel_is_answered_in_tensors_of_fixed_size(family, co
     for height, width in ((1, 1), (70, 45)):
         with torch.no_grad():
             found = model.forward_tensors(images(1, height, width))
-        assert found["boxes"].shape == (1, 20, 4)
-        assert found["scores"].shape == found["labels"].shape == (1, 20)
+        rows = ROWS.get(config, 20)
+        assert found["boxes"].shape == (1, rows, 4)
+        assert found["scores"].shape == found["labels"].shape == (1, rows)
         assert found["labels"].dtype == found["count"].dtype == torch.int64
         assert ("mask_crops" in found) == model.has_masks == (config == "cascade")
         boxes = found["boxes"]
@@ -91,7 +102,11 @@ def test_every_parameter_receives_a_finite_gradient_whatever_is_in_the_images(fa
 
 
 @pytest.mark.parametrize(
-    ("family", "config"), [*((f, "cascade") for f in TINY), ("resnet", "efficientdet")]
+    ("family", "config"),
+    [
+        *((f, "cascade") for f in TINY),
+        *(("resnet", one) for one in ("efficientdet", "detr", "deformable_detr")),
+    ],
 )
 def test_an_image_in_a_batch_is_answered_as_the_image_alone(family, config):
     model = make(family, config).double()
@@ -107,7 +122,10 @@ def test_an_image_in_a_batch_is_answered_as_the_image_alone(family, config):
 
 @pytest.mark.parametrize(
     ("family", "config"),
-    [*((f, "cascade") for f in ("vit", "swin", "efficientvit", "resnet")), ("vit", "efficientdet")],
+    [
+        *((f, "cascade") for f in ("vit", "swin", "efficientvit", "resnet")),
+        *(("vit", one) for one in ("efficientdet", "detr", "deformable_detr")),
+    ],
 )
 def test_checkpointing_and_bf16_train_too(family, config):
     model = make(family, config).train()
