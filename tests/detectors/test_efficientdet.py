@@ -277,6 +277,10 @@ def test_answers_are_the_best_of_each_class_after_suppression(monkeypatch):
     torch.testing.assert_close(found["boxes"], boxes[keep])
     torch.testing.assert_close(found["scores"], scores[keep])
     assert torch.equal(found["labels"], labels[keep])
+    (few,) = answering(make(candidates=12), monkeypatch, logits, deltas)(x)
+    taken = int(good[:12].sum())  # of the best twelve
+    best = batched_nms(boxes[:taken], scores[:taken], labels[:taken], 0.5)
+    torch.testing.assert_close(few["scores"], scores[best])
     answering(model, monkeypatch, logits - 5, deltas)
     rows = model.forward_tensors(x)
     assert rows["count"].tolist() == [0]
