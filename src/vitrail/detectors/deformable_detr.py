@@ -301,7 +301,7 @@ class DeformableDETR(nn.Module):
             proposals = (logits, ends.sigmoid())
             queries, y, reference = self._begin(logits, ends)
         else:
-            queries, y = self.query_embed.weight.expand(len(x), -1, -1).chunk(2, 2)
+            queries, y = self.query_embed.weight.expand(x.shape[0], -1, -1).chunk(2, 2)
             reference = _wide(self.transformer.reference_points(queries)).sigmoid()
         every: tuple[list[Tensor], list[Tensor]] = ([], [])
         for i, layer in enumerate(self.transformer.decoder.layers):
@@ -341,7 +341,7 @@ class DeformableDETR(nn.Module):
         their boxes are infinite."""
         centres = cells.centres()
         sides = [0.05 * 2.0**i for i, (h, w) in enumerate(cells.shapes) for _ in range(h * w)]
-        sides = centres.new_tensor(sides)[:, None].expand(len(centres), -1, 2)
+        sides = centres.new_tensor(sides)[:, None].expand(centres.shape[0], -1, 2)
         boxes = torch.cat((centres, sides), 2)
         out = ~((boxes > 0.01) & (boxes < 0.99)).all(2)
         if cells.pad_mask is not None:

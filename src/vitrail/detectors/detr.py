@@ -285,7 +285,7 @@ class DETR(nn.Module):
         positions = sine_positions(keep, self.config.dim, dtype=x.dtype).flatten(1, 2)
         if record is not None:
             record["cells"] = torch.tensor(x.shape[2:])
-        queries = self.query_embed.weight.expand(len(x), -1, -1)
+        queries = self.query_embed.weight.expand(x.shape[0], -1, -1)
         pad_mask = None if sizes is None else ~keep.flatten(1)
         cells = x.flatten(2).transpose(1, 2)
         return self.transformer(cells, queries, positions, pad_mask, record)
