@@ -289,3 +289,14 @@ def test_a_sheet_shows_images_above_their_captions(tmp_path, monkeypatch):
     assert cell.size == (60, 40 + sheet.CAPTION)  # of an image of 20 x 30
     shown = np.asarray(cell.crop((0, 0, 60, 40)).resize((30, 20))).astype(int)
     assert np.abs(shown - data.images.read(0)).mean() < 40
+
+
+def test_a_text_beside_a_label_is_a_remark_and_a_caption_is_not(tmp_path):
+    kinds = {}
+    for head in ("file,text", "file,text,label", "file,caption,label", "file,label"):
+        folder = tmp_path / head.replace(",", "-")
+        row = ",".join({"file": "{}.png"}.get(name, "{} word") for name in head.split(","))
+        lines = [head, *(row.replace("{}", name) for name in "ab")]
+        kinds[head] = open_data(table(folder, "\n".join(lines), files="ab"), "all").truth.kind
+    assert kinds["file,text"] == kinds["file,caption,label"] != kinds["file,label"]
+    assert kinds["file,text,label"] == kinds["file,label"]

@@ -8,6 +8,7 @@ from dataclasses import fields
 
 import pytest
 
+from vitrail.data.packing import Packing
 from vitrail.data.plan import BatchPlan
 from vitrail.models import backbone_entry
 from vitrail.recipes import RECIPES, recipe_config
@@ -44,6 +45,9 @@ RUN: Table = {
     "max_steps": (None, "the scripts count epochs"),
     "max_minutes": (None, "the scripts count epochs"),
     "task.sampling": ("uniform", "the scripts shuffle"),
+    "task.loss": ("softmax", "cross-entropy in all of them"),
+    "native": (False, "squares of one size"),
+    "packing": (Packing(), "not used by squares"),
     "backbone_lr": (1.0, "none of the scripts"),
     "layer_decay": (1.0, "none of the scripts"),
     "clip_mode": ("norm", "--clip-mode: timm's default"),

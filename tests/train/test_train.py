@@ -147,6 +147,29 @@ def test_a_detector_learns_from_each_part_by_its_number_of_images(
     assert found == pytest.approx((of_updates.sum(1) / 6).tolist(), rel=1e-6)
 
 
+def test_a_batch_is_weighed_as_it_is_learnt_with_its_mosaics(scenes, tmp_path, monkeypatch):
+    weighed, learnt = [], []
+    plain, losses = RCNN.weight, RCNN.losses
+
+    def count(targets):
+        return [len(target["labels"]) for target in targets]
+
+    def weight(self, targets):
+        weighed.append(count(targets))
+        return plain(self, targets)
+
+    def noted(self, images, targets, **options):
+        learnt.append(count(targets))
+        return losses(self, images, targets, **options)
+
+    monkeypatch.setattr(RCNN, "weight", weight)
+    monkeypatch.setattr(RCNN, "losses", noted)
+    losses_of(TINY["detect"], scenes, tmp_path / "run", task={"mosaic": 1.0})
+    assert len(learnt) == 8
+    assert weighed == learnt
+    assert max(map(max, learnt)) > 3, "no scene alone has so many"
+
+
 @pytest.mark.parametrize(
     "changes",
     [

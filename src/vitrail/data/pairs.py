@@ -167,7 +167,7 @@ def unpacked(said: str) -> tuple[str, str]:
 
 
 def is_pair_table(path: Path) -> bool:
-    """Whether a table has a column of captions."""
+    """Whether a table has a column `caption`; or `text`, and no labels, of which it may be a remark."""
     if not is_table(path):
         return False
     try:
@@ -175,8 +175,8 @@ def is_pair_table(path: Path) -> bool:
             header = file.readline()
     except (OSError, UnicodeDecodeError):
         return False  # reading it says so
-    columns = header.replace("\t", ",").lower().split(",")
-    return any(name.strip().strip('"') in CAPTION_COLUMNS for name in columns)
+    columns = {name.strip().strip('"') for name in header.replace("\t", ",").lower().split(",")}
+    return "caption" in columns or ("text" in columns and columns.isdisjoint(LABEL_COLUMNS))
 
 
 def holds_captions(path: Path) -> bool:

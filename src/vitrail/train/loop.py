@@ -64,8 +64,9 @@ def next_batch(run: Run, batches: Iterator[Batch]) -> tuple[Batch, Tensor] | Non
     holds what the model cannot learn from."""
     batch = weights = problem = None
     try:
-        batch = next(batches, None)
-        weights = None if batch is None else run.model.weight(batch.targets)
+        if (batch := next(batches, None)) is not None:
+            batch = run.prepared(batch)  # before it is weighed: a mosaic has other objects
+            weights = run.model.weight(batch.targets)
     except InputError as error:
         problem = error
     # Told before each update: the others must not wait in it for the gradients of one who cannot come.
@@ -85,7 +86,6 @@ def update(run: Run, batch: Batch, weight: Tensor, interrupt: Interrupt) -> int:
     """
     rate = run.set_rate()
     seed_update(run.config, run.at.step, run.rank)
-    batch = run.prepared(batch)
     own_loss = backward(run, batch, weight)
     own_norm = clip_gradients(run.model, run.config)
     loss, norm, seconds, asked = mean_over_ranks(
