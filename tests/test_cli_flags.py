@@ -79,9 +79,11 @@ def test_predict_gives_its_flags_to_the_predictor(place, monkeypatch):
     monkeypatch.setattr("vitrail.predictor.Predictor", reach)
     command = ["predict", str(place / "run"), str(place / "images")]
     defaults = {"device": "auto", "batch_size": 16, "top_k": 5, "skip_broken": False}
+    defaults |= {"max_tokens": None, "tokens_per_image": None}
     assert reached(command)[1] == defaults
     flags = ["--batch-size", "3", "--top-k", "2", "--skip-broken", "--device", "cuda:1"]
     others = {"device": "cuda:1", "batch_size": 3, "top_k": 2, "skip_broken": True}
+    others |= {"max_tokens": None, "tokens_per_image": None}
     assert reached([*command, *flags])[1] == others
 
 

@@ -527,10 +527,11 @@ def _checked(text: str, path: Path) -> dict[str, Any]:
             raise InputError(
                 f"{path} lacks {key!r} (expected {kind.__name__}); copy the folder again"
             )
+    _checked_hash(config, path)  # before a damaged name is looked up
     known, _ = parse_name(config["name"])
     if config["classes"] or known is None or not known.whole:
         class_names(config["classes"], None)
-    return _checked_hash(config, path)
+    return config
 
 
 def _checked_hash(config: Any, path: Path) -> Any:

@@ -84,9 +84,10 @@ def check_weights_of_another_variant(asked: str, given: str) -> None:
         load_weights(model, state, backbone_entry(asked), config=model.backbone.config)
     message = str(caught.value)
     if "stands on the meta device" in message:
-        # It fits: a twin of equal shapes, or patches and tables that are resampled to this variant.
+        # It fits: a twin of equal shapes, or patches and tables that are resampled to this variant
+        # ("par_": with their aspect kept).
         twins = {asked.removeprefix("tf_"), given.removeprefix("tf_")}
-        patches = {re.sub(r"(patch|window)\d+", "", n) for n in (asked, given)}
+        patches = {re.sub(r"(patch|window)\d+|par_", "", n) for n in (asked, given)}
         assert len(twins) == 1 or len(patches) == 1
         return
     assert f"does not fit {asked}" in message

@@ -257,9 +257,9 @@ def test_check_counts_captions_and_names_images_without(tmp_path, capsys):
     path = table(tmp_path / "set", text)
     found = check(path)
     train, val = found.splits
-    assert train.captions == (3, (2, 2, 4))
+    assert train.texts == (3, (2, 2, 4))
     assert train.per_class == {"cell": 1, "dot": 1}
-    assert val.captions == (0, (0, 0, 0))
+    assert val.texts == (0, (0, 0, 0))
     where = f"{path.parent / 'd.png'}: has an empty caption"
     assert found.errors == {"images without a caption": [where]}
     assert main(["data", "check", str(path)]) == 1
@@ -275,7 +275,7 @@ def test_check_finds_nothing_in_pairs_as_they_should_be(tmp_path):
     )
     found = check(table(tmp_path / "set", text))
     assert not found.errors
-    assert [s.captions for s in found.splits] == [(1, (2, 2, 2))] * 2
+    assert [s.texts for s in found.splits] == [(1, (2, 2, 2))] * 2
 
 
 def test_a_sheet_shows_images_above_their_captions(tmp_path, monkeypatch):

@@ -183,8 +183,8 @@ def _split_lines(split: "SplitSummary") -> list[str]:
         return _mask_lines(split)
     if split.objects is not None:
         return _object_lines(split, split.objects)
-    if split.captions is not None:
-        different, words = split.captions
+    if split.texts is not None:
+        different, words = split.texts
         few, middle, many = words
         return [
             f"  {split.name}: {split.pictures:,} images, {different:,} different captions of {few} to {many} "

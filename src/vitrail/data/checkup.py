@@ -38,7 +38,7 @@ class SplitSummary:
 
     per_class: images of each class; of masks and boxes, images that contain it. Of masks `pixels`
     counts its pixels, and `ignored` are those without a class; `objects` counts those of boxes. Of captions
-    `captions` tells how many different ones there are and (fewest, median, most) words of one.
+    `texts` tells how many different ones there are and (fewest, median, most) words of one.
     """
 
     name: str
@@ -51,7 +51,7 @@ class SplitSummary:
     pixels: dict[str, int] = field(default_factory=dict)
     ignored: int = 0
     objects: "ObjectSummary | None" = None
-    captions: tuple[int, tuple[int, int, int]] | None = None
+    texts: tuple[int, tuple[int, int, int]] | None = None
 
 
 @dataclass(frozen=True)
@@ -108,11 +108,10 @@ def check(source: str | Path, *, drop_bad: bool = False) -> Checkup:
     Raises InputError where there is no data set to look at; flaws of single pictures are collected.
     """
     opened = open_source(source)
-    classes = opened.classes()
+    classes, notes = opened.classes(), ()
     errors: dict[str, list[str]] = defaultdict(list)
     warnings: dict[str, list[str]] = defaultdict(list)
     summaries, seen = [], []
-    notes: tuple[str, ...] = ()
     masks = opened if isinstance(opened, MaskSource) else None
     boxed, paired = isinstance(opened, BOXED), isinstance(opened, PAIRED)
     indexes = {}
@@ -239,7 +238,7 @@ def _pair_summary(split: str, index: Index, pairs: Captions) -> SplitSummary:
     return replace(
         _summary(split, index, ()),
         per_class=dict(zip(pairs.classes, counts, strict=True)),
-        captions=(different, (words[0], words[len(words) // 2], words[-1])),
+        texts=(different, (words[0], words[len(words) // 2], words[-1])),
     )
 
 

@@ -54,8 +54,7 @@ def open_data(
         classes: the names that labels refer to, such as a trained model's; None takes the source's own,
             those of train for every split. With names given, test may lack some of them.
         skip_broken: leave broken pictures out and list them in `broken`, instead of raising.
-        drop_bad: leave annotations out that cannot be used, cut boxes that reach outside of their image, and
-            list both in the truth's `bad`, instead of raising.
+        drop_bad: leave unusable annotations out and cut boxes at the edge; the truth's `bad` lists both.
         val_fraction: in [0, 1); with 0 nothing is held out, and val are the training pictures themselves.
         seed: of the held-out split alone.
     Raises: InputError for anything that does not fit, naming files.
@@ -65,8 +64,7 @@ def open_data(
     if not 0 <= val_fraction < 1:
         raise InputError(f"val_fraction must be from 0 to below 1, but is {val_fraction}")
     opened = open_source(source) if isinstance(source, (str, Path)) else source
-    source = opened.name
-    have = opened.splits()
+    source, have = opened.name, opened.splits()
     parts, cut = _parts(opened, split)
     names = tuple(classes) if classes is not None else opened.classes()
     if len(set(names)) < len(names):
@@ -85,7 +83,7 @@ def open_data(
     if split == "train":
         notes += _not_learnt(data, source)
     data = dataclasses.replace(data, split=split, notes=tuple(notes))
-    # A user who gives the names may measure on a part of them, but train and val must cover all.
+    # A user who names classes may measure on a part of them, but train and val must cover all.
     _check_every_class(data, source, strict=classes is None or split in ("train", "val"))
     return data
 
