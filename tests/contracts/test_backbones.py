@@ -41,6 +41,15 @@ def finest_and_all(features):
     return out if features.prefix is None else [*out, features.prefix]
 
 
+# Tracing takes seconds a family: each of another kind at every change, all with the slow tests.
+TRACED = [
+    family
+    if family in ("vit", "efficientvit", "resnet")
+    else pytest.param(family, marks=pytest.mark.slow)
+    for family in TINY
+]
+
+
 @pytest.mark.parametrize("name", list_backbones())
 def test_maps_have_the_declared_channels_and_strides(name):
     with torch.device("meta"):  # shapes of every variant, at no cost
@@ -193,7 +202,7 @@ def test_the_model_is_built_on_meta_and_loaded_by_assignment(family):
         assert torch.equal(source(x), target(x))
 
 
-@pytest.mark.parametrize("family", TINY)
+@pytest.mark.parametrize("family", TRACED)
 def test_compiling_gives_the_same_result(family):
     torch._dynamo.reset()
     model = make_classifier(family)
@@ -224,7 +233,7 @@ def exported(family: str) -> tuple[Classifier, torch.export.ExportedProgram]:
     return model, program
 
 
-@pytest.mark.parametrize("family", TINY)
+@pytest.mark.parametrize("family", TRACED)
 def test_an_exported_program_equals_eager_at_sizes_not_seen(family):
     model, program = exported(family)
     run = program.module()
