@@ -280,3 +280,18 @@ def test_as_many_levels_as_asked_for_are_read(levels, cells):
 def test_what_cannot_be_built_is_refused(fields, said):
     with pytest.raises(InputError, match=said):
         DeformableDETRConfig(**fields)
+
+
+def test_a_layer_refines_boxes_without_teaching_the_layer_before():
+    """The official code lets no gradient through the points that a layer starts from."""
+    model = tiny("refined")
+    images = torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    found = model.answers(images.to(next(model.parameters()).dtype), None, None)
+    for i, boxes in enumerate(found.boxes):
+        model.zero_grad()
+        boxes.sum().backward(retain_graph=True)
+        taught = [
+            any(p.grad is not None and p.grad.any() for p in head.parameters())
+            for head in model.bbox_embed
+        ]
+        assert taught[: len(found.boxes)] == [j == i for j in range(len(found.boxes))]
