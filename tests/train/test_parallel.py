@@ -90,8 +90,10 @@ def test_losses_do_not_depend_on_the_number_of_processes(
     assert len(losses(out)) == 22
     assert losses(out) == pytest.approx(losses(alone), abs=1e-5)
     ours, theirs = (load_file(p / "last" / "model.safetensors") for p in (out, alone))
+    # Of the keys' biases Adam enlarges gradients that are rounding alone: the softmax does not see them.
+    atol = 1e-3 if tiny is TINY["contrast"] else 1e-4
     for key in theirs:
-        torch.testing.assert_close(ours[key], theirs[key], rtol=0, atol=1e-4)
+        torch.testing.assert_close(ours[key], theirs[key], rtol=0, atol=atol)
     scores, others = (RunFolder(p).rows()[-1][tiny.headline] for p in (out, alone))
     assert scores == pytest.approx(others, abs=1e-2), "of all images"
     assert vitrail.load(out / "best").classes == vitrail.load(alone / "best").classes

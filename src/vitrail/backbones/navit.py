@@ -310,7 +310,10 @@ class NaViT(ViT):
         y, x = self.rows(height, longest, like), self.columns(width, longest, like)
         # By index: a broadcast sum would ask a traced graph whether a side is 1.
         place = torch.arange(height * width, device=like.device)
-        y, x = y[place // width], x[place % width]  # (h * w, C)
+        row = (
+            place // width
+        )  # and no remainder by a traced side, which ONNX's exporter cannot translate
+        y, x = y[row], x[place - row * width]  # (h * w, C)
         if self.config.combine == "stack":
             return torch.cat([y, x], dim=1)[None]
         return (y * x if self.config.combine == "product" else y + x)[None]
