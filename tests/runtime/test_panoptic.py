@@ -8,7 +8,7 @@ from transformers.models.detr.image_processing_detr import compute_segments
 
 from vitrail_runtime import panoptic
 from vitrail_runtime.errors import InputError
-from vitrail_runtime.panoptic import check_segments, colours_of, ids_of, merge, segments_of
+from vitrail_runtime.panoptic import colours_of, ids_of, merge, segments_of
 
 
 def test_ids_and_colours_are_those_of_the_official_code():
@@ -29,7 +29,6 @@ def test_an_id_that_no_colour_can_be_is_refused(wrong):
 
 
 IDS = np.array([[0, 7, 7, 7], [0, 7, 300, 300], [0, 0, 300, 0]])
-LIST = [{"id": 7, "category_id": 2}, {"id": 300, "category_id": 5}]
 
 
 def test_the_list_of_an_image_has_areas_and_boxes():
@@ -37,28 +36,6 @@ def test_the_list_of_an_image_has_areas_and_boxes():
         {"id": 7, "category_id": 2, "area": 4, "bbox": [1, 0, 3, 2], "iscrowd": 0},
         {"id": 300, "category_id": 5, "area": 3, "bbox": [2, 1, 2, 2], "iscrowd": 0},
     ]
-
-
-def test_an_image_and_its_list_that_fit_are_let_pass():
-    check_segments(IDS, LIST, {2, 5, 9}, "a.png")
-    check_segments(np.zeros((2, 2)), [], {2}, "a.png")
-
-
-@pytest.mark.parametrize(
-    ("segments", "message"),
-    [
-        (LIST[:1], "a.png: the ids 300 stand in the image but not in its list"),
-        ([*LIST, {"id": 8, "category_id": 2}], "a.png: the ids 8 stand in its list but not in the"),
-        ([*LIST, LIST[0]], "a.png: its list has the ids 7 more than once"),
-        (
-            [LIST[0], {"id": 300, "category_id": 4}],
-            "a.png: there is no category 4 among 2, 5, 9",
-        ),
-    ],
-)
-def test_an_image_whose_ids_are_not_those_of_its_list_is_refused_by_name(segments, message):
-    with pytest.raises(InputError, match=message):
-        check_segments(IDS, segments, {2, 5, 9}, "a.png")
 
 
 @pytest.mark.parametrize("seed", range(4))

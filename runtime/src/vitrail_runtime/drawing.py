@@ -206,6 +206,32 @@ def overlay(canvas: Image.Image, segmentation: np.ndarray) -> Image.Image:
     return Image.composite(layer, canvas, opacity)
 
 
+def with_segments(canvas: Image.Image, segments: np.ndarray, inks: Sequence[Colour]) -> Image.Image:
+    """The image under its segments, each in its ink and with a line of it along its rim.
+
+    segments: (H, W) integers of the image's size, n + 1 where segment n is, 0 where none is.
+    """
+    pixels = np.asarray(canvas).astype(np.float32)
+    colours = np.array([(0, 0, 0), *inks], np.float32)[segments]
+    there = segments > 0
+    pixels[there] += _OPACITY * (colours[there] - pixels[there])
+    rim = there & _rim(segments, max(1, max(canvas.size) // 500))
+    pixels[rim] = colours[rim]
+    return Image.fromarray(pixels.round().astype(np.uint8))
+
+
+def _rim(segments: np.ndarray, wide: int) -> np.ndarray:
+    # True for pixels from which another segment is at most so many steps up, down, left or right.
+    rim = np.zeros(segments.shape, bool)
+    for step in range(1, wide + 1):
+        down, right = segments[step:] != segments[:-step], segments[:, step:] != segments[:, :-step]
+        rim[step:] |= down
+        rim[:-step] |= down
+        rim[:, step:] |= right
+        rim[:, :-step] |= right
+    return rim
+
+
 def _eroded(mask: np.ndarray, by: int) -> np.ndarray:
     # True where all pixels up to `by` steps up, down, left and right are; the picture's rim counts.
     inner = mask.copy()

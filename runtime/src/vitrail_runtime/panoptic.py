@@ -5,12 +5,12 @@ COCO stores an image's segments as a colour image, whose colours are ids (red + 
 none), beside a list in JSON that says of each id which category it is.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
 
-from vitrail_runtime.errors import InputError, listed
+from vitrail_runtime.errors import InputError
 
 LARGEST = 256**3 - 1  # an id that three bytes hold
 SURE = 0.85  # score from which a query counts as a segment (DETR, section 4.4)
@@ -31,33 +31,6 @@ def colours_of(ids: np.ndarray) -> np.ndarray:
             f"ids of segments are 0 to {LARGEST:,}, but here are {ids.min()} to {ids.max()}"
         )
     return np.stack([ids % 256, ids // 256 % 256, ids // 65536], -1).astype(np.uint8)
-
-
-def check_segments(
-    ids: np.ndarray, segments: Sequence[Mapping[str, Any]], categories: Collection[int], name: str
-) -> None:
-    """Raise InputError, which calls the image by `name`, unless the ids of its pixels are those of its list,
-    each once, and every category is known."""
-    told = [segment["id"] for segment in segments]
-    twice = sorted({i for i in told if told.count(i) > 1})
-    if twice:
-        raise InputError(f"{name}: its list has the ids {listed(map(str, twice))} more than once")
-    there = set(np.unique(ids).tolist()) - {0}
-    for odd, what in (
-        (there - set(told), "stand in the image but not in its list"),
-        (set(told) - there, "stand in its list but not in the image"),
-    ):
-        if odd:
-            raise InputError(
-                f"{name}: the ids {listed(map(str, sorted(odd)), limit=5)} {what}; give the image and the "
-                "JSON of one export"
-            )
-    strange = sorted({s["category_id"] for s in segments} - set(categories))
-    if strange:
-        raise InputError(
-            f"{name}: there is no category {listed(map(str, strange), limit=5)} among "
-            f"{listed(map(str, sorted(categories)))}"
-        )
 
 
 def segments_of(ids: np.ndarray, categories: Mapping[int, int]) -> list[dict[str, Any]]:

@@ -19,8 +19,9 @@ HELP = """usage: vitrail data make digits DIR      write the embedded digits (--
        vitrail data check SOURCE         find broken files, duplicates, leaks and missing classes
        vitrail data show SOURCE          draw a contact sheet
 
-A SOURCE is a folder of class folders, of images with masks, of images with boxes (COCO, YOLO, Pascal VOC) or
-of tar shards, a COCO .json, a YOLO .yaml, a .csv of file and label or caption, or hf:owner/name@revision.
+A SOURCE is a folder of class folders, of images with masks, of images with boxes (COCO, YOLO, Pascal VOC),
+with segments (COCO panoptic) or of tar shards, a COCO .json, a YOLO .yaml, a .csv of file and label or
+caption, or hf:owner/name@revision.
 vitrail data ACTION --help tells an action's options."""
 
 SHOWN = 10  # places named for each finding
@@ -34,8 +35,8 @@ class MakeFlags:
     """The data set, and where it goes."""
     task: str = DEFAULT
     """What they are for: classify (class folders, a digit an image), semantic (several, with a mask of the
-    whole), detect (several, with a box for each), instances (with a box and a mask for each) or pairs (one,
-    with a caption)."""
+    whole), detect (several, with a box for each), instances (with a box and a mask for each), panoptic (a
+    segment for each, and for what they lie on) or pairs (one, with a caption)."""
     seed: int = 0
     """Of the splits, and of colours, sizes and places."""
 
@@ -212,18 +213,20 @@ def _mask_lines(split: "SplitSummary") -> list[str]:
 def _object_lines(split: "SplitSummary", objects: "ObjectSummary") -> list[str]:
     """Of every class, how many objects there are and in how many images."""
     total = sum(objects.per_class.values())
-    wide = max(len(name) for name in objects.per_class)
     empty = f", {objects.empty:,} images without any" if objects.empty else ""
     crowds = f", {objects.crowds:,} of them crowds" if objects.crowds else ""
+    called = "segments" if objects.stuff else "objects"
+    kind = " of things and stuff" if objects.stuff else " with masks" if objects.masks else ""
+    names = [f"{name} (stuff)" if name in objects.stuff else name for name in objects.per_class]
+    wide = max(map(len, names))
     return [
-        f"  {split.name}: {split.pictures:,} images, {total:,} objects"
-        f"{' with masks' if objects.masks else ''}{crowds}",
+        f"  {split.name}: {split.pictures:,} images, {total:,} {called}{kind}{crowds}",
         _size_line(split),
-        f"    objects: {objects.small:,} small, {objects.medium:,} medium, {objects.large:,} large (under "
-        f"32 x 32, under 96 x 96 pixels, over); at most {objects.most:,} in an image{empty}",
+        f"    {called}: {objects.small:,} small, {objects.medium:,} medium, {objects.large:,} large "
+        f"(under 32 x 32, under 96 x 96 pixels, over); at most {objects.most:,} in an image{empty}",
         *(
-            f"    {name:{wide}}  {count:>9,} objects in {split.per_class[name]:>7,} images"
-            for name, count in objects.per_class.items()
+            f"    {shown:{wide}}  {count:>9,} {called} in {split.per_class[name]:>7,} images"
+            for shown, (name, count) in zip(names, objects.per_class.items(), strict=True)
         ),
     ]
 

@@ -68,7 +68,7 @@ class Packed:
         return self.data[self.starts[j] : self.starts[j + 1]].tobytes()
 
     def select(self, rows: np.ndarray) -> "Packed":
-        places, starts = _gathered(self.starts, rows)
+        places, starts = gathered(self.starts, rows)
         return Packed(self.data[places], starts)
 
 
@@ -112,7 +112,7 @@ class Boxes:
     def select(self, ids: Sequence[int] | np.ndarray) -> "Boxes":
         """The truth of these images, in this order."""
         ids = np.asarray(ids, np.int64)
-        rows, starts = _gathered(self.starts, ids)
+        rows, starts = gathered(self.starts, ids)
         return replace(
             self,
             **{name: getattr(self, name)[rows] for name in _OF_OBJECTS},
@@ -140,9 +140,9 @@ class Boxes:
         packed = [p.masks for p in parts if p.masks is not None]
         if len(packed) == len(parts):
             masks = Packed(
-                np.concatenate([m.data for m in packed]), _chained([m.starts for m in packed])
+                np.concatenate([m.data for m in packed]), chained([m.starts for m in packed])
             )
-        starts = _chained([p.starts for p in parts])
+        starts = chained([p.starts for p in parts])
         return replace(self, **columns, starts=starts, masks=masks, bad=(), problems={}, notes=())
 
     def missing(self) -> list[str]:
@@ -212,14 +212,14 @@ class Boxes:
 _OF_OBJECTS = ("boxes", "labels", "crowd", "areas", "ids")
 
 
-def _gathered(starts: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def gathered(starts: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Of runs that begin at `starts`: the places of those of `rows`, one after another, and their starts."""
     lengths = np.diff(starts)[rows]
     begin = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     return np.arange(begin[-1]) + np.repeat(starts[rows] - begin[:-1], lengths), begin
 
 
-def _chained(parts: Sequence[np.ndarray]) -> np.ndarray:
+def chained(parts: Sequence[np.ndarray]) -> np.ndarray:
     """The starts of runs that stand one after another."""
     return np.concatenate([[0], np.cumsum(np.concatenate([np.diff(p) for p in parts]))]).astype(
         np.int64

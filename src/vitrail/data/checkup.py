@@ -17,6 +17,7 @@ from vitrail.data.index import Index, Place, Source, digest, read_index
 from vitrail.data.masks import ClassMaps, MaskSource, read_class_maps
 from vitrail.data.opening import hold_out, open_source
 from vitrail.data.pairs import Captions, PairShards, PairTable
+from vitrail.data.panoptic import Panoptic
 from vitrail.data.voc import Voc
 from vitrail.data.yolo import Yolo
 from vitrail_runtime.errors import ImageError, InputError
@@ -60,7 +61,7 @@ class ObjectSummary:
 
     per_class: objects of each class, crowds too, of which there are `crowds`. small, medium, large: by
     COCO's borders of 32 x 32 and 96 x 96 pixels of area. most: in one image. empty: images without any.
-    masks: whether there are.
+    masks: whether there are. stuff: classes of which an image has one segment, of panoptic data.
     """
 
     per_class: dict[str, int]
@@ -71,6 +72,7 @@ class ObjectSummary:
     most: int
     empty: int
     masks: bool
+    stuff: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,7 @@ def check(source: str | Path, *, drop_bad: bool = False) -> Checkup:
             except InputError as error:
                 errors["splits that cannot be used"].append(str(error))
                 continue
-            truths, summary = _digests(boxes), _box_summary(split, index, boxes)
+            truths, summary = _digests(boxes), _object_summary(split, index, boxes)
             _check_boxes(summary.name, boxes, warnings if drop_bad else errors, errors, warnings)
         elif paired:
             pairs = opened.truth(split, index, classes)
@@ -242,7 +244,16 @@ def _pair_summary(split: str, index: Index, pairs: Captions) -> SplitSummary:
     )
 
 
-def _digests(boxes: Boxes) -> list[str]:
+def _object_summary(split: str, index: Index, truth: Boxes | Panoptic) -> SplitSummary:
+    if not isinstance(truth, Panoptic):
+        return _box_summary(split, index, truth)
+    summary = _box_summary(split, index, truth.told)
+    assert summary.objects is not None
+    stuff = tuple(truth.classes[k] for k in sorted(truth.stuff))
+    return replace(summary, objects=replace(summary.objects, masks=True, stuff=stuff))
+
+
+def _digests(boxes: Boxes | Panoptic) -> list[str]:
     return [boxes.digest(i) for i in range(len(boxes))]
 
 
@@ -267,7 +278,7 @@ def _box_summary(split: str, index: Index, boxes: Boxes) -> SplitSummary:
 
 def _check_boxes(
     split: str,
-    boxes: Boxes,
+    boxes: Boxes | Panoptic,
     bad: dict[str, list[str]],
     errors: dict[str, list[str]],
     warnings: dict[str, list[str]],
@@ -277,7 +288,8 @@ def _check_boxes(
     for where, problem in boxes.problems.values():
         errors["images that their annotations do not fit"].append(f"{where}: {problem}")
     for name in boxes.missing():
-        warnings["classes without an object"].append(f"{split}: {name}")
+        what = "a segment" if isinstance(boxes, Panoptic) else "an object"
+        warnings[f"classes without {what}"].append(f"{split}: {name}")
     for note in boxes.notes:
         warnings["annotations to look at"].append(f"{split}: {note}")
 

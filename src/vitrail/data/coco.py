@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from vitrail.data.boxes import Boxes, Found, collect, is_number, label_of_names
+from vitrail.data.boxes import Found, collect, is_number, label_of_names
 from vitrail.data.folders import SPLIT_NAMES
 from vitrail.data.index import Index, Place, Sample
 from vitrail_runtime.errors import InputError, listed
@@ -35,16 +35,17 @@ TRIED = 20  # images of a file, to find its folder
 
 def is_coco_folder(path: Path) -> bool:
     """Whether a folder holds images with JSON files named after splits."""
-    return bool(_split_files(path))
+    return bool(split_files(path))
 
 
 @dataclass(eq=False)
-class _Document:
-    """One JSON file. keys: of its images, as paths below the root. there: which of them exist. annotations:
-    None once they have been read."""
+class Document:
+    """One JSON file. keys: of its images, as paths below the root. there: which of them exist. things: of the
+    categories, by id, where they say it. annotations: None once they have been read."""
 
     path: Path
     categories: dict[Any, str]  # by id
+    things: dict[Any, bool]
     image_ids: list[Any]
     keys: list[str]
     sizes: list[tuple[int, int] | None]  # (height, width), where it gives them
@@ -56,12 +57,14 @@ class Coco:
     """Images whose objects stand in JSON files. See `vitrail.data.index.Source`. A key is a path below the
     root."""
 
+    called = NAME  # what its files are called
+
     def __init__(self, path: Path) -> None:
         self.name = str(path)
         self._above = path.parent if path.is_file() else path  # as it was given, for messages
         self.root = self._above.absolute()
-        self._files = {"": path} if path.is_file() else _split_files(path)
-        self._documents: dict[str, _Document] = {}
+        self._files = {"": path} if path.is_file() else split_files(path, self.called)
+        self._documents: dict[str, Document] = {}
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_documents": {}}  # workers read by key; listings stay here
@@ -98,14 +101,12 @@ class Coco:
     def where(self, key: str, place: Place) -> str:
         return os.path.normpath(self._above / key)
 
-    def truth(self, split: str, index: Index, classes: Sequence[str]) -> Boxes:
-        document = self._document(split, annotations=True)
-        annotations, document.annotations = document.annotations, None  # many times what is kept
-        assert annotations is not None
+    def truth(self, split: str, index: Index, classes: Sequence[str]) -> Any:  # Boxes
+        document, annotations = self._read_once(split)
         used = {
             document.categories[a["category_id"]]
             for a in annotations
-            if isinstance(a, dict) and _known(a.get("category_id"), document.categories)
+            if isinstance(a, dict) and known(a.get("category_id"), document.categories)
         }
         path = str(document.path)
         label_of = label_of_names(list(document.categories.values()), used, classes, path)
@@ -117,7 +118,7 @@ class Coco:
         objects = Counter(
             a.get("image_id")
             for a in annotations
-            if isinstance(a, dict) and _is_id(a.get("image_id"))
+            if isinstance(a, dict) and is_id(a.get("image_id"))
         )
         absent = [
             (
@@ -134,20 +135,27 @@ class Coco:
             self._found(document, annotations, image_at, label_of),
             classes=classes,
             sizes=index.sizes,
-            category_ids=_category_ids(classes, ids),
-            image_ids=_image_ids(document, index.keys),
+            category_ids=category_ids_of(classes, ids),
+            image_ids=image_ids_of(document, index.keys),
             source=path,
             where=partial(self._image, index),
             bad=absent,
             problems=self._other_sizes(document, index),
         )
 
+    def _read_once(self, split: str) -> tuple["Document", list[Any]]:
+        """A file and its annotations, which are many times what is kept of it and stay with the caller."""
+        document = self._document(split, annotations=True)
+        annotations, document.annotations = document.annotations, None
+        assert annotations is not None
+        return document, annotations
+
     def _image(self, index: Index, i: int) -> str:
         return self.where(index.keys[i], NOWHERE)
 
     def _found(
         self,
-        document: _Document,
+        document: Document,
         annotations: list[Any],
         image_at: dict[Any, int | None],
         label_of: dict[str, int],
@@ -156,18 +164,18 @@ class Coco:
         for number, given in enumerate(annotations, 1):
             if not isinstance(given, dict):
                 name = f"{document.path}: annotation number {number}"
-                yield Found(None, name, problem=f"is {_short(given)}, expected an object {{...}}")
+                yield Found(None, name, problem=f"is {short(given)}, expected an object {{...}}")
                 continue
             called = (
-                f"annotation {_short(given['id'])}"
+                f"annotation {short(given['id'])}"
                 if "id" in given
                 else f"annotation number {number}"
             )
             image = given.get("image_id")
-            if not _known(image, image_at):
+            if not known(image, image_at):
                 name = f"{document.path}: {called}"
                 yield Found(
-                    None, name, problem=f"its image_id {_short(image)} is not among the images"
+                    None, name, problem=f"its image_id {short(image)} is not among the images"
                 )
                 continue
             at = image_at[image]
@@ -176,7 +184,7 @@ class Coco:
             name = f"{document.path}: {called} of {names[image]}"
             yield _read(given, at, name, document.categories, label_of)
 
-    def _other_sizes(self, document: _Document, index: Index) -> dict[int, tuple[str, str]]:
+    def _other_sizes(self, document: Document, index: Index) -> dict[int, tuple[str, str]]:
         """Images whose file is not as large as the JSON file says."""
         position = {key: i for i, key in enumerate(index.keys)}
         problems = {}
@@ -200,13 +208,13 @@ class Coco:
         document = self._document(split)
         return [key for key, there in zip(document.keys, document.there, strict=True) if there]
 
-    def _document(self, split: str, *, annotations: bool = False) -> _Document:
+    def _document(self, split: str, *, annotations: bool = False) -> Document:
         kept = self._documents.get(split)
         if kept is None or (annotations and kept.annotations is None):
             kept = self._documents[split] = self._read_document(split)
         return kept
 
-    def _read_document(self, split: str) -> _Document:
+    def _read_document(self, split: str) -> Document:
         path = self._files[split]
         given = read_json(path)
         if not isinstance(given, dict) or not isinstance(given.get("images"), list):
@@ -236,9 +244,10 @@ class Coco:
         _check_unique("file names", [name for _, name, _ in images], path)
         folder = self._folder_of(path, [name for _, name, _ in images])
         keys = [name if folder == "." else f"{folder}/{name}" for _, name, _ in images]
-        return _Document(
+        return Document(
             path,
             categories,
+            {c["id"]: bool(c["isthing"]) for c in given["categories"] if "isthing" in c},
             [image for image, _, _ in images],
             keys,
             [size for _, _, size in images],
@@ -249,7 +258,7 @@ class Coco:
     def _folder_of(self, path: Path, names: list[str]) -> str:
         """Where the images of a JSON file are, from the root on."""
         beside = path.parent
-        token = path.stem.removeprefix("instances_")
+        token = path.stem.removeprefix("instances_").removeprefix("panoptic_")
         above = self.root.parent if self.root.name == "annotations" else self.root
         candidates = [
             above / "images" / token,
@@ -291,8 +300,8 @@ def read_json(path: Path) -> Any:
         raise InputError(f"{path} is no JSON that can be read: {error}") from error
 
 
-def _split_files(root: Path) -> dict[str, Path]:
-    """split -> JSON file."""
+def split_files(root: Path, called: re.Pattern[str] = NAME) -> dict[str, Path]:
+    """split -> JSON file of such a name."""
     found: dict[str, Path] = {}
     candidates = [(path, path.stem) for path in _json_in(root)]
     candidates += [(path, path.stem) for path in _json_in(root / "annotations")]
@@ -302,7 +311,7 @@ def _split_files(root: Path) -> dict[str, Path]:
         if (folder / BESIDE).is_file()
     ]
     for path, name in candidates:
-        match = NAME.fullmatch(name)
+        match = called.fullmatch(name)
         split = SPLIT_NAMES.get(match[1].lower()) if match else None
         if split is None:
             continue
@@ -326,17 +335,17 @@ def _read(
     category, number, box = given.get("category_id"), given.get("id"), given.get("bbox")
     mask, area = given.get("segmentation"), given.get("area")
     problem, corners = "", None
-    if not _known(category, categories):
-        known = listed([f"{key} ({_short(name)})" for key, name in categories.items()])
-        problem = f"its category_id {_short(category)} is unknown; known are {known}"
-    elif "id" in given and not (isinstance(number, int) and _is_id(number)):
+    if not known(category, categories):
+        there = listed([f"{key} ({short(name)})" for key, name in categories.items()])
+        problem = f"its category_id {short(category)} is unknown; known are {there}"
+    elif "id" in given and not (isinstance(number, int) and is_id(number)):
         problem = "its id is not a whole number"
     elif box is not None and not (
         isinstance(box, list) and len(box) == 4 and all(map(is_number, box))
     ):
-        problem = f"its bbox is {_short(box)}, expected [x, y, width, height]"
+        problem = f"its bbox is {short(box)}, expected [x, y, width, height]"
     elif area is not None and not is_number(area):
-        problem = f"its area is {_short(area)}, expected a number"
+        problem = f"its area is {short(area)}, expected a number"
     if problem:
         return Found(image, name, problem=problem)
     if box is not None:
@@ -361,9 +370,9 @@ def _categories(given: list[Any], path: Path) -> dict[Any, str]:
         key, name = (
             (entry.get("id"), entry.get("name")) if isinstance(entry, dict) else (None, None)
         )
-        if not (isinstance(key, int) and _is_id(key)) or not isinstance(name, str):
+        if not (isinstance(key, int) and is_id(key)) or not isinstance(name, str):
             raise InputError(
-                f'{path}: a category is {{"id": whole number, "name": text}}, but one is {_short(entry)}'
+                f'{path}: a category is {{"id": whole number, "name": text}}, but one is {short(entry)}'
             )
         pairs.append((key, name))
     if not pairs:
@@ -377,9 +386,9 @@ def _image_entry(entry: Any, path: Path) -> tuple[Any, str, tuple[int, int] | No
     key, name = (
         (entry.get("id"), entry.get("file_name")) if isinstance(entry, dict) else (None, None)
     )
-    if not _is_id(key) or not isinstance(name, str) or not name or "\0" in name:
+    if not is_id(key) or not isinstance(name, str) or not name or "\0" in name:
         raise InputError(
-            f'{path}: an image is {{"id": ..., "file_name": text, ...}}, but one is {_short(entry)}'
+            f'{path}: an image is {{"id": ..., "file_name": text, ...}}, but one is {short(entry)}'
         )
     name = name.replace("\\", "/")
     height, width = entry.get("height"), entry.get("width")
@@ -394,7 +403,7 @@ def _check_unique(what: str, values: list[str], path: Path) -> None:
         raise InputError(f"{path} gives {what} twice: {listed(twice)}; give each once")
 
 
-def _category_ids(classes: Sequence[str], ids: dict[str, int]) -> list[int]:
+def category_ids_of(classes: Sequence[str], ids: dict[str, int]) -> list[int]:
     """Those of the file; of classes that it has not, numbers behind them."""
     free = max(ids.values(), default=0)
     found = []
@@ -405,22 +414,22 @@ def _category_ids(classes: Sequence[str], ids: dict[str, int]) -> list[int]:
     return found
 
 
-def _image_ids(document: _Document, keys: Sequence[str]) -> list[int]:
+def image_ids_of(document: Document, keys: Sequence[str]) -> list[int]:
     """Those of the file; where they are no whole numbers, 1, 2, ..."""
     of = dict(zip(document.keys, document.image_ids, strict=True))
     ids = [of[key] for key in keys]
     return ids if all(isinstance(i, int) for i in ids) else list(range(1, len(keys) + 1))
 
 
-def _is_id(value: Any) -> bool:
+def is_id(value: Any) -> bool:
     return isinstance(value, str) or (isinstance(value, int) and is_number(value))
 
 
-def _known(value: Any, table: dict[Any, Any]) -> bool:
-    return _is_id(value) and value in table
+def known(value: Any, table: dict[Any, Any]) -> bool:
+    return is_id(value) and value in table
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
     try:
         text = repr(value)
     except (RecursionError, ValueError):
@@ -431,4 +440,4 @@ def _short(value: Any) -> str:
 def _kind(given: Any) -> str:
     if isinstance(given, dict):
         return f"it has {listed(map(repr, given)) or 'nothing'}"
-    return f"it holds {'a list' if isinstance(given, list) else _short(given)}"
+    return f"it holds {'a list' if isinstance(given, list) else short(given)}"

@@ -4,7 +4,8 @@ The source is the 8 x 8 "Optical Recognition of Handwritten Digits" (Alpaydin an
 4.0). Digits are drawn upscaled, in dark ink on tinted, unevenly lit paper of one of many sizes and shapes:
 enough variety that colour, place and size say nothing, small enough to learn on a CPU in minutes. For
 classification each is drawn once, alone; for semantic segmentation several stand on a sheet, beside a mask;
-for detection and instance segmentation they lie scattered on larger sheets, in COCO's JSON; for captions
+for detection and instance segmentation they lie scattered on larger sheets, in COCO's JSON; for panoptic
+segmentation such a sheet lies on a table, beside an image of ids; for captions
 each is drawn alone in one of some inks, on the left or on the right, as a text beside it says.
 """
 
@@ -24,6 +25,7 @@ from PIL import Image
 
 from vitrail.data import rle
 from vitrail_runtime.errors import InputError
+from vitrail_runtime.panoptic import LARGEST, colours_of, segments_of
 
 SHARES = {"train": 0.8, "val": 0.1, "test": 0.1}  # of each class
 SHEETS = {"train": 720, "val": 90, "test": 90}  # for segmentation: each digit is drawn about twice
@@ -38,6 +40,11 @@ CLASSES = {  # of a pixel, and its colour
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 INKS = {"red": (200, 20, 20), "green": (10, 130, 40), "blue": (20, 40, 200), "black": (15, 15, 15)}
 PLACES = {"on the left": 0.0, "on the right": 1.0}
+STUFF = ("paper", "wood", "tiles")  # of panoptic segmentation: what the digits lie on
+RIM = (
+    0.06,
+    0.16,
+)  # of a panoptic scene's sides, the ground that is seen on each side of the paper
 CAPTIONED = 2  # images of each digit
 MARKER = "ABOUT.txt"
 ABOUT = """\
@@ -57,6 +64,9 @@ def make_digits(folder: str | Path, *, task: str = "classify", seed: int = 0) ->
         of every pixel (background, 0 to 9) and classes.txt, 900 images in all.
     "detect": FOLDER/images/{train,val,test}/NNNN.jpg, and FOLDER/{train,val,test}.json in COCO's format with
         a box around every digit, 900 images in all. "instances": likewise, with the mask of every digit.
+    "panoptic": FOLDER/images/{train,val,test}/NNNN.jpg, FOLDER/panoptic_{train,val,test}/NNNN.png with the
+        ids of the segments and FOLDER/panoptic_{train,val,test}.json in COCO's panoptic format: digits are
+        things, paper and the wooden or tiled ground that it lies on are stuff, 900 images in all.
     "pairs": FOLDER/images/{train,val,test}/NNNN.jpg, and FOLDER/pairs.csv with a caption of each, such as
         "a red seven on the left", and its label ("seven"), 3,594 images in all. In train some captions leave
         out the colour or the place.
@@ -140,6 +150,28 @@ def _write_scenes(
                 found.append(about | _annotation(digit, image.size, masks=masks))
         told = {"images": entries, "annotations": found, "categories": categories}
         (folder / f"{split}.json").write_text(json.dumps(told), encoding="utf-8")
+
+
+def _write_panoptic(folder: Path, images: np.ndarray, labels: np.ndarray, seed: int) -> None:
+    names = [(str(k), 1) for k in range(10)] + [(name, 0) for name in STUFF]
+    categories = [{"id": n + 1, "name": k, "isthing": thing} for n, (k, thing) in enumerate(names)]
+    for split, rng, drawn in _sets_of_digits(labels, seed, MOST_IN_A_SCENE, _in_a_scene):
+        (folder / "images" / split).mkdir(parents=True)
+        (folder / f"panoptic_{split}").mkdir()
+        entries: list[dict[str, Any]] = []
+        found: list[dict[str, Any]] = []
+        for number, mine in enumerate(drawn, 1):
+            image, ids, kinds = draw_panoptic(images[mine], labels[mine], rng)
+            name = f"{number:04d}"
+            image.save(folder / "images" / split / f"{name}.jpg", quality=92)
+            Image.fromarray(colours_of(ids)).save(folder / f"panoptic_{split}" / f"{name}.png")
+            entry = {"id": number, "file_name": f"{split}/{name}.jpg"}
+            entries.append(entry | {"height": image.height, "width": image.width})
+            segments = segments_of(ids, {i: kind + 1 for i, kind in kinds.items()})
+            about = {"image_id": number, "file_name": f"{name}.png"}
+            found.append(about | {"segments_info": segments})
+        told = {"images": entries, "annotations": found, "categories": categories}
+        (folder / f"panoptic_{split}.json").write_text(json.dumps(told), encoding="utf-8")
 
 
 def _write_pairs(folder: Path, images: np.ndarray, labels: np.ndarray, seed: int) -> None:
@@ -242,6 +274,11 @@ SETS = {  # by what they are made for
         "900 scenes of handwritten digits with boxes and masks",
         "mask_rcnn/efficientvit_m0",
     ),
+    "panoptic": DigitSet(
+        _write_panoptic,
+        "900 scenes of handwritten digits on paper and ground, with segments",
+        "detr_panoptic/efficientvit_m0",
+    ),
     "pairs": DigitSet(
         _write_pairs,
         "3,594 handwritten digits with captions",
@@ -338,6 +375,52 @@ def draw_scene(
     width = int(np.clip(round(height * np.exp(rng.uniform(-0.35, 0.35))), 112, 224))
     canvas, placed = _scattered(inks, labels, height, width, (0.15, 0.45), rng)
     return _noisy(canvas, rng), placed
+
+
+def draw_panoptic(
+    inks: np.ndarray, labels: np.ndarray, rng: np.random.Generator
+) -> tuple[Image.Image, np.ndarray, dict[int, int]]:
+    """A sheet of digits on wood or on tiles: the image, ids of its segments (height, width), and of each id
+    its class: a digit, or 10 and more for STUFF.
+
+    The sheet is as in `draw_scene`, with ground on each side of it, a share (RIM) of its own. Ids are random.
+    """
+    height = int(rng.integers(112, 177))
+    width = int(np.clip(round(height * np.exp(rng.uniform(-0.3, 0.3))), 112, 200))
+    canvas, placed = _scattered(inks, labels, height, width, (0.2, 0.45), rng)
+    top, bottom, left, right = (
+        round(side * rng.uniform(*RIM)) for side in (height, height, width, width)
+    )
+    ground = int(rng.integers(2))
+    whole = _ground(height + top + bottom, width + left + right, STUFF[1 + ground], rng)
+    whole[top : top + height, left : left + width] = canvas
+    numbers = rng.choice(LARGEST, len(placed) + 2, replace=False) + 1
+    ids = np.full(whole.shape[:2], numbers[0], np.int32)
+    ids[top : top + height, left : left + width] = numbers[1]
+    for digit, number in zip(placed, numbers[2:], strict=True):
+        high, wide = digit.strokes.shape
+        y, x = top + digit.top, left + digit.left
+        ids[y : y + high, x : x + wide][digit.strokes] = number
+    kinds = [11 + ground, 10, *(digit.label for digit in placed)]
+    return _noisy(whole, rng), ids, dict(zip(numbers.tolist(), kinds, strict=True))
+
+
+def _ground(height: int, width: int, kind: str, rng: np.random.Generator) -> np.ndarray:
+    """What a sheet lies on: boards with grain, or square tiles with joints; of many colours."""
+    y, x = np.mgrid[0:height, 0:width]
+    if rng.integers(2):
+        y, x = x, y
+    base = rng.uniform(60, 170) + rng.uniform(-40, 40, 3)
+    step = int(rng.integers(14, 31))
+    joints = (y + int(rng.integers(step))) % step < 2
+    if kind == "tiles":
+        joints |= (x + int(rng.integers(step))) % step < 2
+        texture = 14.0 * ((y // step + x // step) % 2)
+    else:
+        texture = 9 * np.sin(y * rng.uniform(0.9, 1.6) + 2 * np.sin(x / rng.uniform(12, 30)))
+    canvas = base + texture[..., None] + _shading(height, width, rng)
+    canvas[joints] -= 45
+    return canvas
 
 
 def _scattered(

@@ -10,6 +10,7 @@ import numpy as np
 
 from vitrail.data import hub
 from vitrail.data.coco import Coco, is_coco_folder
+from vitrail.data.coco_panoptic import CocoPanoptic, is_panoptic
 from vitrail.data.examples import Examples, Images
 from vitrail.data.folders import ClassFolders
 from vitrail.data.index import Index, Source, read_index
@@ -41,8 +42,8 @@ def open_data(
     Args:
         source: class folders (ROOT/train/CLASS/*.jpg with val and test beside train, or ROOT/CLASS/*.jpg);
             images with masks (ROOT/images/train/*.jpg and ROOT/masks/train/*.png, or lists of both);
-            images with boxes, in COCO's JSON, YOLO's text files or Pascal VOC's XML (`data/coco.py`,
-            `data/yolo.py`, `data/voc.py`); images with captions (`data/pairs.py`);
+            images with boxes (`data/coco.py`, `data/yolo.py`, `data/voc.py`), with segments
+            (`data/coco_panoptic.py`) or with captions (`data/pairs.py`);
             a folder of tar shards (train-*.tar, train-*.tar.gz, ...); a .csv or .tsv of file and label; or
             a data set of the hub, hf:owner/name@revision; or what `open_source` gave for one of these, whose
             files are then listed once for all splits.
@@ -129,7 +130,7 @@ def open_source(source: str | Path) -> Source:
         if is_shard(path):
             return PairShards(path) if holds_captions(path) else Shards(path)
         if path.suffix.lower() == ".json":
-            return Coco(path)
+            return CocoPanoptic(path) if is_panoptic(path) else Coco(path)
         if path.suffix.lower() in YAML_SUFFIXES:
             return Yolo(path)
         raise InputError(
@@ -143,6 +144,8 @@ def open_source(source: str | Path) -> Source:
         return Table(path / LABELS_TABLE)
     if is_mask_folder(path):
         return MaskFolders(path)
+    if is_panoptic(path):
+        return CocoPanoptic(path)
     if is_coco_folder(path):
         return Coco(path)
     if is_voc_folder(path):

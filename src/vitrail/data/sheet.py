@@ -1,7 +1,7 @@
 """A contact sheet: one picture that shows what a data set holds."""
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,9 @@ from vitrail.data.boxes import Boxes
 from vitrail.data.examples import Examples
 from vitrail.data.legend import IGNORE
 from vitrail.data.masks import ClassMaps
+from vitrail.data.panoptic import Panoptic
 from vitrail.data.view import View
-from vitrail_runtime.drawing import colour_of
+from vitrail_runtime.drawing import colour_of, with_segments
 
 WIDTH, MARGIN, GAP = 1600, 56, 6  # pixels
 ROW = 92  # height of a row of pictures
@@ -42,7 +43,8 @@ def contact_sheet(splits: Sequence[Examples], title: str, *, seed: int = 0) -> I
     Of labels, up to 24 classes have a row each, filled with images in their own shapes; of more, up to 77
     show one image each. Of class maps, a legend with colours and shares of pixels, and up to 12 images beside
     their class maps. Of boxes, a legend with colours and counts, and up to 12 images with their objects and
-    masks drawn; crowds in grey. Of captions, up to 12 images above theirs. `seed` chooses the images.
+    masks drawn; crowds in grey. Of segments likewise, beside the images. Of captions, up to 12 images above
+    theirs. `seed` chooses the images.
     """
     data = splits[0]
     body = BODIES[data.truth.kind](data, seed)
@@ -169,7 +171,8 @@ def _by_content(data: Examples, indices: Iterable[int], seed: int) -> list[int]:
 def _maps(data: Examples, seed: int) -> Image.Image:
     """Colours, names and shares of all classes, and up to 12 images beside their class maps."""
     picked = _every_class(data, data.truth.counts > 0, seed)
-    legend, pairs = _legend(_map_entries(data.truth)), _pairs(data, picked)
+    legend = _legend(_map_entries(data.truth))
+    pairs = _pairs(data, picked, _image_and_overlay)
     return _below(legend, pairs)
 
 
@@ -179,6 +182,27 @@ def _objects(data: Examples, seed: int) -> Image.Image:
     side = (WIDTH - 2 * MARGIN - (PAIRS_ACROSS - 1) * PAIR_GAP) // PAIRS_ACROSS
     cells = _cells([_with_objects(data, i, side) for i in picked], side)
     return _below(_legend(_box_entries(data.truth)), cells)
+
+
+def _segments(data: Examples, seed: int) -> Image.Image:
+    """Colours, names and counts of all classes, and up to 12 images beside their segments."""
+    truth: Panoptic = data.truth
+    picked = _every_class(data, truth.counts() > 0, seed)
+    entries = [
+        (f"{name} (stuff)" if k in truth.stuff else name, ink, told, below)
+        for k, (name, ink, told, below) in enumerate(_box_entries(truth.told))
+    ]
+    return _below(_legend(entries), _pairs(data, picked, _image_and_segments))
+
+
+def _image_and_segments(data: Examples, i: int, side: int) -> tuple[Image.Image, Image.Image]:
+    """Both within `side` x `side`, in their own shape; a line round each segment, crowds in grey."""
+    shown, told = _within(data, i, side), data.truth.read(i)
+    inks = [
+        GREY if crowd else colour_of(k) for k, crowd in zip(told.labels, told.crowd, strict=True)
+    ]
+    small = Image.fromarray(told.segments).resize(shown.size, Image.Resampling.NEAREST)
+    return shown, with_segments(shown, np.asarray(small), inks)
 
 
 def _below(legend: Image.Image, pairs: Image.Image) -> Image.Image:
@@ -247,14 +271,18 @@ def _legend(entries: Sequence[Entry]) -> Image.Image:
     return image
 
 
-def _pairs(data: Examples, indices: Sequence[int]) -> Image.Image:
+def _pairs(
+    data: Examples,
+    indices: Sequence[int],
+    drawn: Callable[[Examples, int, int], tuple[Image.Image, Image.Image]],
+) -> Image.Image:
     pair = (WIDTH - 2 * MARGIN - (PAIRS_ACROSS - 1) * PAIR_GAP) // PAIRS_ACROSS
     side = (pair - 2) // 2
     rows: list[list[tuple[Image.Image, Image.Image]]] = []
     for n, i in enumerate(indices):
         if n % PAIRS_ACROSS == 0:
             rows.append([])
-        rows[-1].append(_image_and_overlay(data, i, side))
+        rows[-1].append(drawn(data, i, side))
     heights = [max(image.height for image, _ in row) for row in rows]
     body = Image.new("RGB", (WIDTH, sum(heights) + PAIR_GAP * len(rows)), PAPER)
     top = 0
@@ -353,7 +381,13 @@ def _with_caption(data: Examples, i: int, side: int) -> Image.Image:
 
 
 # Kind of truth -> what is drawn below the header.
-BODIES = {"labels": _labels, "class maps": _maps, "boxes": _objects, "captions": _captions}
+BODIES = {
+    "labels": _labels,
+    "class maps": _maps,
+    "boxes": _objects,
+    "segments": _segments,
+    "captions": _captions,
+}
 
 
 def _thumbnail(data: Examples, i: int, size: tuple[int, int]) -> Image.Image:

@@ -62,14 +62,14 @@ class View:
         image = self._resize(image, self.size) if self.cut is None else self._simple(image)
         return image.flip(2) if self.flip else image
 
-    def class_map(self, ids: np.ndarray) -> np.ndarray:
+    def class_map(self, ids: np.ndarray, none: int = NO_CLASS) -> np.ndarray:
         """Class of every pixel of the original, (H, W) -> (height, width): that of the nearest pixel;
-        NO_CLASS where the image is padded."""
+        `none` where the image is padded."""
         rows, columns = self._pixels()
         height, width = self.original
         inside = _within(rows, height)[:, None] & _within(columns, width)
         picked = ids[rows.clip(0, height - 1)[:, None], columns.clip(0, width - 1)]
-        return np.where(inside, picked, np.asarray(NO_CLASS, ids.dtype))
+        return np.where(inside, picked, np.asarray(none, ids.dtype))
 
     def boxes(self, xyxy: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Boxes in pixels of the original, (n, 4), as the view shows them: float32, cut at its edges; and
