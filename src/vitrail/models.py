@@ -316,15 +316,24 @@ def class_names(classes: Sequence[str] | None, num_classes: int | None) -> tuple
     return names
 
 
-def check_takes_packs(model: Any) -> None:
-    """Raise InputError unless a model takes packed images, naming those that do."""
+def check_takes_packs(model: Any, *, drops: bool = False) -> None:
+    """Raise InputError unless a model takes packed images, naming those that do. drops: of some tokens."""
+    if not hasattr(model, "backbone"):
+        raise InputError(
+            f"windows, scales and flips ask {model.info.name} of images of one size: leave them away, or ask "
+            "without --tokens-per-image and --max-tokens"
+        )
     takes = getattr(model.backbone, "takes_packs", False)
-    if takes and hasattr(model, "forward_packed"):
+    if takes and hasattr(model, "forward_packed") and getattr(model, "takes_packs", True):
+        if drops and getattr(model, "reads_maps", False):
+            raise InputError(
+                f"{model.info.name} reads maps, in which token dropping leaves holes; give --packing.drop 0"
+            )
         return
     if takes:
         raise InputError(
             f"{model.info.name} cannot take packed images: its head reads maps of one size "
-            f"({type(model).__name__}); take images of one size, or another head"
+            f"({type(model).__name__}); take images of one size, or another head: linear, or an R-CNN's"
         )
     known = {backbone_entry(name).family for name in list_backbones()}
     with torch.device("meta"):

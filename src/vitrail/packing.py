@@ -309,6 +309,16 @@ def packed_features(
     return PackedFeatures(maps=maps, prefix=prefix, grids=grids, image_ids=packed.image_ids)
 
 
+def packed_maps(backbone: Any, packed: PackedImages) -> PackedFeatures:
+    """What a backbone makes of whole images, for heads that read maps. Raises InputError where dropping left
+    some of an image's tokens, which are no map any more."""
+    if packed.kept is not None:
+        raise InputError(
+            "token dropping leaves holes in the maps that this model's head reads; give --packing.drop 0"
+        )
+    return backbone.forward_packed(packed)
+
+
 def patch_grid(size: Size, patch_size: int) -> Size:
     """(height, width) in pixels -> in patches, the last ones filled up with zeros."""
     return -(-size[0] // patch_size), -(-size[1] // patch_size)

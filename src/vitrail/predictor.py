@@ -184,14 +184,21 @@ class Predictor:
         group.clear()
 
     def _finished(
-        self, found: dict[str, Tensor], group: list[tuple[int, "_Prepared"]], top_k: int
+        self, found: dict[str, Any], group: list[tuple[int, "_Prepared"]], top_k: int
     ) -> Iterator[tuple[int, Prediction]]:
-        outputs = {name: value.float().cpu().numpy() for name, value in found.items()}
+        outputs = {name: _array(value) for name, value in found.items()}
         geometries = [prepared.geometry for _, prepared in group]
         predictions = FINISH[self.model.task](outputs, geometries, self.classes, top_k)
         for (index, prepared), prediction in zip(group, predictions, strict=True):
             prediction.source = prepared.source
             yield index, prediction
+
+
+def _array(value: Any) -> Any:
+    # One array; of outputs whose sizes are the pictures' own, one for each.
+    if isinstance(value, Tensor):
+        return value.float().cpu().numpy()
+    return [_array(one) for one in value]
 
 
 # A picture waits for others of its size while at most so many batches are held back.

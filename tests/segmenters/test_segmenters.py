@@ -186,7 +186,7 @@ def test_the_linear_head_is_one_layer_on_the_joined_and_normalised_maps():
 def test_logits_of_an_image_that_does_not_fit_stay_where_they_were_computed(stride, size):
     h, w = (2 * math.ceil(s / stride / 2) for s in size)  # whole pixels for a stride of 3.5, too
     logits = torch.randn(1, 2, h, w, generator=torch.Generator().manual_seed(0))
-    got = to_image(logits, stride, torch.empty(1, 3, *size))
+    got = to_image(logits, stride, size)
     assert got.shape == (1, 2, *size)
     whole = (int(h * stride), int(w * stride))
     want = F.interpolate(logits, whole, mode="bilinear", align_corners=False)

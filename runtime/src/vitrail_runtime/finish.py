@@ -45,21 +45,25 @@ def finish_classification(
 
 
 def finish_segmentation(
-    logits: np.ndarray, geometries: Sequence[Geometry], classes: Sequence[str]
+    logits: np.ndarray | Sequence[np.ndarray],
+    geometries: Sequence[Geometry],
+    classes: Sequence[str],
 ) -> list[Prediction]:
-    """Logits (B, K, h, w) -> B Predictions with the class of every pixel of the original image.
+    """Logits (B, K, h, w), or (K, h, w) of each image -> B Predictions with the class of every pixel of the
+    original image.
 
     Each class's logits are brought to the original's size, bilinearly, and the highest wins; equal ones go
     to the first class. Pixels that the model did not see (outside a central crop) are -1. Labels are the
     classes that occur, the one of most pixels first; a score is the class's share of the image.
     Raises: InputError when the logits do not fit `classes`, NotFinite when they are NaN or infinite.
     """
-    if logits.ndim != 4 or logits.shape[1] != len(classes):
-        raise InputError(
-            f"logits of shape {logits.shape} do not fit {len(classes)} classes; "
-            f"expected (batch, {len(classes)}, height, width)"
-        )
-    if not np.isfinite(logits).all():
+    for image in logits:
+        if image.ndim != 3 or len(image) != len(classes):
+            raise InputError(
+                f"logits of shape {(len(logits), *image.shape)} do not fit {len(classes)} classes; "
+                f"expected (batch, {len(classes)}, height, width)"
+            )
+    if not all(np.isfinite(image).all() for image in logits):
         raise NotFinite("the model gave scores that are not finite; its weights are damaged")
     return [
         _segmented(image, geometry, classes)

@@ -23,13 +23,16 @@ from torch import Tensor, nn
 from vitrail.boxes import clip, decode, encode
 from vitrail.detectors.matching import match, sample
 from vitrail.detectors.roi import BoxHead, MaskHead, RoIPooling, crop_masks
-from vitrail.detectors.rpn import RPN, Sizes
+from vitrail.detectors.rpn import RPN, Found, Sizes
 from vitrail.features import Features, adapt_levels
 from vitrail.layers.frozen import freeze_norms
 from vitrail.necks.fpn import FPN
 from vitrail.necks.simple_pyramid import SimplePyramid
+from vitrail.packing import PackedImages, as_packed, packed_maps
 from vitrail_runtime.errors import InputError
 from vitrail_runtime.preprocess import Preprocessing
+
+Groups = Sequence[Sequence[Tensor]]  # the maps, finest first, of images of one size each
 
 SMALLEST = 1e-2  # side of an answer, in pixels
 
@@ -124,6 +127,7 @@ class RCNN(nn.Module):
     """
 
     task = "detect"
+    reads_maps = True
     class_rows: Mapping[str, tuple[int, int]]  # for loading: see weights.layouts.other_classes
     # Attached by models.create_model and load:
     info: Any
@@ -169,9 +173,31 @@ class RCNN(nn.Module):
         counts = found.pop("count").tolist()
         return [{k: v[i, :n] for k, v in found.items()} for i, n in enumerate(counts)]
 
+    @property
+    def takes_packs(self) -> bool:
+        """Whether its heads read each image of a pack by itself."""
+        return not self.config.neck_norm  # BatchNorm, which would learn from one image at a time
+
+    def forward_packed(self, packed: PackedImages) -> list[dict[str, Tensor]]:
+        """As `forward`, of the images of a pack in its order."""
+        packing = {"sizes": packed.sizes, "patch_size": packed.patch_size, "kept": packed.kept}
+        found = self.forward_tensors(packed.patches, packing=packing)
+        counts = found.pop("count").tolist()
+        return [{k: v[i, :n] for k, v in found.items()} for i, n in enumerate(counts)]
+
     def maps(self, images: Tensor) -> list[Tensor]:
         """What the heads read, finest first."""
-        return list(self.neck(self.levels(self.backbone(images))).values())
+        return self._levels(self.backbone(images))
+
+    def groups(self, images: Tensor, packing: Mapping[str, Any] | None) -> list[list[Tensor]]:
+        """The same of images of one size, or of each group of neighbours in a pack whose maps are of one."""
+        if packing is None:
+            return [self.maps(images)]
+        found = packed_maps(self.backbone, as_packed(images, packing))
+        return [self._levels(features) for features in found.batches()]
+
+    def _levels(self, features: Features) -> list[Tensor]:
+        return list(self.neck(self.levels(features)).values())
 
     def forward_tensors(
         self,
@@ -179,26 +205,28 @@ class RCNN(nn.Module):
         record: dict[str, Tensor] | None = None,
         *,
         sizes: Sizes | None = None,
+        packing: Mapping[str, Any] | None = None,
     ) -> dict[str, Tensor]:
         """What is found, D = `detections` rows an image, best first.
 
         sizes: (height, width) of each image in a padded batch.
+        packing: where `images` are the patches of several (`vitrail.packing.as_packed`).
         record: takes "proposals" (B, P, 4) and "stages.I.boxes" (B, P, 4), what stage I makes of its boxes.
 
         Returns: "boxes" (B, D, 4), "scores" (B, D), "labels" (B, D) int64, "count" (B,) int64 and with masks
             "mask_crops" (B, D, m, m), probabilities within each box. Rows behind the count are zero. What
             is NaN or infinite inside is no answer, so such an image has one, whose box and score are NaN.
         """
-        sizes = _sizes(images, sizes)
-        maps = self.maps(images)
-        asked = self.rpn(maps)
-        boxes = self.rpn.propose(asked, sizes, training=False)
+        sizes = _sizes(images, sizes, packing)
+        groups = self.groups(images, packing)
+        asked = [self.rpn(maps) for maps in groups]
+        boxes = self._proposals(asked, sizes, training=False)
         if record is not None:
             record["proposals"] = _padded(boxes, self.config.proposals[1])
         proposed = [len(b) for b in boxes]
         total, every = None, torch.cat(boxes)
         for i, stage in enumerate(self.stages):
-            logits, deltas = stage(self.pool(maps, boxes))
+            logits, deltas = stage(_pooled(self.pool, groups, boxes))
             logits = logits.to(every.dtype)
             seen = logits.softmax(1) if self.config.average == "probabilities" else logits
             total = seen if total is None else total + seen
@@ -222,10 +250,11 @@ class RCNN(nn.Module):
         counts = [len(answer[0]) for answer in answers]
         out["count"] = torch.tensor(counts, device=images.device)
         if self.has_masks:
-            crops = self._masks(maps, [answer[0] for answer in answers], out["labels"], counts)
+            crops = self._masks(groups, [answer[0] for answer in answers], out["labels"], counts)
             out["mask_crops"] = _padded(crops, self.config.detections)
+        first = [row for found in asked for row in zip(found.logits, found.deltas, strict=True)]
         ends = zip(
-            asked.logits, asked.deltas, every.split(proposed), scores.split(proposed), strict=True
+            *zip(*first, strict=True), every.split(proposed), scores.split(proposed), strict=True
         )
         for i, parts in enumerate(ends):
             if not all(part.isfinite().all() for part in parts):
@@ -234,7 +263,12 @@ class RCNN(nn.Module):
         return out
 
     def losses(
-        self, images: Tensor, targets: Sequence[Mapping[str, Tensor]], *, sizes: Sizes | None = None
+        self,
+        images: Tensor,
+        targets: Sequence[Mapping[str, Tensor]],
+        *,
+        sizes: Sizes | None = None,
+        packing: Mapping[str, Any] | None = None,
     ) -> dict[str, Tensor]:
         """The papers' losses, as the references give them for this process's images (means over the boxes
         that were drawn), each times the number of images: divided by `weight(targets)` they are the
@@ -242,28 +276,29 @@ class RCNN(nn.Module):
 
         targets: of each image "boxes" (n, 4) xyxy in pixels, "labels" (n,) and, where masks are learnt,
             "masks" (n, h, w) uint8; n may be 0. sizes: (height, width) of each image in a padded batch.
+        packing: as for `forward_tensors`.
         Returns: "rpn_class", "rpn_box", and of every stage "class", "box" and, with masks, "mask", numbered
             "class.0" where there are several. They are weighted already: the loss is their sum.
         """
-        sizes = _sizes(images, sizes)
+        sizes = _sizes(images, sizes, packing)
         self._check(targets)
-        maps = self.maps(images)
-        found = self.rpn(maps)
+        groups = self.groups(images, packing)
+        found = [self.rpn(maps) for maps in groups]
         out = self.rpn.losses(found, targets)
-        boxes = self.rpn.propose(found, sizes, training=True)
+        boxes = self._proposals(found, sizes, training=True)
         for i, stage in enumerate(self.stages):
             drawn = [
                 self.draw(b, t, self.config.ious[i]) for b, t in zip(boxes, targets, strict=True)
             ]
-            logits, deltas = stage(self.pool(maps, [d.boxes for d in drawn]))
+            logits, deltas = stage(_pooled(self.pool, groups, [d.boxes for d in drawn]))
             losses = self._box_losses(logits, deltas, drawn, i)
             if self.has_masks:
-                losses["mask"] = self._mask_loss(maps, drawn, targets, i)
+                losses["mask"] = self._mask_loss(groups, drawn, targets, i)
             name = "" if len(self.stages) == 1 else f".{i}"
             out |= {f"{k}{name}": v * self.stage_weight(i) for k, v in losses.items()}
             if i + 1 < len(self.stages):
                 boxes = self._refined(logits, deltas, drawn, sizes, i)
-        return {name: loss * len(images) for name, loss in out.items()}
+        return {name: loss * len(sizes) for name, loss in out.items()}
 
     def weight(self, targets: Sequence[Any]) -> Tensor:
         """What `losses` are divided by: the number of images."""
@@ -289,6 +324,14 @@ class RCNN(nn.Module):
         background = torch.full_like(negative, self.num_classes)
         labels = torch.cat((target["labels"][index].to(background), background))
         return Drawn(boxes[chosen], labels, objects[index], index, added[chosen])
+
+    def _proposals(self, groups: Sequence[Found], sizes: Sizes, *, training: bool) -> list[Tensor]:
+        """Of every image, (P, 4) each."""
+        boxes: list[Tensor] = []
+        for found in groups:
+            own = sizes[len(boxes) : len(boxes) + len(found.logits)]
+            boxes += self.rpn.propose(found, own, training=training)
+        return boxes
 
     def _decode(self, deltas: Tensor, boxes: Tensor, i: int) -> Tensor:
         """(N, R, 4) and (N, 4) -> (N, R, 4), not clipped."""
@@ -316,10 +359,10 @@ class RCNN(nn.Module):
         return {"class": entropy / number, "box": apart / number}
 
     def _mask_loss(
-        self, maps: Sequence[Tensor], drawn: Sequence[Drawn], targets: Sequence[Any], i: int
+        self, groups: Groups, drawn: Sequence[Drawn], targets: Sequence[Any], i: int
     ) -> Tensor:
         boxes = [d.boxes[: len(d.index)] for d in drawn]
-        logits = self.mask_stages[i](self.mask_pool(maps, boxes))
+        logits = self.mask_stages[i](_pooled(self.mask_pool, groups, boxes))
         labels = torch.cat([d.labels[: len(d.index)] for d in drawn])
         mine = logits[torch.arange(len(labels), device=labels.device), labels]
         mine = mine.to(torch.promote_types(mine.dtype, torch.float32))
@@ -362,11 +405,11 @@ class RCNN(nn.Module):
         return boxes[keep], scores[keep], label[keep]
 
     def _masks(
-        self, maps: Sequence[Tensor], boxes: Sequence[Tensor], labels: Tensor, counts: list[int]
+        self, groups: Groups, boxes: Sequence[Tensor], labels: Tensor, counts: list[int]
     ) -> list[Tensor]:
         """Of each image (n, m, m): the mean probability of the stages, for the class that was answered."""
         chosen = torch.cat([row[:n] for row, n in zip(labels, counts, strict=True)])
-        pooled = self.mask_pool(maps, boxes)
+        pooled = _pooled(self.mask_pool, groups, boxes)
         rows = torch.arange(len(chosen), device=chosen.device)
         every = [stage(pooled)[rows, chosen].sigmoid() for stage in self.mask_stages]
         return list((torch.stack(every).mean(0)).to(boxes[0].dtype).split(counts))
@@ -385,9 +428,21 @@ class _AsTheyAre(nn.Module):
         return features.maps
 
 
-def _sizes(images: Tensor, sizes: Sizes | None) -> Sizes:
+def _sizes(images: Tensor, sizes: Sizes | None, packing: Mapping[str, Any] | None) -> Sizes:
+    if packing is not None:
+        return [(height, width) for height, width in packing["sizes"]]
     height, width = images.shape[-2:]
     return [(height, width)] * len(images) if sizes is None else sizes
+
+
+def _pooled(pool: nn.Module, groups: Groups, boxes: Sequence[Tensor]) -> Tensor:
+    """What `pool` makes of the boxes of every image, from the maps of its group."""
+    parts, first = [], 0
+    for maps in groups:
+        count = len(maps[0])
+        parts.append(pool(maps, boxes[first : first + count]))
+        first += count
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _padded(rows: Sequence[Tensor], length: int) -> Tensor:

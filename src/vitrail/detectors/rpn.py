@@ -118,11 +118,18 @@ class RPN(nn.Module):
             out.append(box[batched_nms(box, score, level, config.proposal_nms)[:after]])
         return out
 
-    def losses(self, found: Found, targets: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """Means over the anchors drawn: "rpn_class", binary cross-entropy, and "rpn_box", smooth L1."""
-        config, anchors = self.config, found.anchors
+    def losses(
+        self, groups: Sequence[Found], targets: Sequence[Mapping[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        """Means over the anchors drawn: "rpn_class", binary cross-entropy, and "rpn_box", smooth L1.
+
+        groups: of images of one size each, one after another. targets: of all of them.
+        """
+        config, dtype = self.config, groups[0].anchors.dtype
         logits, truth, deltas, wanted = [], [], [], []
-        for i, target in enumerate(targets):
+        images = [(found, i) for found in groups for i in range(len(found.logits))]
+        for (found, i), target in zip(images, targets, strict=True):
+            anchors = found.anchors
             objects = target["boxes"].to(anchors)
             matched = match(
                 anchors,
@@ -139,10 +146,10 @@ class RPN(nn.Module):
             deltas.append(found.deltas[i, positive])
             wanted.append(encode(objects[matched[positive]], anchors[positive]))
         number = max(1, sum(map(len, logits)))
-        asked, truly = torch.cat(logits).to(anchors.dtype), torch.cat(truth).to(anchors.dtype)
+        asked, truly = torch.cat(logits).to(dtype), torch.cat(truth).to(dtype)
         entropy = F.binary_cross_entropy_with_logits(asked, truly, reduction="sum")
         apart = F.smooth_l1_loss(
-            torch.cat(deltas).to(anchors.dtype),
+            torch.cat(deltas).to(dtype),
             torch.cat(wanted),
             reduction="sum",
             beta=config.proposal_beta,

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitrail.features import FeatureSpec
+from vitrail.packing import Spans
 from vitrail.segmenters.segmenter import Segmenter
 
 
@@ -47,6 +48,16 @@ class LinearHead(nn.Module):
         size = first.shape[-2:]
         rest = [F.interpolate(x, size, mode="bilinear", align_corners=False) for x in rest]
         return self.fc(self.dropout(self.norm(torch.cat([first, *rest], 1))))
+
+    def forward_packed(self, maps: Mapping[str, Tensor], spans: Spans) -> Tensor:
+        """The maps' tokens of many images (T, C), of one stride -> (T, num_classes). Norms are over all of
+        the pack, as they are over a batch."""
+        x = torch.cat(list(maps.values()), 1).T[None, :, :, None]  # as one image of a column
+        x = self.norm(x)
+        if self.training and self.dropout.p:
+            kept = self.dropout(x.new_ones(len(spans.lengths), x.shape[1], 1, 1))
+            x = x * spans.spread(kept[..., 0, 0]).T[None, :, :, None]
+        return self.fc(x)[0, :, :, 0].T
 
 
 def build(backbone: Any, config: LinearConfig, num_classes: int) -> Segmenter:

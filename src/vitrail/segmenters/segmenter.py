@@ -1,6 +1,7 @@
 """Backbone + dense head = segmenter: a class for every pixel."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any, Literal
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from vitrail.features import AdaptLevels, adapt_levels
 from vitrail.necks.simple_pyramid import SimplePyramid
+from vitrail.packing import PackedImages, as_packed, packed_maps
 from vitrail_runtime.errors import InputError
 from vitrail_runtime.preprocess import Preprocessing
 
@@ -28,6 +30,7 @@ class Segmenter(nn.Module):
     """
 
     task = "segment"
+    reads_maps = True
     backbone: Any
     head: Any  # has a `stride`
     # Attached by models.create_model and load:
@@ -59,45 +62,84 @@ class Segmenter(nn.Module):
 
     def forward(self, images: Tensor, record: dict[str, Tensor] | None = None) -> Tensor:
         maps = self.maps(images, record)
-        return to_image(self.head(maps), self.head.stride, images)
+        return to_image(self.head(maps), self.head.stride, images.shape[-2:])
+
+    @property
+    def takes_packs(self) -> bool:
+        """Whether its head reads the tokens of images of any sizes at once."""
+        return hasattr(self.head, "forward_packed") and self.levels is None
+
+    def forward_packed(self, packed: PackedImages) -> list[Tensor]:
+        """PackedImages -> of each image, in the order of `packed`, logits (num_classes, height, width)."""
+        found = packed_maps(self.backbone, packed)
+        logits = self.head.forward_packed(found.maps, packed.spans())  # (T, K)
+        groups = replace(found, maps={"logits": logits}, prefix=None).batches()
+        every = [one for group in groups for one in group.maps["logits"].split(1)]
+        return [
+            to_image(one, self.head.stride, size)[0]
+            for one, size in zip(every, packed.sizes, strict=True)
+        ]
 
     def maps(self, images: Tensor, record: dict[str, Tensor] | None = None) -> Mapping[str, Tensor]:
         """What the heads read, finest first."""
         features = self.backbone(images, record=record)
         return features.maps if self.levels is None else self.levels(features)
 
-    def forward_tensors(self, images: Tensor) -> dict[str, Tensor]:
-        """{"logits": (B, num_classes, H, W)}: what is exported as it is."""
+    def forward_tensors(
+        self, images: Tensor, packing: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """{"logits": (B, num_classes, H, W)}: what is exported as it is.
+
+        packing: where `images` are the patches of several (`vitrail.packing.as_packed`); then "logits" are a
+            tuple of (num_classes, height, width) of each.
+        """
+        if packing is not None:
+            return {"logits": tuple(self.forward_packed(as_packed(images, packing)))}
         return {"logits": self(images)}
 
-    def losses(self, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    def losses(
+        self,
+        images: Tensor,
+        targets: Tensor | Sequence[Tensor],
+        *,
+        packing: Mapping[str, Any] | None = None,
+    ) -> dict[str, Tensor]:
         """Cross-entropy, summed over the labelled pixels; divide by `weight(targets)` for the mean.
 
-        targets: (B, H, W) integers, 0..K-1 or IGNORE. Returns: "segment" and, where there is an auxiliary
-            head, "auxiliary", which is weighted already: the loss is their sum.
+        targets: (B, H, W) integers, 0..K-1 or IGNORE; of packed images one (H, W) each. packing: as for
+            `forward_tensors`.
+        Returns: "segment" and, where there is an auxiliary head, "auxiliary", which is weighted already: the
+            loss is their sum.
         """
-        maps = self.maps(images)
-        out = {"segment": self._loss(self.head, maps, images, targets)}
+        if packing is not None:
+            logits = self.forward_packed(as_packed(images, packing))
+            each = zip(logits, targets, strict=True)
+            total = [self._loss(one[None], target[None]) for one, target in each]
+            return {"segment": torch.stack(total).sum()}
+        assert isinstance(targets, Tensor)
+        maps, size = self.maps(images), images.shape[-2:]
+        out = {"segment": self._loss(to_image(self.head(maps), self.head.stride, size), targets)}
         if self.auxiliary is not None:
-            loss = self._loss(self.auxiliary, maps, images, targets)
+            asked: Any = self.auxiliary
+            loss = self._loss(to_image(asked(maps), asked.stride, size), targets)
             out["auxiliary"] = self.auxiliary_weight * loss
         return out
 
-    def weight(self, targets: Tensor) -> Tensor:
+    def weight(self, targets: Tensor | Sequence[Tensor]) -> Tensor:
         """What the sums of `losses` are divided by: the labelled pixels, by the weights of their classes."""
+        if not isinstance(targets, Tensor):
+            targets = torch.cat([target.flatten() for target in targets])
         labelled = targets != IGNORE
         if self.class_weights is None:
             return labelled.sum().float()
         return self._class_weights(targets)[targets[labelled].long()].sum()
 
-    def _loss(
-        self, head: Any, maps: Mapping[str, Tensor], images: Tensor, targets: Tensor
-    ) -> Tensor:
-        logits = to_image(head(maps), head.stride, images)
-        weight = None if self.class_weights is None else self._class_weights(logits)
-        return F.cross_entropy(
-            logits.float(), targets.long(), weight, ignore_index=IGNORE, reduction="sum"
-        )
+    def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        weight = None
+        if self.class_weights is not None:
+            weight = self._class_weights(logits).to(logits.dtype)
+        return F.cross_entropy(logits, targets.long(), weight, ignore_index=IGNORE, reduction="sum")
 
     def _class_weights(self, like: Tensor) -> Tensor:
         return torch.tensor(self.class_weights, dtype=torch.float32, device=like.device)
@@ -109,17 +151,17 @@ def neck_of(backbone: Any, neck: Neck, dim: int) -> AdaptLevels | SimplePyramid:
     return SimplePyramid(specs, dim) if neck == "simple_pyramid" else adapt_levels(specs)
 
 
-def to_image(logits: Tensor, stride: float, images: Tensor) -> Tensor:
-    """Logits (B, K, h, w) of a map of this stride -> (B, K, H, W), bilinearly.
+def to_image(logits: Tensor, stride: float, size: Sequence[int]) -> Tensor:
+    """Logits (B, K, h, w) of a map of this stride -> (B, K, H, W), the size of the image, bilinearly.
 
     A map of ceil(H / stride) rows describes as many whole cells, the last of which reaches beyond an image
     that does not fit: it is enlarged by the stride and then cut, so that every value stays where it was
     computed. Where the image fits this is the resize to its size that the official codes do.
     """
-    height, width = images.shape[-2:]
+    height, width = size
     ratio = Fraction(stride)
-    size = [side * ratio.numerator // ratio.denominator for side in logits.shape[-2:]]
-    logits = F.interpolate(logits, size, mode="bilinear", align_corners=False)
+    whole = [side * ratio.numerator // ratio.denominator for side in logits.shape[-2:]]
+    logits = F.interpolate(logits, whole, mode="bilinear", align_corners=False)
     return logits[..., :height, :width]
 
 

@@ -114,7 +114,7 @@ def native_view(model: Any, config: TrainConfig) -> dict[str, Any]:
 
     Raises InputError for a model that takes no packs.
     """
-    models.check_takes_packs(model)
+    models.check_takes_packs(model, drops=config.packing.drops)
     held = config.packing.max_tokens - model.backbone.num_prefix_tokens
     most = max(1, min(held, config.packing.tokens_per_image or held))
     return {"mode": "native", "patches": models.at_own_shape(model, most).patches}

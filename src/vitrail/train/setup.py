@@ -194,8 +194,8 @@ def pack_plan(config: TrainConfig, data: Examples, model: Any, samples: BatchPla
     task, settings = task_and_settings(config)
     if task.multiple(settings) > 1:
         raise InputError(
-            "images of several shapes cannot be mixed with each other: leave MixUp and CutMix away "
-            "(--task.mixup 0 --task.cutmix 0), or --native"
+            "images of several shapes cannot be mixed with each other: leave MixUp, CutMix and mosaics away "
+            "(--task.mixup 0 --task.cutmix 0, or --task.mosaic 0), or --native"
         )
     return PackPlan(
         samples=samples,
