@@ -243,7 +243,7 @@ def test_masks_of_a_cascade_are_the_mean_of_its_stages():
     boxes = torch.tensor([[2.0, 3, 30, 40], [5, 5, 20, 20]])
     labels = torch.tensor([[2, 0, 0]])
     with torch.no_grad():
-        (got,) = model._masks(maps, [boxes], labels, [2])
+        (got,) = model._masks([maps], [boxes], labels, [2])
         pooled = model.mask_pool(maps, [boxes])
         each = [stage(pooled).sigmoid() for stage in model.mask_stages]
     want = torch.stack([(each[0][i, c] + each[1][i, c]) / 2 for i, c in enumerate((2, 0))])

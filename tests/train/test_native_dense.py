@@ -137,4 +137,4 @@ def test_a_model_learns_on_packs_is_measured_and_asked(kind, data, tmp_path, cap
     said = ["--tokens-per-image", "12", "--max-tokens", "50", "--out", str(tmp_path / "out")]
     assert main(["predict", str(out), *map(str, pictures), *said]) == 0
     lines = (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()
-    assert [json.loads(line)["source"] for line in lines] == list(map(str, pictures))
+    assert [json.loads(line)["path"] for line in lines] == list(map(str, pictures))

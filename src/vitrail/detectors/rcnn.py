@@ -239,10 +239,8 @@ class RCNN(nn.Module):
         scores = total / len(self.stages)
         if self.config.average == "logits":
             scores = scores.softmax(1)
-        answers = [
-            self._best(*one)
-            for one in zip(every.split(proposed), scores.split(proposed), sizes, strict=True)
-        ]
+        ends = [*zip(every.split(proposed), scores.split(proposed), sizes, strict=True)]
+        answers = [self._best(*end) for end in ends]
         out = {
             name: _padded([answer[i] for answer in answers], self.config.detections)
             for i, name in enumerate(("boxes", "scores", "labels"))
@@ -252,12 +250,9 @@ class RCNN(nn.Module):
         if self.has_masks:
             crops = self._masks(groups, [answer[0] for answer in answers], out["labels"], counts)
             out["mask_crops"] = _padded(crops, self.config.detections)
-        first = [row for found in asked for row in zip(found.logits, found.deltas, strict=True)]
-        ends = zip(
-            *zip(*first, strict=True), every.split(proposed), scores.split(proposed), strict=True
-        )
-        for i, parts in enumerate(ends):
-            if not all(part.isfinite().all() for part in parts):
+        starts = [row for found in asked for row in zip(found.logits, found.deltas, strict=True)]
+        for i, (start, end) in enumerate(zip(starts, ends, strict=True)):
+            if not all(part.isfinite().all() for part in (*start, *end[:2])):
                 out["boxes"][i, 0], out["scores"][i, 0] = math.nan, math.nan
                 out["count"][i] = out["count"][i].clamp(min=1)
         return out
