@@ -91,7 +91,7 @@ def objects_of(size: tuple[int, int], seed: int, count: int = 2) -> dict[str, Te
     }
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(sizes=SIZES, budget=st.integers(50, 120))
 @example(sizes=[(5, 9), (8, 12), (7, 10), (12, 5)], budget=90)  # one grid, of images of other sizes
 def test_a_segmenter_says_of_packed_images_what_it_says_of_each_alone(sizes, budget):
@@ -104,7 +104,7 @@ def test_a_segmenter_says_of_packed_images_what_it_says_of_each_alone(sizes, bud
 
 
 @pytest.mark.parametrize("name", DETECTORS)
-@settings(max_examples=8)
+@settings(max_examples=4)
 @given(sizes=SIZES)
 @example(sizes=[(23, 9), (24, 12), (9, 23), (1, 1)])
 def test_a_detector_says_of_packed_images_what_it_says_of_each_alone(name, sizes):
