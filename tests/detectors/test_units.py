@@ -11,7 +11,7 @@ from torchvision.ops.poolers import LevelMapper
 from vitrail.detectors import matching, rcnn
 from vitrail.detectors.cascade import CascadeMaskRCNNConfig, CascadeRCNNConfig
 from vitrail.detectors.matching import BACKGROUND, match, sample
-from vitrail.detectors.roi import BoxHead, MaskHead, RoIPooling, crop_masks
+from vitrail.detectors.roi import BoxHead, MaskHead, RoIPooling, crop_masks, mask_entropy
 from vitrail.detectors.rpn import RPN
 from vitrail.features import FeatureSpec
 
@@ -137,6 +137,39 @@ def test_no_more_than_one_mask_becomes_numbers_of_32_bits(monkeypatch):
     boxes = torch.tensor([[10.0, 10, 30, 20]]).expand(300, 4)
     crop_masks(masks, boxes, torch.arange(300), 28)
     assert max(sizes) == 23 * 13  # what the box sees, with a pixel all around
+
+
+@pytest.mark.parametrize("number", [0, 64, 150])
+@pytest.mark.parametrize("norm", [False, True])
+def test_the_loss_of_masks_and_every_gradient_are_those_of_all_boxes_at_once(norm, number):
+    torch.manual_seed(0)
+    config = CascadeMaskRCNNConfig(mask_convs=1, mask_dim=3, mask_norm=norm)
+    head = MaskHead(config, 2, 4).double()
+    head.convs[0].weight.requires_grad_(False)
+    torch.nn.init.normal_(head.masks.weight)
+    pooled = torch.randn(number, 2, 3, 3, dtype=torch.float64, requires_grad=True)
+    labels = torch.randint(0, 4, (number,))
+    wanted = torch.rand(number, 6, 6, dtype=torch.float64)
+    if norm and not number:
+        return  # BatchNorm knows no mean of nothing
+    learnt = [p for p in head.parameters() if p.requires_grad]
+    got = mask_entropy(head, pooled, labels, wanted)
+    found = torch.autograd.grad(3 * got, (pooled, *learnt))
+    mine = head(pooled)[torch.arange(number), labels]
+    likely = mine.sigmoid()
+    want = -(wanted * likely.log() + (1 - wanted) * (1 - likely).log()).sum()
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(found, torch.autograd.grad(3 * want, (pooled, *learnt)))
+    with torch.no_grad():
+        torch.testing.assert_close(mask_entropy(head, pooled, labels, wanted), want)
+
+
+def test_of_a_mask_head_nothing_is_kept_but_its_gradients():
+    head = MaskHead(CascadeMaskRCNNConfig(mask_convs=2, mask_dim=8), 8, 2)
+    pooled = torch.randn(70, 8, 4, 4, requires_grad=True)
+    loss = mask_entropy(head, pooled, torch.zeros(70, dtype=torch.long), torch.rand(70, 8, 8))
+    kept = loss.grad_fn.saved_tensors
+    assert [t.shape for t in kept] == [t.shape for t in (pooled, *head.parameters())]
 
 
 def test_anchors_stand_by_true_strides():

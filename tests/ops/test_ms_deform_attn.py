@@ -111,6 +111,14 @@ def test_every_form_is_equation_3(form):
     )
 
 
+def test_nothing_is_kept_for_the_gradient_beside_the_inputs():
+    inputs = draw([(4, 5), (2, 3)])
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
+        ms_deform_attn(inputs[0], [(4, 5), (2, 3)], *inputs[1:], implementation="bag")
+    assert {t.data_ptr() for t in kept} == {t.data_ptr() for t in inputs}
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_every_gradient_is_the_slope(form):
     shapes = [(3, 2), (1, 1)]

@@ -14,7 +14,7 @@ The second network is a list of stages, of which these have one; `cascade.py` ha
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from vitrail.boxes import clip, decode, encode
 from vitrail.detectors.matching import match, sample
-from vitrail.detectors.roi import BoxHead, MaskHead, RoIPooling, crop_masks
+from vitrail.detectors.roi import BoxHead, MaskHead, RoIPooling, crop_masks, mask_entropy
 from vitrail.detectors.rpn import RPN, Found, Sizes
 from vitrail.features import Features, adapt_levels
 from vitrail.layers.frozen import freeze_norms
@@ -357,18 +357,14 @@ class RCNN(nn.Module):
         self, groups: Groups, drawn: Sequence[Drawn], targets: Sequence[Any], i: int
     ) -> Tensor:
         boxes = [d.boxes[: len(d.index)] for d in drawn]
-        logits = self.mask_stages[i](_pooled(self.mask_pool, groups, boxes))
         labels = torch.cat([d.labels[: len(d.index)] for d in drawn])
-        mine = logits[torch.arange(len(labels), device=labels.device), labels]
-        mine = mine.to(torch.promote_types(mine.dtype, torch.float32))
         wanted = [
-            crop_masks(target["masks"], own, d.index, mine.shape[-1])
+            crop_masks(target["masks"], own, d.index, 2 * self.mask_pool.size)
             for target, own, d in zip(targets, boxes, drawn, strict=True)
         ]
-        entropy = F.binary_cross_entropy_with_logits(
-            mine, torch.cat(wanted).to(mine.dtype), reduction="sum"
-        )
-        return entropy / max(1, mine.numel())
+        pooled, truth = _pooled(self.mask_pool, groups, boxes), torch.cat(wanted)
+        head = cast(MaskHead, self.mask_stages[i])
+        return mask_entropy(head, pooled, labels, truth) / max(1, truth.numel())
 
     def _refined(
         self, logits: Tensor, deltas: Tensor, drawn: Sequence[Drawn], sizes: Sizes, i: int

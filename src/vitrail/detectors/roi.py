@@ -9,10 +9,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from vitrail.features import FeatureSpec
 from vitrail.ops.roi_align import roi_align
 
+BOXES = 64  # whose masks are learnt at once
 CELLS = 14  # of a level, sqrt(area) from which it takes a box: 224 pixels at stride 16 (Lin et al., eq. 1)
 
 
@@ -155,3 +157,53 @@ def crop_masks(masks: Tensor, boxes: Tensor, index: Tensor, size: int) -> Tensor
         rois = torch.cat((own.new_zeros(len(own), 1), own - torch.cat((low, low))), 1)
         out[rows] = torchvision.ops.roi_align(part[None, None].to(boxes.dtype), rois, size)[:, 0]
     return out
+
+
+def mask_entropy(head: MaskHead, pooled: Tensor, labels: Tensor, wanted: Tensor) -> Tensor:
+    """Binary cross-entropy, added up over the cells of all boxes, of the masks of their classes.
+
+    pooled: (N, C, s, s). labels: (N,). wanted: (N, 2 s, 2 s) in 0 to 1.
+
+    The gradient is taken with it, some boxes after the other: 256 boxes would else keep 440 MB for each stage
+    of a cascade until all of them have run.
+    """
+    learnt = [p for p in head.parameters() if p.requires_grad]
+    if torch.is_grad_enabled() and (learnt or pooled.requires_grad):
+        return _AtOnce.apply(head, labels, wanted, pooled, *learnt)
+    return _mask_entropy(head, labels, wanted, pooled)
+
+
+def _mask_entropy(head: MaskHead, labels: Tensor, wanted: Tensor, pooled: Tensor) -> Tensor:
+    mine = head(pooled)[torch.arange(len(labels), device=labels.device), labels]
+    mine = mine.to(torch.promote_types(mine.dtype, torch.float32))
+    return F.binary_cross_entropy_with_logits(mine, wanted.to(mine.dtype), reduction="sum")
+
+
+class _AtOnce(torch.autograd.Function):
+    """`_mask_entropy`, and in the same pass its gradients by the pooled features and by the parameters."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, head: MaskHead, labels: Tensor, wanted: Tensor, pooled: Tensor, *learnt: Tensor
+    ) -> Tensor:
+        # BatchNorm's statistics are those of all boxes.
+        step = len(pooled) if any(True for _ in head.buffers()) else BOXES
+        total, gradients = torch.zeros((), device=pooled.device), []
+        of_pooled = torch.empty_like(pooled)
+        for start in range(0, max(1, len(pooled)), max(1, step)):
+            here = slice(start, start + step)
+            part = pooled[here].detach().requires_grad_()
+            with torch.enable_grad():
+                loss = _mask_entropy(head, labels[here], wanted[here], part)
+                of_pooled[here], *own = torch.autograd.grad(loss, (part, *learnt))
+            gradients = [a + b for a, b in zip(gradients, own, strict=True)] if start else own
+            total = total + loss.detach()
+        ctx.save_for_backward(of_pooled, *gradients)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, gradient: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        return None, None, None, *(one * gradient.to(one.dtype) for one in ctx.saved_tensors)
