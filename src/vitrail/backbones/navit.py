@@ -41,6 +41,7 @@ from vitrail.layers.attention import map_to_tokens, tokens_to_map
 from vitrail.layers.keys import join_rows
 from vitrail.layers.position import resample_positions
 from vitrail.layers.residual import drop_path_schedule
+from vitrail.ops.linear import Linear
 from vitrail.ops.packed_attention import packed_attention
 from vitrail.packing import Spans
 from vitrail.registry import Layout, Tensors, register_backbone, rename_keys
@@ -226,7 +227,7 @@ class NormedAttention(Attention):
         dim, heads = config.embed_dim, config.num_heads
         super().__init__(dim, heads, config.qkv_bias)
         if not config.proj_bias:
-            self.proj = nn.Linear(dim, dim, bias=False)
+            self.proj = Linear(dim, dim, bias=False)
         self.q_norm, self.k_norm = query_key_norms(config)
 
     def heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -267,8 +268,8 @@ class NaViTBlock(Block):
         self.norm1 = nn.LayerNorm(dim, config.norm_eps, bias=config.norm_bias)
         self.norm2 = nn.LayerNorm(dim, config.norm_eps, bias=config.norm_bias)
         if not config.bias:
-            self.mlp.fc1 = nn.Linear(dim, hidden, bias=False)
-            self.mlp.fc2 = nn.Linear(hidden, dim, bias=False)
+            self.mlp.fc1 = Linear(dim, hidden, bias=False)
+            self.mlp.fc2 = Linear(hidden, dim, bias=False)
 
 
 class NaViT(ViT):
@@ -357,7 +358,7 @@ class AttentionPool(nn.Module):
         nn.init.trunc_normal_(self.query, std=0.02)
         self.norm = nn.LayerNorm(dim, config.norm_eps, bias=config.norm_bias)
         self.q = nn.Linear(dim, dim, bias=bias)
-        self.kv = nn.Linear(dim, 2 * dim, bias=bias)
+        self.kv = Linear(dim, 2 * dim, bias=bias)
         self.proj = nn.Linear(dim, dim, bias=config.proj_bias)
         self.q_norm, self.k_norm = query_key_norms(config)
         self.norm2 = self.fc1 = self.fc2 = None

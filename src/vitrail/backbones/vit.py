@@ -35,6 +35,7 @@ from vitrail.layers.checkpoint import checkpointed
 from vitrail.layers.mlp import Mlp
 from vitrail.layers.position import resample_positions
 from vitrail.layers.residual import DropPath, LayerScale, drop_path_schedule
+from vitrail.ops.linear import Linear, linear
 from vitrail.ops.packed_attention import packed_attention
 from vitrail.packing import (
     PackedFeatures,
@@ -165,7 +166,7 @@ class PatchEmbed(nn.Module):
 
     def project(self, patches: Tensor) -> Tensor:
         """The same for cut patches, in any order: (T, 3 * p * p) -> (T, C)."""
-        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+        return linear(patches, self.proj.weight.flatten(1), self.proj.bias)
 
 
 class Attention(nn.Module):
@@ -176,8 +177,8 @@ class Attention(nn.Module):
         self.num_heads = num_heads
         # Channels of queries, keys and values, in this order: rows of the one projection.
         self.widths = (dim, dim, dim)
-        self.qkv = nn.Linear(dim, sum(self.widths), bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv: nn.Linear = Linear(dim, sum(self.widths), bias=qkv_bias)
+        self.proj: nn.Linear = Linear(dim, dim)
 
     def forward(
         self,
@@ -245,8 +246,8 @@ class SwiGLU(nn.Module):
 
     def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(dim, 2 * hidden_dim)
-        self.fc2 = nn.Linear(hidden_dim, dim)
+        self.fc1 = Linear(dim, 2 * hidden_dim)
+        self.fc2 = Linear(hidden_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, value = self.fc1(x).chunk(2, dim=-1)

@@ -4,6 +4,8 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from vitrail.ops.linear import Linear
+
 
 class Mlp(nn.Module):
     """Linear, activation, linear. (..., C) -> (..., C)."""
@@ -12,9 +14,9 @@ class Mlp(nn.Module):
         self, dim: int, hidden_dim: int, act: Callable[[], nn.Module] = nn.GELU, drop: float = 0.0
     ) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc1 = Linear(dim, hidden_dim)
         self.act = act()
-        self.fc2 = nn.Linear(hidden_dim, dim)
+        self.fc2 = Linear(hidden_dim, dim)
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,0 +1,140 @@
+"""The product of linear layers by oneDNN, where it is the faster one."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.autograd import forward_ad
+from torch.utils.flop_counter import FlopCounterMode
+
+from vitrail.ops import linear as module
+from vitrail.ops.linear import Linear, linear
+
+pytestmark = pytest.mark.skipif(
+    not torch.backends.mkldnn.is_available(), reason="PyTorch without oneDNN"
+)
+
+
+@pytest.fixture
+def products(monkeypatch):
+    """The shapes that oneDNN was asked for; here it takes the smallest products too."""
+    seen, real = [], module._product
+
+    def product(x, weight, bias):
+        seen.append((tuple(x.shape), tuple(weight.shape)))
+        return real(x, weight, bias)
+
+    monkeypatch.setattr(module, "_pays", lambda: True)
+    monkeypatch.setattr(module, "LEAST", 1)
+    monkeypatch.setattr(module, "_product", product)
+    return seen
+
+
+def given(*shape, bias=True):
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(*shape, 24, generator=g, requires_grad=True)
+    weight = torch.nn.Parameter(torch.randn(40, 24, generator=g))
+    return x, weight, torch.nn.Parameter(torch.randn(40, generator=g)) if bias else None
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(7,), (2, 5), (2, 3, 4)])
+def test_value_and_gradients_are_those_of_pytorchs_linear(products, shape, bias):
+    tensors = given(*shape, bias=bias)
+    wanted = [t for t in tensors if t is not None]
+    out, expected = linear(*tensors), F.linear(*tensors)
+    torch.testing.assert_close(out, expected)
+    g = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    ours, theirs = (torch.autograd.grad(y, wanted, g) for y in (out, expected))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+    rows = out[..., 0].numel()
+    assert [weight for _, weight in products] == [(40, 24), (24, 40), (24, rows)]
+
+
+def test_gradients_of_gradients_are_those_of_pytorchs_linear(products):
+    x, weight, bias = given(7)
+    found = []
+    for form in (linear, F.linear):
+        (first,) = torch.autograd.grad(form(x, weight, bias).pow(3).sum(), x, create_graph=True)
+        found.append(torch.autograd.grad(first.pow(2).sum(), [x, weight, bias]))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-1)  # of values up to 1e6
+
+
+def test_only_what_needs_a_gradient_has_its_product_computed(products):
+    x, weight, bias = given(7)
+    linear(x.detach(), weight, bias).sum().backward()
+    assert len(products) == 2
+    assert weight.grad is not None
+    with torch.no_grad():
+        assert linear(x, weight, bias).grad_fn is None
+
+
+def test_a_layer_is_pytorchs_with_its_parameters(products):
+    torch.manual_seed(0)
+    ours, theirs = Linear(24, 40), torch.nn.Linear(24, 40)
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(3, 5, 24)
+    torch.testing.assert_close(ours(x), theirs(x))
+    assert len(products) == 1
+    assert isinstance(ours, torch.nn.Linear)
+
+
+def test_what_onednn_would_round_or_does_not_know_goes_to_pytorch(products):
+    x, weight, bias = given(7)
+    torch.testing.assert_close(
+        linear(x.double(), weight.double(), bias.double()).float(), F.linear(x, weight, bias)
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear(x, weight, bias).dtype == torch.bfloat16
+    assert linear(x[0], weight, bias).shape == (40,)
+    with torch.backends.mkldnn.flags(enabled=False):
+        linear(x, weight, bias)
+    assert linear(x.to("meta"), weight.to("meta"), bias.to("meta")).device.type == "meta"
+    assert products == []
+
+
+def test_small_products_stay_with_pytorch(products, monkeypatch):
+    x, weight, bias = given(7)
+    monkeypatch.setattr(module, "LEAST", 7 * 24 * 40 + 1)
+    linear(x, weight, bias)
+    assert products == []
+    monkeypatch.setattr(module, "LEAST", 7 * 24 * 40)
+    linear(x, weight, bias)
+    assert len(products) == 1
+
+
+def test_who_looks_at_single_operations_sees_pytorchs(products):
+    torch.manual_seed(0)
+    layer, x = Linear(24, 40), torch.randn(7, 24)
+    with FlopCounterMode(display=False) as counter:
+        layer(x)
+    assert counter.get_total_flops() == 2 * 7 * 24 * 40
+    expected = F.linear(x, layer.weight, layer.bias)
+    torch.testing.assert_close(torch.vmap(layer)(x[:, None])[:, 0], expected)
+    with forward_ad.dual_level():
+        out = layer(forward_ad.make_dual(x, torch.ones_like(x)))
+        assert forward_ad.unpack_dual(out).tangent is not None
+    traced = torch.jit.trace(layer, x, check_trace=False)
+    assert "mkldnn" not in str(traced.inlined_graph)
+    exported = torch.export.export(layer, (x,))
+    assert "mkldnn" not in str(exported.graph)
+    assert products == []
+
+
+@pytest.mark.parametrize(
+    ("vendor", "capability", "pays"),
+    [
+        ("AuthenticAMD", "AVX512", True),
+        ("AuthenticAMD", "AVX2", False),
+        ("GenuineIntel", "AVX512", False),
+    ],
+)
+def test_it_is_for_the_machines_where_it_was_measured(monkeypatch, vendor, capability, pays):
+    monkeypatch.setattr(module.platform, "processor", lambda: "")
+    monkeypatch.setattr(Path, "read_text", lambda self, **_: f"vendor_id : {vendor}")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    assert module._pays.__wrapped__() is pays
