@@ -47,6 +47,7 @@ DIGITS = {  # of each task
     "classify": "classify",
     "segment": "semantic",
     "detect": "instances",
+    "panoptic": "panoptic",
     "contrast": "pairs",
 }
 _RCNN = {"neck_dim": 16, "box_dim": 32, "proposals": (60, 40), "samples": 64}
@@ -62,6 +63,7 @@ SMALL: dict[str, dict[str, Any]] = {  # fields of the heads
     "cascade_mask_rcnn": _MASKS,
     "efficientdet": {"neck_dim": 16, "neck_cells": 1, "head_convs": 1},
     "detr": _DETR,
+    "detr_panoptic": {**_DETR, "num_heads": 8},
     "clip": _TEXT,
     "siglip": _TEXT,
     "deformable_detr": {**_DETR, "dim": 64, "num_queries": 40, "detections": 40},

@@ -35,7 +35,6 @@ KNOWN = {  # what stands there all the same, and why
         "top1",
     ): "papers' ImageNet score of a backbone, which they give for all of them",
     ("cli/predict.py", "segmentation"): "a field of Prediction: what is there is written",
-    ("cli/predict.py", "boxes"): "likewise",
 }
 LINES = 60  # of a function, at most
 LONG = {  # (file, function): why it is longer

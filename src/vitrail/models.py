@@ -17,8 +17,8 @@ from vitrail import towers
 from vitrail import weights as weights_room
 from vitrail.classifiers import Classifier, PooledHead
 from vitrail.configuration import check_choices, from_dict, to_dict
-from vitrail.detectors import cascade, deformable_detr, detr, efficientdet, rcnn
-from vitrail.detectors.detr_keys import from_deformable_detr, from_detr
+from vitrail.detectors import cascade, deformable_detr, detr, detr_panoptic, efficientdet, rcnn
+from vitrail.detectors.detr_keys import from_deformable_detr, from_detr, from_detr_panoptic
 from vitrail.detectors.efficientdet_scales import SCALES, Scale
 from vitrail.detectors.keys import from_foreign
 from vitrail.registry import (
@@ -109,6 +109,12 @@ HEADS = {
         deformable_detr.DeformableDETRConfig(),
         deformable_detr.DeformableDETR,
         from_deformable_detr,
+    ),
+    "detr_panoptic": replace(
+        _detector(
+            detr_panoptic.DETRPanopticConfig(), detr_panoptic.DETRPanoptic, from_detr_panoptic
+        ),
+        task="panoptic",
     ),
     "clip": Head(task="contrast", config=towers.TowersConfig(), build=towers.TwoTowers, whole=True),
     "siglip": Head(  # scale and bias of section 3.2

@@ -50,7 +50,7 @@ def test_segments_are_those_of_transformers(seed):
     how = {"mask_threshold": 0.4, "overlap_mask_area_threshold": 0.3, "label_ids_to_fuse": set()}
     want, told = compute_segments(masks[kept].clone(), scores[kept], labels[kept], **how)
     given = masks.numpy(), scores.numpy(), labels.numpy()
-    ids, found, said = merge(*given, (), sure=0.6, own=0.3, on=0.4)
+    ids, found, said = merge((18, 24), *given, (), sure=0.6, own=0.3, on=0.4)
     assert np.array_equal(ids, want.numpy())
     assert found == [segment["label_id"] for segment in told]
     assert said == pytest.approx([segment["score"] for segment in told], abs=1e-6)
@@ -61,7 +61,7 @@ def test_segments_of_one_class_of_stuff_are_one():
     masks = np.zeros((4, 2, 4))
     masks[range(4), :, range(4)] = 0.9
     given = masks, np.array([0.9, 0.95, 0.99, 0.91]), np.array([2, 1, 2, 1])
-    ids, found, said = merge(*given, {2})
+    ids, found, said = merge((2, 4), *given, {2})
     assert ids[0].tolist() == [1, 2, 1, 3]
     assert (found, said) == ([2, 1, 1], [0.9, 0.95, 0.91])
 
@@ -70,7 +70,7 @@ def test_a_query_that_others_cover_leaves_nothing():
     masks = np.zeros((3, 4, 5))
     masks[0, :, :4], masks[1, :, :3], masks[2, :, 4] = 0.9, 1.0, 0.9
     scores, labels = np.array([0.9, 0.95, 0.8]), np.array([1, 2, 1])
-    ids, found, said = merge(masks, scores, labels, ())
+    ids, found, said = merge((4, 5), masks, scores, labels, ())
     assert (found, said) == ([2], [0.95])  # the first keeps a quarter, the last is not sure
     assert (ids[:, :3] == 1).all()
     assert not ids[:, 3:].any()
@@ -78,5 +78,7 @@ def test_a_query_that_others_cover_leaves_nothing():
 
 
 def test_without_a_sure_query_there_is_no_segment():
-    ids, found, said = merge(np.ones((2, 3, 4)), np.array([0.85, 0.1]), np.array([0, 1]), ())
+    ids, found, said = merge(
+        (3, 4), np.ones((2, 3, 4)), np.array([0.85, 0.1]), np.array([0, 1]), ()
+    )
     assert (ids.shape, ids.any(), found, said) == ((3, 4), False, [], [])

@@ -14,6 +14,7 @@ from PIL import Image
 
 from vitrail.data.augmentation import Augmentation
 from vitrail.train.config import TrainConfig
+from vitrail_runtime.panoptic import colours_of, segments_of
 
 CLASSES = ("left", "right", "top")
 BOXES = {"left": (6, 1), "right": (6, 15), "top": (1, 8)}  # (row, column) of the square
@@ -154,6 +155,58 @@ def make_pairs(root: Path, *, train: int = 24, val: int = 12) -> Path:
     return root
 
 
+# DETR with its mask head, which answers whatever it is sure of; no dropout.
+PANOPTIC = VIT | {
+    "model": "detr_panoptic/vit_tiny_patch16",
+    "head_fields": {
+        "dim": 32,
+        "num_heads": 8,
+        "mlp_dim": 32,
+        "encoder_layers": 1,
+        "decoder_layers": 2,
+        "num_queries": 8,
+        "dropout": 0.0,
+        "sure": 0.0,
+    },
+}
+KINDS = ("ruby", "grass", "dark")  # the last is stuff: what blocks lie on
+
+
+def make_segments(root: Path, *, train: int = 24, val: int = 12) -> Path:
+    """In COCO's panoptic format: dark ground with up to three blocks on it, a column of no segment at its
+    right."""
+    categories = [{"id": k + 1, "name": n, "isthing": int(k < 2)} for k, n in enumerate(KINDS)]
+    for split, count in (("train", train), ("val", val)):
+        (root / "images" / split).mkdir(parents=True)
+        (root / f"panoptic_{split}").mkdir()
+        entries, told = [], []
+        for i in range(count):
+            rng = np.random.default_rng(100 * (split == "val") + i)
+            width, height = 28 + i % 5, 24 + i % 3
+            pixels = rng.integers(0, 90, (height, width, 3), dtype=np.uint8)
+            ids = np.full((height, width), 300 + i)
+            of = {300 + i: 3}
+            for number in range(1, 1 + i % 4):
+                w, h = rng.integers(8, 13, 2).tolist()
+                x, y = int(rng.integers(0, width - w)), int(rng.integers(0, height - h))
+                here = np.s_[y : y + h, x : x + w]
+                if (ids[here] != 300 + i).any():
+                    continue
+                pixels[(*here, number % 2)] += 150
+                ids[here], of[number] = number, number % 2 + 1
+            ids[:, -1] = 0
+            name = f"{i:02d}.png"
+            Image.fromarray(pixels).save(root / "images" / split / name)
+            Image.fromarray(colours_of(ids)).save(root / f"panoptic_{split}" / name)
+            entry = {"id": i + 1, "file_name": f"{split}/{name}"}
+            entries.append(entry | {"height": height, "width": width})
+            about = {"image_id": i + 1, "file_name": name}
+            told.append(about | {"segments_info": segments_of(ids, of)})
+        document = {"images": entries, "annotations": told, "categories": categories}
+        (root / f"panoptic_{split}.json").write_text(json.dumps(document), encoding="utf-8")
+    return root
+
+
 @dataclass(frozen=True)
 class Tiny:
     """Settings of a model without BatchNorm, and how a set of 24 images to learn from and 12 to measure on
@@ -169,8 +222,10 @@ TINY = {
     "classify": Tiny(make_pictures, VIT, "top1", CLASSES),
     "segment": Tiny(make_masks, SEGMENTER, "mIoU", SHAPES),
     "detect": Tiny(make_scenes, DETECTOR, "AP", BLOCKS),
+    "panoptic": Tiny(make_segments, PANOPTIC, "PQ", KINDS),
     "contrast": Tiny(make_pairs, TOWERS, "recall", CLASSES),
 }
+SLOW = ("panoptic",)  # whose own tests are the fast ones
 
 
 @pytest.fixture(scope="session")
@@ -188,16 +243,25 @@ def pairs(tmp_path_factory) -> Path:
     return make_pairs(tmp_path_factory.mktemp("pairs"))
 
 
-@pytest.fixture(scope="session", params=TINY)
+@pytest.fixture(scope="session")
+def segments(tmp_path_factory) -> Path:
+    return make_segments(tmp_path_factory.mktemp("segments"))
+
+
+@pytest.fixture(
+    scope="session",
+    params=[pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in TINY],
+)
 def tiny(request) -> Tiny:
     """Of each task."""
     return TINY[request.param]
 
 
 @pytest.fixture(scope="session")
-def examples(tiny, pictures, masks, scenes, pairs) -> Path:
+def examples(tiny, pictures, masks, scenes, segments, pairs) -> Path:
     """The data set of `tiny`."""
     made = {"classify": pictures, "segment": masks, "detect": scenes, "contrast": pairs}
+    made["panoptic"] = segments
     return next(made[name] for name in TINY if TINY[name] is tiny)
 
 

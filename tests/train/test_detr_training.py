@@ -13,10 +13,17 @@ from vitrail.train.trainer import train
 
 # Without BatchNorm and dropout.
 HEADS = {
-    "detr": {"dim": 16, "encoder_layers": 1},
-    "deformable_detr": {"dim": 64, "encoder_layers": 1, "num_levels": 2, "refine": True},
+    "detr": {"dim": 16, "encoder_layers": 1, "num_heads": 2},
+    "detr_panoptic": {"dim": 32, "encoder_layers": 1, "num_heads": 8},
+    "deformable_detr": {
+        "dim": 64,
+        "encoder_layers": 1,
+        "num_heads": 2,
+        "num_levels": 2,
+        "refine": True,
+    },
 }
-SMALL = {"num_heads": 2, "mlp_dim": 16, "decoder_layers": 2, "num_queries": 8, "dropout": 0.0}
+SMALL = {"mlp_dim": 16, "decoder_layers": 2, "num_queries": 8, "dropout": 0.0}
 OFTEN = {"epochs": 10, "batch_size": 12, "log_every": 1, "eval_every": 10}
 
 
@@ -35,11 +42,16 @@ def losses(out: Path) -> list[float]:
     [
         ("detr", "parts"),
         pytest.param("detr", "processes", marks=pytest.mark.slow),
+        pytest.param("detr_panoptic", "parts", marks=pytest.mark.slow),
+        pytest.param("detr_panoptic", "processes", marks=pytest.mark.slow),
         pytest.param("deformable_detr", "parts", marks=pytest.mark.slow),
         pytest.param("deformable_detr", "processes", marks=pytest.mark.slow),
     ],
 )
-def test_parts_and_processes_change_no_loss_over_twenty_updates(head, way, scenes, tmp_path):
+def test_parts_and_processes_change_no_loss_over_twenty_updates(
+    head, way, scenes, segments, tmp_path
+):
+    scenes = segments if head == "detr_panoptic" else scenes
     model = VIT | {"model": f"{head}/vit_tiny_patch16", "head_fields": HEADS[head] | SMALL}
     # The queries of the first layer are all alike at first, so some gradients are nothing but rounding, which
     # AdamW would enlarge to steps of full length.

@@ -6,6 +6,7 @@ from vitrail_runtime.finish import (
     FINISH,
     finish_classification,
     finish_detection,
+    finish_panoptic,
     finish_segmentation,
 )
 from vitrail_runtime.pictures import find_pictures
@@ -31,6 +32,7 @@ __all__ = [
     "find_pictures",
     "finish_classification",
     "finish_detection",
+    "finish_panoptic",
     "finish_segmentation",
     "prepare",
     "preprocessed_size",

@@ -1,4 +1,4 @@
-"""Predictions as COCO results: what evaluation servers and annotation tools take."""
+"""Predictions in COCO's forms, boxes and segments: what evaluation servers and annotation tools take."""
 
 import json
 from collections import Counter
@@ -6,10 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from vitrail_runtime.errors import InputError, listed
+from vitrail_runtime.panoptic import colours_of, segments_of
 from vitrail_runtime.prediction import Prediction
 
 RESULTS, IMAGES = "coco_results.json", "coco_images.json"
+PANOPTIC, FOLDER = "coco_panoptic.json", "coco_panoptic"
 
 
 class CocoIds:
@@ -97,3 +101,51 @@ class CocoResults:
 def counted(names: Sequence[str]) -> str:
     """ "12 cell, 3 plate": how many of each name, the most first."""
     return ", ".join(f"{count} {name}" for name, count in Counter(names).most_common())
+
+
+class CocoSegments:
+    """Writes FOLDER, for each image a PNG of the ids of its segments, and PANOPTIC, which lists these, to a
+    folder: COCO's panoptic form, with `score` beside each segment. The list is there once it is closed."""
+
+    def __init__(self, folder: Path, ids: CocoIds) -> None:
+        self.folder, self.ids = folder, ids
+        self.images: list[dict[str, Any]] = []
+        self.annotations: list[dict[str, Any]] = []
+        self.stuff: set[int] = set()
+        (folder / FOLDER).mkdir(exist_ok=True)
+
+    def add(self, prediction: Prediction) -> None:
+        """All segments of one image."""
+        assert prediction.segments is not None
+        source = str(prediction.source)
+        image_id, name = self.ids.images[source], f"{self.ids.images[source]:012d}.png"
+        Image.fromarray(colours_of(prediction.segments)).save(self.folder / FOLDER / name)
+        kinds = [self.ids.categories[int(k)] for k in prediction.labels]
+        told = segments_of(prediction.segments, dict(enumerate(kinds, 1)))
+        for segment in told:
+            segment["score"] = round(float(prediction.scores[segment["id"] - 1]), 6)
+        self.annotations.append({"image_id": image_id, "file_name": name, "segments_info": told})
+        height, width = prediction.segments.shape
+        self.images.append({"id": image_id, "file_name": source, "height": height, "width": width})
+        self.stuff |= set(prediction.stuff)
+
+    def close(self) -> None:
+        categories = [
+            {"id": number, "name": name, "isthing": int(label not in self.stuff)}
+            for label, (number, name) in enumerate(
+                zip(self.ids.categories, self.ids.classes, strict=True)
+            )
+        ]
+        about = {
+            "images": self.images,
+            "annotations": self.annotations,
+            "categories": categories,
+        }
+        (self.folder / PANOPTIC).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+
+
+def coco_form(prediction: Prediction) -> type[CocoResults] | type[CocoSegments] | None:
+    """What writes predictions of this kind as COCO does, where COCO has a form for them."""
+    if prediction.segments is not None:
+        return CocoSegments
+    return None if prediction.boxes is None else CocoResults

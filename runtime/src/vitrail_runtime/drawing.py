@@ -46,11 +46,28 @@ def draw_prediction(
     canvas = canvas.resize((shown[1], shown[0]), resampling)
     if prediction.segmentation is not None:
         canvas = overlay(canvas, prediction.segmentation)
+    if prediction.segments is not None:
+        canvas = _with_named_segments(canvas, prediction)
     if prediction.boxes is None:
         return _with_panel(canvas, _rows_of(prediction))
     texts = [f"{n} {s:.0%}" for n, s in zip(prediction.names, prediction.scores, strict=True)]
     shown = prediction.rles
     return draw_objects(canvas, size, prediction.boxes, prediction.labels, texts, shown)
+
+
+def _with_named_segments(canvas: Image.Image, prediction: "Prediction") -> Image.Image:
+    """Segments in the colours of their classes, and the names of things."""
+    assert prediction.segments is not None
+    whole = Image.fromarray(prediction.segments)
+    shown = np.asarray(whole.resize(canvas.size, Image.Resampling.NEAREST))
+    canvas = with_segments(canvas, shown, [colour_of(int(k)) for k in prediction.labels])
+    pen, size = ImageDraw.Draw(canvas), max(12, min(26, max(canvas.size) // 36))
+    for number in np.flatnonzero(~np.isin(prediction.labels, list(prediction.stuff))).tolist():
+        rows, columns = np.nonzero(shown == number + 1)
+        if len(rows):
+            corner = int(columns.min()), int(rows.min())
+            _tag(pen, canvas, corner, prediction.names[number], size, prediction.labels[number])
+    return canvas
 
 
 def draw_objects(
@@ -95,6 +112,8 @@ _Row = tuple[str, str, float, Colour]
 
 
 def _rows_of(prediction: "Prediction") -> list[_Row]:
+    if prediction.segments is not None:
+        return _rows_of_classes(prediction)
     if prediction.segmentation is None:
         rows = zip(prediction.names, prediction.scores, prediction.labels, strict=True)
         return [(n, _percent(s), float(s), colour_of(int(k))) for n, s, k in rows][:_ROWS]
@@ -107,6 +126,20 @@ def _rows_of(prediction: "Prediction") -> list[_Row]:
             name = prediction.classes[value] if known else f"class {value}"
             rows.append((name, _percent(share), float(share), colour_of(int(value))))
     return rows[:_LEGEND]
+
+
+def _rows_of_classes(prediction: "Prediction") -> list[_Row]:
+    """Of each class how many segments there are and which share of the image is theirs."""
+    assert prediction.segments is not None
+    areas = np.bincount(prediction.segments.ravel(), minlength=len(prediction.labels) + 1)[1:]
+    rows = []
+    for label in np.unique(prediction.labels).tolist():
+        mine = prediction.labels == label
+        share = float(areas[mine].sum() / prediction.segments.size)
+        name, count = prediction.classes[label], int(mine.sum())
+        name = name if label in prediction.stuff else f"{count} x {name}"
+        rows.append((name, _percent(share), share, colour_of(label)))
+    return sorted(rows, key=lambda row: -row[2])[:_LEGEND]
 
 
 def _percent(share: float) -> str:
@@ -162,17 +195,28 @@ def _draw_boxes(
         dark = tuple(c // 4 for c in colour)
         pen.rectangle((x0 - 1, y0 - 1, x1 + 1, y1 + 1), outline=dark, width=line + 2)
         pen.rectangle((x0, y0, x1, y1), outline=colour, width=line)
-    for (x0, y0, _, _), colour, text in best_last:  # no line may cross a word
-        if not text:
-            continue
-        font = _font(font_size, text)
-        text = _shortened(text, font, canvas.width - font_size)
-        width, height = round(font.getlength(text) + font_size * 0.6), round(font_size * 1.35)
-        left = max(0, min(x0, canvas.width - width))
-        top = max(0, y0 - height if y0 >= height else min(y0, canvas.height - height))
-        pen.rectangle((left, top, left + width, top + height), fill=colour)
-        middle = (left + width / 2, top + height / 2)
-        pen.text(middle, text, font=font, fill=_on(colour), anchor="mm")
+    for ((x0, y0, _, _), _, text), label in zip(best_last, list(labels)[::-1], strict=True):
+        if text:  # no line may cross a word
+            _tag(pen, canvas, (x0, y0), text, font_size, int(label))
+
+
+def _tag(
+    pen: ImageDraw.ImageDraw,
+    canvas: Image.Image,
+    corner: tuple[int, int],
+    text: str,
+    font_size: int,
+    label: int,
+) -> None:
+    """A text in its class's colour above a corner (x, y)."""
+    (x0, y0), colour, font = corner, colour_of(int(label)), _font(font_size, text)
+    text = _shortened(text, font, canvas.width - font_size)
+    width, height = round(font.getlength(text) + font_size * 0.6), round(font_size * 1.35)
+    left = max(0, min(x0, canvas.width - width))
+    top = max(0, y0 - height if y0 >= height else min(y0, canvas.height - height))
+    pen.rectangle((left, top, left + width, top + height), fill=colour)
+    middle = (left + width / 2, top + height / 2)
+    pen.text(middle, text, font=font, fill=_on(colour), anchor="mm")
 
 
 def _with_masks(

@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from vitrail_runtime.errors import InputError, NotFinite
+from vitrail_runtime.panoptic import merge
 from vitrail_runtime.prediction import Prediction
 from vitrail_runtime.preprocess import Geometry
 
@@ -72,28 +73,14 @@ def finish_segmentation(
 
 
 def _segmented(logits: np.ndarray, geometry: Geometry, classes: Sequence[str]) -> Prediction:
-    (height, width), (sy, sx) = geometry.original, geometry.scale
-    top, left = geometry.offset
-    rows = _seen(height, sy, top, logits.shape[1])
-    columns = _seen(width, sx, left, logits.shape[2])
-    # The part of the input that these pixels of the original cover.
-    low = columns.start * sx - left, rows.start * sy - top
-    high = columns.stop * sx - left, rows.stop * sy - top
-    box = (
-        max(0.0, low[0]),
-        max(0.0, low[1]),
-        min(float(logits.shape[2]), high[0]),
-        min(float(logits.shape[1]), high[1]),
-    )
+    rows, columns, box = _placed(geometry, logits.shape[1:])
     best = np.full((len(rows), len(columns)), -np.inf, np.float32)
     labels = np.zeros(best.shape, np.int64)
     for label, scores in enumerate(logits):  # one class at a time: memory of two maps, not of K
-        image = Image.fromarray(np.ascontiguousarray(scores, dtype=np.float32))
-        size = (len(columns), len(rows))
-        values = np.asarray(image.resize(size, Image.Resampling.BILINEAR, box=box))
+        values = _resized(scores, (len(rows), len(columns)), box)
         higher = values > best
         best[higher], labels[higher] = values[higher], label
-    segmentation = np.full((height, width), -1, np.int64)
+    segmentation = np.full(geometry.original, -1, np.int64)
     segmentation[rows.start : rows.stop, columns.start : columns.stop] = labels
     counts = np.bincount(labels.ravel(), minlength=len(classes))
     order = [int(k) for k in np.argsort(-counts, kind="stable") if counts[k]]
@@ -102,6 +89,71 @@ def _segmented(logits: np.ndarray, geometry: Geometry, classes: Sequence[str]) -
         scores=(counts[order] / segmentation.size).astype(np.float32),
         names=[classes[k] for k in order],
         segmentation=segmentation,
+        classes=classes,
+        size=geometry.original,
+    )
+
+
+def finish_panoptic(
+    outputs: Mapping[str, np.ndarray], geometries: Sequence[Geometry], classes: Sequence[str]
+) -> list[Prediction]:
+    """Masks of queries -> B Predictions whose `segments` tell for every pixel of the original which answer it
+    belongs to, if any; best first.
+
+    outputs: scores and labels (B, S), masks (B, S, h, w), probabilities over the whole input, count (B,): how
+        many of the S rows of an image are sure, stuff (B, K) bool, which classes are no things, and
+        input_size (B, 2), the height and width of the input.
+    They are merged by `vitrail_runtime.panoptic.merge`. Raises: as `finish_detection`.
+    """
+    names = ("scores", "labels", "masks", "count", "stuff", "input_size")
+    every = [outputs[name] for name in names]
+    if every[4].shape[1:] != (len(classes),):
+        raise InputError(
+            f"the model says of {every[4].shape[1]} classes whether they are stuff, but there are "
+            f"{len(classes)}; give the classes that it was trained on"
+        )
+    found = []
+    for geometry, scores, labels, masks, count, stuff, size in zip(geometries, *every, strict=True):
+        these = slice(0, int(count))
+        # Of an image without an answer too: NaN is above no threshold.
+        if not np.isfinite(scores).all() or not np.isfinite(masks[these]).all():
+            raise NotFinite("the model gave masks that are not finite; its weights are damaged")
+        given = masks[these], scores[these], labels[these].astype(np.int64)
+        found.append(_merged(*given, np.flatnonzero(stuff).tolist(), size, geometry, classes))
+    return found
+
+
+def _merged(
+    masks: np.ndarray,
+    scores: np.ndarray,
+    labels: np.ndarray,
+    stuff: Sequence[int],
+    input_size: np.ndarray,
+    geometry: Geometry,
+    classes: Sequence[str],
+) -> Prediction:
+    # The masks are as large as the input, in larger pixels.
+    ratio = [cells / int(side) for cells, side in zip(masks.shape[1:], input_size, strict=True)]
+    (sy, sx), (top, left) = geometry.scale, geometry.offset
+    coarse = Geometry(
+        geometry.original, (sy * ratio[0], sx * ratio[1]), (top * ratio[0], left * ratio[1])
+    )
+    rows, columns, box = _placed(coarse, masks.shape[1:])
+    size = (len(rows), len(columns))
+    large = (_resized(mask, size, box) for mask in masks)  # one at a time: a hundred may be large
+    ids, kinds, said = merge(size, large, scores, labels, stuff, sure=-np.inf)
+    order = np.argsort(-np.array(said, np.float32), kind="stable")
+    number = np.zeros(len(order) + 1, np.int32)
+    number[order + 1] = np.arange(1, len(order) + 1)
+    segments = np.zeros(geometry.original, np.int32)
+    segments[rows.start : rows.stop, columns.start : columns.stop] = number[ids]
+    found = np.array(kinds, np.int64)[order]
+    return Prediction(
+        labels=found,
+        scores=np.array(said, np.float32)[order],
+        names=[classes[int(k)] for k in found],
+        segments=segments,
+        stuff=tuple(stuff),
         classes=classes,
         size=geometry.original,
     )
@@ -154,6 +206,36 @@ def finish_detection(
     return found
 
 
+def _placed(
+    geometry: Geometry, cells: Sequence[int]
+) -> tuple[range, range, tuple[float, float, float, float]]:
+    """Rows and columns of the original that an input of (h, w) cells shows, and the part (left, top, right,
+    bottom) of it that these cover."""
+    (height, width), (sy, sx), (top, left) = geometry.original, geometry.scale, geometry.offset
+    rows, columns = _seen(height, sy, top, cells[0]), _seen(width, sx, left, cells[1])
+    low = columns.start * sx - left, rows.start * sy - top
+    high = columns.stop * sx - left, rows.stop * sy - top
+    return (
+        rows,
+        columns,
+        (
+            max(0.0, low[0]),
+            max(0.0, low[1]),
+            min(float(cells[1]), high[0]),
+            min(float(cells[0]), high[1]),
+        ),
+    )
+
+
+def _resized(
+    values: np.ndarray, size: tuple[int, int], box: tuple[float, float, float, float]
+) -> np.ndarray:
+    """A part of (h, w) values, bilinearly, at `size` (height, width)."""
+    image = Image.fromarray(np.ascontiguousarray(values, dtype=np.float32))
+    height, width = size
+    return np.asarray(image.resize((width, height), Image.Resampling.BILINEAR, box=box))
+
+
 def _seen(length: int, scale: float, offset: float, cells: int) -> range:
     """The pixels of one axis whose centres lie within an input of `cells` pixels; at least one."""
     first = min(length - 1, max(0, math.ceil(offset / scale - 0.5)))
@@ -191,6 +273,15 @@ def _detect(
     return finish_detection(outputs, geometries, classes)
 
 
+def _panoptic(
+    outputs: Mapping[str, np.ndarray],
+    geometries: Sequence[Geometry],
+    classes: Sequence[str],
+    top_k: int,
+) -> list[Prediction]:
+    return finish_panoptic(outputs, geometries, classes)
+
+
 # Task -> (what a model's `forward_tensors` gives, geometries, classes, top_k) -> Predictions, one an image.
 def _contrast(*_: Any) -> list[Prediction]:
     raise InputError(
@@ -203,5 +294,6 @@ FINISH: dict[str, Callable[..., list[Prediction]]] = {
     "classify": _classify,
     "segment": _segment,
     "detect": _detect,
+    "panoptic": _panoptic,
     "contrast": _contrast,
 }

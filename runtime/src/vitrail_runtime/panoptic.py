@@ -5,7 +5,7 @@ COCO stores an image's segments as a colour image, whose colours are ids (red + 
 none), beside a list in JSON that says of each id which category it is.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -56,7 +56,8 @@ def segments_of(ids: np.ndarray, categories: Mapping[int, int]) -> list[dict[str
 
 
 def merge(
-    masks: np.ndarray,
+    size: tuple[int, int],
+    masks: Iterable[np.ndarray],
     scores: np.ndarray,
     labels: np.ndarray,
     stuff: Collection[int],
@@ -72,21 +73,25 @@ def merge(
     left. Segments of one class of stuff are one.
 
     Args:
-        masks: (N, H, W) probabilities. scores, labels: (N,). stuff: labels that are no things.
+        size: (H, W). masks: N of (H, W) probabilities, which are read one after another.
+        scores, labels: (N,). stuff: labels that are no things.
     Returns: ids (H, W) int32, from 1 on, 0 for none; and of each id its label and the score of its first
         query.
     """
-    kept = np.flatnonzero(scores > sure)
-    ids = np.zeros(masks.shape[1:], np.int32)
+    best, winner = np.full(size, -np.inf, np.float32), np.full(size, -1, np.int32)
+    whole: dict[int, int] = {}
+    for query, (mask, score) in enumerate(zip(masks, scores.tolist(), strict=True)):
+        if score > sure:
+            weighed = np.asarray(mask, np.float32) * np.float32(score)
+            higher = weighed > best
+            best[higher], winner[higher] = weighed[higher], query
+            whole[query] = int((weighed >= on).sum())
+    ids = np.zeros(size, np.int32)
     found_labels: list[int] = []
     found_scores: list[float] = []
-    if not len(kept):
-        return ids, found_labels, found_scores
-    weighed = masks[kept] * scores[kept, None, None]
-    winner = weighed.argmax(0)
-    for k, query in enumerate(kept.tolist()):
-        mine, whole = winner == k, int((weighed[k] >= on).sum())
-        if not mine.any() or not whole or mine.sum() / whole <= own:
+    for query, area in whole.items():
+        mine = winner == query
+        if not mine.any() or not area or mine.sum() / area <= own:
             continue
         label = int(labels[query])
         if label in stuff and label in found_labels:

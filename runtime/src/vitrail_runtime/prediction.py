@@ -23,7 +23,9 @@ class Prediction:
     names: the N class names. boxes: (N, 4) float32 xyxy in pixels of the original picture.
     mask_crops: (N, m, m) float32, the probability of the object over its box; `masks` pastes them.
     segmentation: (H, W) integers, the class of every pixel of the original; negative: none.
-    classes: all class names, where `segmentation` needs them.
+    segments: (H, W) int32, n + 1 where a pixel of the original is of answer n, 0 for none; stuff: labels of
+    classes of which there is one segment at most.
+    classes: all class names, where `segmentation` or `segments` needs them.
     source: the file, where there is one. size: (height, width) of the original picture, upright.
     """
 
@@ -33,9 +35,16 @@ class Prediction:
     boxes: np.ndarray | None = None
     mask_crops: np.ndarray | None = None
     segmentation: np.ndarray | None = None
+    segments: np.ndarray | None = None
+    stuff: Sequence[int] = ()
     classes: Sequence[str] = ()
     source: str | None = None
     size: tuple[int, int] | None = None
+
+    @property
+    def several(self) -> bool:
+        """Whether all N answers are true at once, as those of a detector, and not one or another."""
+        return self.boxes is not None or self.segments is not None
 
     @property
     def masks(self) -> np.ndarray | None:
@@ -62,6 +71,8 @@ class Prediction:
     def above(self, score: float) -> "Prediction":
         """Only the answers with at least this score. A segmentation stays whole."""
         kept = np.flatnonzero(np.asarray(self.scores) >= score)
+        number = np.zeros(len(self.scores) + 1, np.int32)
+        number[kept + 1] = np.arange(1, len(kept) + 1)
         return replace(
             self,
             labels=self.labels[kept],
@@ -69,6 +80,7 @@ class Prediction:
             names=[self.names[i] for i in kept],
             boxes=None if self.boxes is None else self.boxes[kept],
             mask_crops=None if self.mask_crops is None else self.mask_crops[kept],
+            segments=None if self.segments is None else number[self.segments],
         )
 
     def draw(self, image: Source | None = None, *, long_side: int = 1280) -> Image.Image:
@@ -104,7 +116,7 @@ class Prediction:
 
     def to_dict(self, *, masks: bool = False) -> dict[str, Any]:
         """JSON-ready: `path`, `size`, the best `label` (its name), its `score`, and all N under `top`,
-        with `box` where there are boxes.
+        with `box` where there are boxes; of segments with `area` in pixels and whether it is a `thing`.
 
         masks: with `mask`, COCO's run-length encoding, where there are masks. A segmentation stays out.
         """
@@ -115,6 +127,10 @@ class Prediction:
         if self.boxes is not None:
             for entry, box in zip(top, self.boxes, strict=True):
                 entry["box"] = [round(float(v), 2) for v in box]
+        if self.segments is not None:
+            areas = np.bincount(self.segments.ravel(), minlength=len(top) + 1)[1:]
+            for entry, area in zip(top, areas.tolist(), strict=True):
+                entry |= {"area": area, "thing": entry["index"] not in self.stuff}
         rles = self.rles if masks else None
         if rles is not None:
             for entry, rle in zip(top, rles, strict=True):

@@ -44,6 +44,7 @@ def write_report(
     run: a run folder, for curves and configuration.
     """
     task = task_of(model.task)
+    data = task.taken(data)
     history = read_rows(Path(run) / "metrics.jsonl") if run is not None else []
     found = Found(
         model,

@@ -215,7 +215,7 @@ def _object_lines(split: "SplitSummary", objects: "ObjectSummary") -> list[str]:
     total = sum(objects.per_class.values())
     empty = f", {objects.empty:,} images without any" if objects.empty else ""
     crowds = f", {objects.crowds:,} of them crowds" if objects.crowds else ""
-    called = "segments" if objects.stuff else "objects"
+    called = objects.called
     kind = " of things and stuff" if objects.stuff else " with masks" if objects.masks else ""
     names = [f"{name} (stuff)" if name in objects.stuff else name for name in objects.per_class]
     wide = max(map(len, names))

@@ -16,7 +16,7 @@ from vitrail.cli.flags import InferenceFlags, parse_flags
 from vitrail_runtime.errors import InputError
 
 if TYPE_CHECKING:
-    from vitrail_runtime.coco import CocoIds, CocoResults
+    from vitrail_runtime.coco import CocoIds
     from vitrail_runtime.prediction import Prediction
 
 
@@ -26,7 +26,7 @@ class PredictFlags(InferenceFlags):
 
     Prints a table, or JSON lines with --json; --out writes annotated pictures and predictions.jsonl.
     A segmenter's scores are shares of the image, and --out also gets its masks. A detector's boxes are drawn,
-    and --out also gets them as COCO results.
+    and --out also gets them as COCO results; segments of things and stuff likewise.
     """
 
     model: Annotated[Positional[Path], arg(metavar="RUN")]
@@ -38,7 +38,8 @@ class PredictFlags(InferenceFlags):
     out: Path | None = None
     """A folder for annotated pictures and predictions.jsonl; of a segmenter also for masks/*.png, the
     index of the class of every pixel, with a palette, 255 for none; of a detector for coco_results.json, and
-    coco_images.json, which tells what its ids mean."""
+    coco_images.json, which tells what its ids mean; of segments for coco_panoptic.json and the images of ids
+    in coco_panoptic."""
     classes: tuple[str, ...] | None = None
     """Of a model of images and captions: names to look for; none: those that its training data had."""
     top_k: int = 5
@@ -128,7 +129,7 @@ def tell(
     try:
         for prediction in predictions:
             whole = prediction
-            if prediction.boxes is not None:
+            if prediction.several:
                 prediction = prediction.above(flags.threshold)
             if kept is not None:
                 kept.add(prediction, whole)
@@ -149,7 +150,7 @@ class Kept:
 
     def __init__(self, out: Path, targets: dict[str, Path], ids: "CocoIds") -> None:
         self.out, self.targets, self.ids = out, targets, ids
-        self.results: CocoResults | None = None
+        self.results: Any = None  # a writer of `vitrail_runtime.coco`
         with writing_to(out):
             out.mkdir(parents=True, exist_ok=True)
             self.log = (out / "predictions.jsonl").open("w", encoding="utf-8")
@@ -164,10 +165,11 @@ class Kept:
                 mask = mask_path(target, self.out)
                 save_mask(prediction, mask)
                 found["mask"] = mask.relative_to(self.out).as_posix()
-            if whole.boxes is not None:
-                from vitrail_runtime.coco import CocoResults
+            from vitrail_runtime.coco import coco_form
 
-                self.results = self.results or CocoResults(self.out, self.ids)
+            form = coco_form(whole)
+            if form is not None:
+                self.results = self.results or form(self.out, self.ids)
                 self.results.add(whole)
             print(json.dumps(found), file=self.log, flush=True)
 
@@ -299,7 +301,7 @@ def print_table(predictions: list["Prediction"], file: TextIO) -> None:
     table.add_column("score", justify="right")
     table.add_column("or", style="dim", overflow="ellipsis", no_wrap=True)
     for p in predictions:
-        if p.boxes is not None and p.names:
+        if p.several and p.names:
             cells = (printable(p.source or ""), counted(p.names), f"{p.scores[0]:.1%}", "")
             table.add_row(*map(Text, cells))
             continue

@@ -61,7 +61,7 @@ class ObjectSummary:
 
     per_class: objects of each class, crowds too, of which there are `crowds`. small, medium, large: by
     COCO's borders of 32 x 32 and 96 x 96 pixels of area. most: in one image. empty: images without any.
-    masks: whether there are. stuff: classes of which an image has one segment, of panoptic data.
+    masks: whether there are. called: what they are, in a line. stuff: classes of one segment an image.
     """
 
     per_class: dict[str, int]
@@ -72,6 +72,7 @@ class ObjectSummary:
     most: int
     empty: int
     masks: bool
+    called: str = "objects"
     stuff: tuple[str, ...] = ()
 
 
@@ -250,7 +251,7 @@ def _object_summary(split: str, index: Index, truth: Boxes | Panoptic) -> SplitS
     summary = _box_summary(split, index, truth.told)
     assert summary.objects is not None
     stuff = tuple(truth.classes[k] for k in sorted(truth.stuff))
-    return replace(summary, objects=replace(summary.objects, masks=True, stuff=stuff))
+    return replace(summary, objects=replace(summary.objects, called="segments", stuff=stuff))
 
 
 def _digests(boxes: Boxes | Panoptic) -> list[str]:

@@ -17,7 +17,7 @@ It takes hundreds of epochs, and does not learn from little data (the paper's ow
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from vitrail.boxes import cxcywh_to_xyxy, xyxy_to_cxcywh
 from vitrail.detectors.hungarian import (
     Objects,
+    Pairs,
     Weights,
     box_losses,
     check_counts,
@@ -186,9 +187,30 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """Cells (B, N, dim) at `positions` (B, N, dim), queries (B, Q, dim) -> of each decoder layer
         (L, B, Q, dim). pad_mask: (B, N), True for cells that are none: they change nothing."""
+        memory = self.encode(x, positions, pad_mask, record)
+        return self.decode(memory, queries, positions, pad_mask, record)
+
+    def encode(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        pad_mask: Tensor | None = None,
+        record: Record = None,
+    ) -> Tensor:
+        """Cells that have looked at each other, (B, N, dim)."""
         for i, layer in enumerate(self.encoder.layers):
             x = layer(x, positions, pad_mask, record, f"encoder.layers.{i}")
-        memory = x if self.encoder.norm is None else self.encoder.norm(x)
+        return x if self.encoder.norm is None else self.encoder.norm(x)
+
+    def decode(
+        self,
+        memory: Tensor,
+        queries: Tensor,
+        positions: Tensor,
+        pad_mask: Tensor | None = None,
+        record: Record = None,
+    ) -> Tensor:
+        """What each layer makes of the queries, (L, B, Q, dim)."""
         y, out = torch.zeros_like(queries), []
         for i, layer in enumerate(self.decoder.layers):
             y = layer(y, queries, memory, positions, pad_mask, record, f"decoder.layers.{i}")
@@ -279,7 +301,13 @@ class DETR(nn.Module):
 
     def decoded(self, images: Tensor, sizes: Sizes | None = None, record: Record = None) -> Tensor:
         """What each decoder layer makes of the queries, (L, B, Q, dim)."""
-        (x,) = self.levels(self.backbone(images)).values()
+        return self.read(self.backbone(images), images, sizes, record).decoded
+
+    def read(
+        self, features: Features, images: Tensor, sizes: Sizes | None, record: Record = None
+    ) -> "Read":
+        """What the transformer makes of the backbone's features of the images."""
+        (x,) = self.levels(features).values()
         x = self.input_proj(x)
         keep = kept_cells(images, sizes, x)
         positions = sine_positions(keep, self.config.dim, dtype=x.dtype).flatten(1, 2)
@@ -288,7 +316,9 @@ class DETR(nn.Module):
         queries = self.query_embed.weight.expand(x.shape[0], -1, -1)
         pad_mask = None if sizes is None else ~keep.flatten(1)
         cells = x.flatten(2).transpose(1, 2)
-        return self.transformer(cells, queries, positions, pad_mask, record)
+        memory = self.transformer.encode(cells, positions, pad_mask, record)
+        decoded = self.transformer.decode(memory, queries, positions, pad_mask, record)
+        return Read(x, memory.transpose(1, 2).unflatten(2, x.shape[2:]), keep, decoded)
 
     def heads(self, decoded: Tensor) -> tuple[Tensor, Tensor]:
         """Logits (L, B, Q, K + 1), the last for no object, and boxes (L, B, Q, 4) cxcywh, relative to the
@@ -310,14 +340,22 @@ class DETR(nn.Module):
         logits, boxes = self.heads(self.decoded(images, sizes))
         return self.losses_of(logits, boxes, objects_of(images, targets, sizes))
 
-    def losses_of(self, logits: Tensor, boxes: Tensor, objects: Objects) -> dict[str, Tensor]:
-        """`losses` of what `heads` gave."""
-        config = self.config
+    def matched(self, logits: Tensor, boxes: Tensor, objects: Objects) -> list[Pairs]:
+        """Of each layer, which query stands for which object."""
         check_counts(objects.counts, logits.shape[2])
-        weights = Weights(box=config.box_weight, giou=config.giou_weight)
-        pairs = match([-layer.softmax(-1) for layer in logits], list(boxes), objects, weights)
-        out = {}
-        for i, own in enumerate(pairs):
+        weights = Weights(box=self.config.box_weight, giou=self.config.giou_weight)
+        return match([-layer.softmax(-1) for layer in logits], list(boxes), objects, weights)
+
+    def losses_of(
+        self,
+        logits: Tensor,
+        boxes: Tensor,
+        objects: Objects,
+        pairs: Sequence[Pairs] | None = None,
+    ) -> dict[str, Tensor]:
+        """`losses` of what `heads` gave. pairs: of `matched`, where they are known."""
+        config, out = self.config, {}
+        for i, own in enumerate(pairs or self.matched(logits, boxes, objects)):
             apart, overlap = box_losses(boxes[i], own, objects)
             out[f"class.{i}"] = class_loss(logits[i], own, objects, config.no_object)
             out[f"box.{i}"] = config.box_weight * apart
@@ -332,6 +370,17 @@ class DETR(nn.Module):
         boxes = sum(counts)
         classes = class_weight(boxes, len(targets), config.num_queries, config.no_object)
         return torch.tensor([classes, boxes, boxes] * config.decoder_layers, dtype=torch.float64)
+
+
+class Read(NamedTuple):
+    """What DETR makes of an image: its cells (B, dim, h, w) before and behind the encoder (`memory`), which
+    of them are no padding (`keep`, (B, h, w)), and what each decoder layer makes of the queries,
+    (L, B, Q, dim)."""
+
+    x: Tensor
+    memory: Tensor
+    keep: Tensor
+    decoded: Tensor
 
 
 class LevelsAsNamed(nn.Module):

@@ -2,8 +2,15 @@
 
 import torch
 
+from vitrail.detectors.detr_masks import from_transformers as from_masks
 from vitrail.layers.keys import join_rows
 from vitrail.registry import Tensors, rename_keys
+
+
+def from_detr_panoptic(state: Tensors) -> Tensors:
+    """Official files and transformers' have the detector below "detr."."""
+    inner = {k.removeprefix("detr."): v for k, v in state.items()}
+    return from_masks(from_detr(inner))
 
 
 def from_detr(state: Tensors) -> Tensors:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from vitrail.configuration import Range, check_ranges
@@ -41,6 +41,12 @@ class Detect(Task):
     headline = "AP"
     shown = "AP"
     settings = Settings
+
+    def taken(self, data: "Examples") -> "Examples":
+        """Segments of things and of stuff are objects too, of which the boxes are learnt."""
+        if data.truth.kind != "segments":
+            return data
+        return replace(data, truth=data.truth.told)
 
     def prepare(
         self, batch: "Batch", key: tuple[int, int, int], settings: Settings, num_classes: int

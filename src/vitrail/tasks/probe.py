@@ -14,7 +14,7 @@ from vitrail.data.opening import hold_out
 from vitrail.features import Features
 from vitrail.modes import eval_mode
 from vitrail.tasks.classify import TASK, scores_of
-from vitrail.tasks.task import Scores, check_truth, task_of
+from vitrail.tasks.task import Scores, fitting, task_of
 from vitrail_runtime.errors import InputError
 from vitrail_runtime.preprocess import Preprocessing
 
@@ -57,7 +57,7 @@ def extract_features(
 
     Raises: InputError where the data holds no labels.
     """
-    check_truth(task_of(TASK.name), data, "a probe")
+    fitting(task_of(TASK.name), data, "a probe")
     device = next(backbone.parameters()).device
     rows: list[Tensor] = []
     indices: list[Tensor] = []

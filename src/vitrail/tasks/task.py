@@ -25,6 +25,7 @@ TASKS = {
     "classify": "vitrail.tasks.classify",
     "segment": "vitrail.tasks.segment",
     "detect": "vitrail.tasks.detect",
+    "panoptic": "vitrail.tasks.panoptic",
     "contrast": "vitrail.tasks.contrast",
 }
 DEFAULT = "classify"  # of a model that is called by its backbone alone
@@ -120,6 +121,10 @@ class Task(Protocol):
     def check(self, config: Any) -> None:
         """Raise InputError where a run's settings do not go with the task."""
 
+    def taken(self, data: "Examples") -> "Examples":
+        """The data as the task learns from it, where it makes use of another kind of truth."""
+        return data
+
     def notes(self, model: Any, truth: Any) -> list[str]:
         """What a person should know of the training data and the model together."""
         return []
@@ -187,16 +192,18 @@ def task_of_model(name: str) -> Task:
     return task_of(DEFAULT if head is None else head.task)
 
 
-def check_truth(task: Task, data: "Examples", model: str) -> None:
-    """Raise InputError unless the data says what this task learns from."""
+def fitting(task: Task, data: "Examples", model: str) -> "Examples":
+    """The data as this task learns from it. Raises InputError where it does not say that."""
+    data = task.taken(data)
     if data.truth.kind != task.truth:
-        fitting = [name for name in TASKS if task_of(name).truth == data.truth.kind]
-        names = " or ".join(map(repr, fitting))
+        others = [name for name in TASKS if task_of(name).truth == data.truth.kind]
+        names = " or ".join(map(repr, others))
         raise InputError(
             f"{model} does the task {task.name!r}, which learns from {task.truth}, but "
             f"{data.images.source.name} holds {data.truth.kind}, for the task {names}; "
             "take a model for that (vitrail models --task NAME), or other data"
         )
+    return data
 
 
 def label_map(data_classes: Sequence[str], model_classes: Sequence[str]) -> list[int]:

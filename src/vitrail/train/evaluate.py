@@ -11,7 +11,7 @@ from vitrail.data.examples import Examples
 from vitrail.data.loader import FEWER, batch_indices, eval_batches
 from vitrail.memory import enough_memory
 from vitrail.modes import eval_mode
-from vitrail.tasks.task import Scores, check_truth, task_of
+from vitrail.tasks.task import Scores, fitting, task_of
 from vitrail.train.ranks import share
 from vitrail_runtime.errors import InputError
 from vitrail_runtime.preprocess import Preprocessing
@@ -44,7 +44,7 @@ def evaluate(
     assert preprocessing is not None
     device = torch.device(device or next(model.parameters()).device)
     task = task_of(model.task)
-    check_truth(task, data, model.info.name)
+    data = fitting(task, data, model.info.name)
     evaluator = task.evaluator(model, data)
     problem: InputError | None = None
     done = 0

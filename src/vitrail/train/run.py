@@ -209,6 +209,7 @@ class Run:
             with torch.device("meta"):
                 model = build_model(replace(self.config, weights=None), self.train_data.classes)
             model.load_state_dict(state, assign=True)
+            models.describe(model, replace(model.info, parts=self.model.info.parts))
             said: dict[str, Any] = dict(scores.said or {})
             for name in names:
                 with explained(self.folder), self.folder.replacing(name) as new:

@@ -17,7 +17,7 @@ from vitrail.data.opening import open_data, open_source
 from vitrail.data.packed import PackPlan
 from vitrail.data.plan import BatchPlan, shape_groups
 from vitrail.memory import enough_memory
-from vitrail.tasks.task import check_truth, task_of_model
+from vitrail.tasks.task import fitting, task_of_model
 from vitrail.train.build import build_model, check_parts, task_and_settings
 from vitrail.train.config import TrainConfig, differences, read_config
 from vitrail.train.ema import Ema
@@ -143,9 +143,10 @@ def open_splits(config: TrainConfig, world: int) -> tuple[Examples, Examples]:
     how: dict[str, Any] = {"skip_broken": config.skip_broken, "drop_bad": config.drop_bad}
     how["val_fraction"] = config.val_fraction
     source = open_source(config.data)
-    train_data = open_data(source, "train", **how)
-    check_truth(task_of_model(config.model), train_data, config.model)
-    return train_data, open_data(source, "val", classes=train_data.classes, **how)
+    task = task_of_model(config.model)
+    train_data = fitting(task, open_data(source, "train", **how), config.model)
+    val_data = open_data(source, "val", classes=train_data.classes, **how)
+    return train_data, fitting(task, val_data, config.model)
 
 
 def build(config: TrainConfig, data: Examples, world: int) -> tuple[Any, BatchPlan | PackPlan]:
