@@ -324,7 +324,8 @@ def test_the_share_held_out_may_take_a_class_of_two_apart_and_never_a_class_of_o
     lone = class_folders({"": {f"c{i:02d}": 1 for i in range(11)} | {"d": 2}}, root / "x" / "lone")
     names = ", ".join(f"c{i:02d}" for i in range(10))
     said = (
-        rf"and 11 of 12 classes have too few pictures .*: {names}, \.\.\. \(11 in all\); add some, give a val split, or hold out none: --val-fraction 0"
+        rf"and 11 of 12 classes have too few pictures .*: {names}, \.\.\. \(11 in all\); add some, give a "
+        "val split, or hold out none: --val-fraction 0"
     )
     with pytest.raises(InputError, match=said):
         open_data(lone, "val")

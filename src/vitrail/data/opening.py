@@ -101,7 +101,8 @@ def _cut(
     if few and data.truth.every_class_needed:
         raise InputError(
             f"{source} has no val split, and {len(few)} of {len(data.classes)} classes have too few pictures "
-            f"to hold out some of them: {listed(few)}; add some, give a val split, or hold out none: --val-fraction 0"
+            f"to hold out some of them: {listed(few)}; add some, give a val split, "
+            "or hold out none: --val-fraction 0"
         )
     part = "the pictures" if whole else "the training pictures"
     notes = [
