@@ -122,6 +122,8 @@ FIGURES: dict[str, tuple[float | None, float | None, float | None, int]] = {
     # NaViT and NaFlexViT: none
     **{f"navit_{size}_patch16": NOTHING for size in ("tiny", "small", "base", "large")},
     **{f"naflexvit_base_patch16_{kind}": NOTHING for kind in ("gap", "par_gap", "parfac_gap")},
+    # FlexiViT: none that could be verified
+    **{f"flexivit_{size}": NOTHING for size in ("small", "base", "large")},
     # EfficientNet: the paper's table 2, as others quote it; B4 to B7 also in Swin's table 1 (text)
     "efficientnet_b0": (5.3, 0.39, 77.1, 224),
     "efficientnet_b1": (7.8, 0.70, 79.1, 240),

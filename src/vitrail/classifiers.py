@@ -34,6 +34,7 @@ class Classifier(nn.Module):
     """images (B, 3, H, W) -> logits (B, num_classes). `labels` are indices into `classes`."""
 
     task = "classify"
+    takes_patch_sizes = True  # its head pools
     backbone: Any  # has feature_specs and, for token models, forward_packed
     # Attached by models.create_model and load:
     info: Any  # models.ModelInfo
@@ -50,14 +51,21 @@ class Classifier(nn.Module):
         return self.head(self.backbone(images, record=record))
 
     def forward_tensors(
-        self, images: Tensor, packing: Mapping[str, Any] | None = None
+        self,
+        images: Tensor,
+        packing: Mapping[str, Any] | None = None,
+        *,
+        patch_size: int | None = None,
     ) -> dict[str, Tensor]:
         """{"logits": (B, num_classes)}: what is exported as it is.
 
-        packing: where `images` are the patches of several (`vitrail.packing.as_packed`).
+        packing: where `images` are the patches of several (`vitrail.packing.as_packed`). patch_size: that
+            other images are cut into, of a model that takes several (`models.use_patch_sizes`).
         """
         if packing is not None:
             return {"logits": self.forward_packed(as_packed(images, packing))}
+        if patch_size is not None:
+            return {"logits": self.head(self.backbone(images, patch_size=patch_size))}
         return {"logits": self(images)}
 
     def losses(
@@ -68,13 +76,15 @@ class Classifier(nn.Module):
         label_smoothing: float = 0.0,
         loss: Literal["softmax", "sigmoid"] = "softmax",
         packing: Mapping[str, Any] | None = None,
+        patch_size: int | None = None,
     ) -> dict[str, Tensor]:
         """{"classify": cross-entropy in float32, summed over the images}; divide by `weight(targets)`.
 
         targets: (B,) labels, or (B, K) shares of the classes. loss: "sigmoid" asks of every class by itself
         whether it is the image's, and adds the answers' cross-entropies up.
         """
-        logits = self.forward_tensors(images, packing)["logits"].float()
+        asked = self.forward_tensors(images, packing, patch_size=patch_size)
+        logits = asked["logits"].float()
         if loss == "sigmoid":
             if targets.ndim == 1:
                 targets = F.one_hot(targets, logits.shape[1])

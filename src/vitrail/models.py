@@ -356,12 +356,45 @@ def check_takes_packs(model: Any, *, drops: bool = False) -> None:
     )
 
 
+def use_patch_sizes(model: Any, *sizes: int) -> None:
+    """Let a classifier on a plain ViT cut images into patches of these sizes, the first where a call names
+    none: the projection of its own patches, and its positions, are resized (Beyer et al., "FlexiViT", CVPR
+    2023, arXiv 2212.08013). Its config and weights stay as they are.
+
+    Raises InputError for other models.
+    """
+    if not sizes or min(sizes) < 1:
+        raise InputError(f"patch sizes must be at least 1 pixel, but are {sizes}")
+    if not getattr(getattr(model, "backbone", None), "takes_patch_sizes", False):
+        raise InputError(
+            f"{model.info.name} cannot change its patch size: its tokens are no plain patches; models that "
+            "can are plain ViTs, such as flexivit_small and vit_tiny_patch16"
+        )
+    if not getattr(model, "takes_patch_sizes", False):
+        raise InputError(
+            f"{model.info.name} cannot change its patch size, for which its head was made; give it to a new "
+            f"model, which weights are fitted to: --model-fields patch_size={sizes[0]}"
+        )
+    model.backbone.patch_sizes = tuple(sizes)
+
+
+def at_patch_size(model: Any, size: int) -> None:
+    """Ask a model with patches of this size from now on (`use_patch_sizes`). Images at their own shape have
+    at most the pixels that they had."""
+    before = model.preprocessing.patches
+    use_patch_sizes(model, size)
+    if before is not None:
+        most = max(1, before[0] * before[1] ** 2 // size**2)
+        seen = replace(model.preprocessing, patches=(most, size))
+        describe(model, replace(model.info, preprocessing=seen))
+
+
 def at_own_shape(model: Any, most: int) -> Preprocessing:
     """How a model that takes packs sees images at their own shape, of at most so many patches."""
     check_takes_packs(model)
     if most < 1:
         raise InputError(f"an image needs at least one patch, but at most {most} are allowed")
-    patches = (most, model.backbone.config.patch_size)
+    patches = (most, model.backbone.patch_sizes[0])
     return replace(model.preprocessing, mode="native", patches=patches)
 
 

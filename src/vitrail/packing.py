@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from vitrail.features import Features, pad_to_multiple
-from vitrail_runtime.errors import InputError
+from vitrail_runtime.errors import InputError, listed
 
 Size = tuple[int, int]  # (height, width)
 Run = tuple[int, int]  # images, tokens of each: neighbours of equal length in a packed sequence
@@ -270,14 +270,14 @@ def split_prefix(x: Tensor, spans: Spans, skip: int) -> tuple[Tensor, Tensor]:
 
 
 def check_packed(packed: PackedImages, model: Any) -> None:
-    """Raise InputError unless these are normalised RGB patches of the size of `model.config.patch_size`."""
-    name, patch_size = type(model).__name__, model.config.patch_size
-    if packed.patch_size != patch_size:
+    """Raise InputError unless these are normalised RGB patches of one of `model.patch_sizes`."""
+    name, known = type(model).__name__, model.patch_sizes
+    if packed.patch_size not in known:
         raise InputError(
             f"the images were packed in patches of {packed.patch_size}, but this model's are of "
-            f"{patch_size}; pack with patch_size={patch_size}"
+            f"{listed(list(map(str, known)))}; pack with patch_size={known[0]}"
         )
-    wanted = 3 * patch_size**2
+    wanted = 3 * packed.patch_size**2
     if packed.patches.shape[-1] != wanted:
         raise InputError(
             f"packed patches have {packed.patches.shape[-1]} numbers, but {name} takes "

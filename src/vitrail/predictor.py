@@ -223,7 +223,7 @@ class _Packs:
         prefix = model.backbone.num_prefix_tokens
         held = max_tokens - prefix
         most = held if tokens_per_image is None else min(held, tokens_per_image)
-        return cls(max_tokens, model.backbone.config.patch_size, prefix, at_own_shape(model, most))
+        return cls(max_tokens, model.backbone.patch_sizes[0], prefix, at_own_shape(model, most))
 
     def tokens(self, prepared: "_Prepared") -> int:
         h, w = patch_grid(prepared.pixels.shape[1:], self.patch_size)

@@ -47,6 +47,7 @@ RUN: Table = {
     "task.sampling": ("uniform", "the scripts shuffle"),
     "task.loss": ("softmax", "cross-entropy in all of them"),
     "native": (False, "squares of one size"),
+    "patch_sizes": ((), "the model's own"),
     "packing": (Packing(), "not used by squares"),
     "backbone_lr": (1.0, "none of the scripts"),
     "layer_decay": (1.0, "none of the scripts"),

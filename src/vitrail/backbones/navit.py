@@ -195,14 +195,14 @@ class NormedPatchEmbed(PatchEmbed):
         self.norm_in = nn.LayerNorm(numbers, config.norm_eps, bias=config.norm_bias)
         self.norm_out = nn.LayerNorm(config.embed_dim, config.norm_eps, bias=config.norm_bias)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, patch_size: int | None = None) -> Tensor:
         p = self.patch_size
         x = F.pixel_unshuffle(pad_to_multiple(images, p), p)  # (B, 3 * p * p, h, w)
         # A copy: for a view's strides a traced graph would ask whether a side is 1.
         patches = map_to_tokens(x).clone(memory_format=torch.contiguous_format)
         return tokens_to_map(self.project(patches), x.shape[2], x.shape[3])
 
-    def project(self, patches: Tensor) -> Tensor:
+    def project(self, patches: Tensor, patch_size: int | None = None) -> Tensor:
         return self.norm_out(super().project(self.norm_in(patches)))
 
 

@@ -33,7 +33,7 @@ from vitrail.features import Features, FeatureSpec, check_images, level_name, pa
 from vitrail.layers.attention import attend
 from vitrail.layers.checkpoint import checkpointed
 from vitrail.layers.mlp import Mlp
-from vitrail.layers.position import resample_positions
+from vitrail.layers.position import resample_positions, resize_patch_embedding
 from vitrail.layers.residual import DropPath, LayerScale, drop_path_schedule
 from vitrail.ops.linear import Linear, linear
 from vitrail.ops.packed_attention import packed_attention
@@ -48,7 +48,7 @@ from vitrail.packing import (
     split_prefix,
 )
 from vitrail.registry import Layout, register_backbone
-from vitrail_runtime.errors import InputError
+from vitrail_runtime.errors import InputError, listed
 from vitrail_runtime.preprocess import Preprocessing
 
 Pool = Literal["token", "avg", "both"]
@@ -154,19 +154,29 @@ class KeysValues(NamedTuple):
 
 
 class PatchEmbed(nn.Module):
-    """Patches by a strided projection (eq. 1). (B, 3, H, W) -> (B, C, ceil(H / p), ceil(W / p))."""
+    """Patches by a strided projection (eq. 1). (B, 3, H, W) -> (B, C, ceil(H / p), ceil(W / p)).
+
+    p is `patch_size`, or what a call asks for: the projection is then that of its own patches brought to the
+    other size, and learns through it (Beyer et al., "FlexiViT", CVPR 2023, section 3.4).
+    """
 
     def __init__(self, patch_size: int, embed_dim: int) -> None:
         super().__init__()
         self.patch_size = patch_size
         self.proj = nn.Conv2d(3, embed_dim, patch_size, patch_size)
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.proj(pad_to_multiple(images, self.patch_size))
+    def forward(self, images: Tensor, patch_size: int | None = None) -> Tensor:
+        p = patch_size or self.patch_size
+        images = pad_to_multiple(images, p)
+        if p == self.patch_size:
+            return self.proj(images)
+        weight = resize_patch_embedding(self.proj.weight, p)
+        return F.conv2d(images, weight, self.proj.bias, p)
 
-    def project(self, patches: Tensor) -> Tensor:
+    def project(self, patches: Tensor, patch_size: int | None = None) -> Tensor:
         """The same for cut patches, in any order: (T, 3 * p * p) -> (T, C)."""
-        return linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+        weight = resize_patch_embedding(self.proj.weight, patch_size or self.patch_size)
+        return linear(patches, weight.flatten(1), self.proj.bias)
 
 
 class Attention(nn.Module):
@@ -332,6 +342,8 @@ class ViT(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
+        # That it takes, the first where a call names none; `models.use_patch_sizes` changes them.
+        self.patch_sizes = (config.patch_size,)
         dim = config.embed_dim
         self.patch_embed = (
             PatchEmbed(config.patch_size, dim) if patch_embed is None else patch_embed
@@ -377,10 +389,12 @@ class ViT(nn.Module):
         *,
         memory: Sequence[Tensor | None] | None = None,
         keys_values: list[KeysValues | None] | None = None,
+        patch_size: int | None = None,
     ) -> Features:
         """memory: for each block rows (M, C) or (B, M, C) that all its tokens attend to, or None: the
         full-attention form of learnable memory (`Block.forward`). keys_values: a list that each block's are
-        appended to, for a second stream (`Block.cross`)."""
+        appended to, for a second stream (`Block.cross`).
+        patch_size: one of `patch_sizes`; None: the first."""
         check_images(images, self)
         if memory is not None and len(memory) != len(self.blocks):
             raise InputError(
@@ -391,7 +405,7 @@ class ViT(nn.Module):
         saving = (
             self.grad_checkpointing and self.training and record is None and keys_values is None
         )
-        x, grid = self.embed(images)
+        x, grid = self.embed(images, patch_size)
         tapped: dict[str, Tensor] = {}
         normed = x
         for i, block in enumerate(cast(Iterable[Block], self.blocks)):
@@ -414,9 +428,18 @@ class ViT(nn.Module):
         }
         return Features(maps, normed[:, :skip] if skip else None)
 
-    def embed(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    def embed(
+        self, images: Tensor, patch_size: int | None = None
+    ) -> tuple[Tensor, tuple[int, int]]:
         """The tokens that enter the first block (B, P + h * w, C), and the grid (h, w)."""
-        x = self.patch_embed(images)
+        p = self.patch_sizes[0] if patch_size is None else patch_size
+        if p not in self.patch_sizes:
+            raise InputError(
+                f"{type(self).__name__} takes patches of {listed(list(map(str, self.patch_sizes)))} pixels, "
+                f"but was asked for {p}; vitrail.models.use_patch_sizes(model, ...) says which it takes"
+            )
+        own = p == self.config.patch_size
+        x = self.patch_embed(images) if own else self.patch_embed(images, p)
         grid = (x.shape[-2], x.shape[-1])
         x = x.flatten(2).transpose(1, 2) + self.positions(grid)
         prefix = self.prefix()
@@ -448,6 +471,12 @@ class ViT(nn.Module):
         """Whether its tokens are plain patches."""
         return isinstance(self.patch_embed, PatchEmbed)
 
+    @property
+    def takes_patch_sizes(self) -> bool:
+        """Whether its patches may have other sizes: a plain projection can be resized."""
+        embed = self.patch_embed
+        return isinstance(embed, PatchEmbed) and type(embed).project is PatchEmbed.project
+
     def forward_packed(self, packed: PackedImages) -> PackedFeatures:
         """Many images of any sizes at once, each as if it were alone."""
         if not isinstance(self.patch_embed, PatchEmbed):
@@ -457,7 +486,7 @@ class ViT(nn.Module):
             )
         check_packed(packed, self)
         skip = self.num_prefix_tokens
-        x = self.patch_embed.project(packed.patches)
+        x = self.patch_embed.project(packed.patches, packed.patch_size)
         x = x + packed_positions(packed, lambda grid: self.positions(grid)[0])
         prefix = self.prefix()
         if prefix is not None:

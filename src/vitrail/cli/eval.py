@@ -61,11 +61,15 @@ def run(argv: list[str]) -> None:
         raise InputError("--weights and --image-size go with --probe; a trained model has its own")
     if flags.probe is not None and flags.asked():
         raise InputError(
-            "--window, --stride, --scales, --flip and --tokens-per-image ask a trained model; they do not go "
-            "with --probe"
+            "--window, --stride, --scales, --flip, --tokens-per-image and --patch-size ask a trained model; "
+            "they do not go with --probe"
         )
     if flags.report is not None and flags.probe is not None:
         raise InputError("--report shows a trained model's answers; it does not go with --probe")
+    if flags.report is not None and flags.patch_size is not None:
+        raise InputError(
+            "--report draws where the model looks by its own patches; leave --patch-size or --report away"
+        )
     if flags.report is not None and flags.report.is_dir():
         raise InputError(
             f"--report {flags.report} is a folder; name a file, such as {flags.report}/report.html"

@@ -33,18 +33,24 @@ class InferenceFlags:
 
     tokens_per_image: int | None = None
     """Of a plain ViT: images at their own shape, made smaller to at most so many patches; fewer cost less."""
+    patch_size: int | None = None
+    """Of a classifier on a plain ViT: patches of so many pixels a side, instead of the model's own; larger
+    ones cost less. For models trained with --patch-sizes, such as flexivit_small."""
 
     def asked(self) -> bool:
         """Whether in any way but the plain one."""
         from vitrail.segmenters.inference import Inference
 
-        return self._inference() != Inference() or self.tokens_per_image is not None
+        asked = (self.tokens_per_image, self.patch_size)
+        return self._inference() != Inference() or any(value is not None for value in asked)
 
     def applied(self, model: Any) -> Any:
         """The model, asked in this way. Raises InputError where it cannot be."""
-        from vitrail.models import at_own_shape, describe
+        from vitrail.models import at_own_shape, at_patch_size, describe
         from vitrail.segmenters.inference import inferred
 
+        if self.patch_size is not None:
+            at_patch_size(model, self.patch_size)
         if self.tokens_per_image is not None:
             seen = at_own_shape(model, self.tokens_per_image)
             describe(model, dataclasses.replace(model.info, preprocessing=seen))

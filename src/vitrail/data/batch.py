@@ -65,13 +65,15 @@ class Batch(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Dense:
-    """Images of one size. images: (B, 3, h, w), uint8 as they are read, float32 once normalised."""
+    """Images of one size. images: (B, 3, h, w), uint8 as they are read, float32 once normalised.
+    patch_size: that a model cuts them into, where the plan drew one."""
 
     images: Tensor
     targets: Any
     indices: Tensor
     step: int = 0
     geometries: tuple[Geometry, ...] = ()
+    patch_size: int | None = None
 
     @property
     def num_images(self) -> int:
@@ -79,11 +81,11 @@ class Dense:
 
     @property
     def padding(self) -> dict[str, Any]:
-        return {}
+        return self.layout
 
     @property
     def layout(self) -> dict[str, Any]:
-        return {}
+        return {} if self.patch_size is None else {"patch_size": self.patch_size}
 
     @property
     def padded(self) -> float:

@@ -170,7 +170,8 @@ class _TrainJob(Dataset):
                     targets.append(target)
         except InputError as error:
             return error  # as a value: a worker's exception would come wrapped in a traceback
-        return Dense(images, _stacked(targets), indices, batch.step)
+        targets = _stacked(targets)
+        return Dense(images, targets, indices, batch.step, patch_size=batch.patch_size)
 
     def _shown(self, i: int, key: Key, size: tuple[int, int]) -> tuple[Tensor, Any]:
         """Image i in the view of this key, and what it teaches there."""
@@ -192,7 +193,7 @@ class _PackJob(Dataset):
                 "--augmentation.crop whole"
             )
         self.data, self.augmentation, self.seed = data, augmentation, plan.seed
-        self.patch_size, self.packing = plan.patch_size, plan.packing
+        self.packing = plan.packing
         self.num_prefix_tokens = plan.num_prefix_tokens
 
     def __getitem__(self, job: tuple[int, PlannedPacks]) -> Packed | InputError:
@@ -201,14 +202,15 @@ class _PackJob(Dataset):
         tokens = sum(image.kept for image in images)
         try:
             with enough_memory(f"packs of {tokens} patches", "give smaller --packing.max-tokens"):
-                patches, targets, kept = zip(*map(self._shown, images), strict=True)
+                shown = (self._shown(image, step.patch_size) for image in images)
+                patches, targets, kept = zip(*shown, strict=True)
                 return Packed(
                     torch.cat(patches),
                     _stacked(targets),
                     torch.tensor([image.index for image in images]),
                     sizes=tuple(image.size for image in images),
                     packs=tuple(map(len, step.packs)),
-                    patch_size=self.patch_size,
+                    patch_size=step.patch_size,
                     kept=kept if self.packing.drops else None,
                     max_tokens=self.packing.max_tokens,
                     num_prefix_tokens=self.num_prefix_tokens,
@@ -217,14 +219,14 @@ class _PackJob(Dataset):
         except InputError as error:
             return error
 
-    def _shown(self, image: PlannedImage) -> tuple[Tensor, Any, tuple[int, ...]]:
+    def _shown(self, image: PlannedImage, patch_size: int) -> tuple[Tensor, Any, tuple[int, ...]]:
         """Patches (kept, 3 * p * p) of an image, what it teaches, and which of its patches they are."""
         height, width = self.data.images.sizes[image.index].tolist()
         key = (self.seed, image.epoch, image.position)
         drawn = draw(height, width, image.size, self.augmentation, key)
         pixels = read_pixels(self.data.images, image.index, drawn.view.needed())
         _check_size(pixels, (height, width), self.data.images.where(image.index))
-        patches = to_patches(render(pixels, drawn, self.augmentation), self.patch_size)
+        patches = to_patches(render(pixels, drawn, self.augmentation), patch_size)
         places = range(len(patches))
         if image.kept < len(patches):
             order = generator(key, DROPPING).permutation(len(patches))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vitrail.data.batch import moved, normalised, pinned, runs
 from vitrail.data.packing import Packing
-from vitrail.data.plan import BatchPlan, random_bits
+from vitrail.data.plan import BatchPlan, drawn_patch_sizes, random_bits
 from vitrail_runtime.errors import InputError
 from vitrail_runtime.preprocess import Geometry, Preprocessing, limited_sizes, num_patches
 
@@ -38,10 +38,11 @@ class PlannedImage:
 
 @dataclass(frozen=True)
 class PlannedPacks:
-    """One global step."""
+    """One global step, whose images are cut into patches of one size."""
 
     step: int
     packs: tuple[tuple[PlannedImage, ...], ...]
+    patch_size: int
 
     def part(self, rank: int, world: int) -> "PlannedPacks":
         """The share of one of `world` processes: as many packs as every other's.
@@ -54,7 +55,7 @@ class PlannedPacks:
                 "a number of packs that they divide (--packing.packs)"
             )
         share = len(self.packs) // world
-        return PlannedPacks(self.step, self.packs[rank * share : (rank + 1) * share])
+        return replace(self, packs=self.packs[rank * share : (rank + 1) * share])
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -70,6 +71,8 @@ class PackPlan:
     samples: the order of every epoch. sizes: (N, 2) heights and widths of the images. patch_size,
     num_prefix_tokens: the model's. epochs: of the run, whose last pack is not filled up by a further one.
     where: what messages call image i.
+    patch_sizes: each step draws one of these for its images (FlexiViT, Beyer et al. 2023, arXiv 2212.08013),
+        which says how many tokens they have; empty: patch_size.
     """
 
     samples: BatchPlan
@@ -79,6 +82,7 @@ class PackPlan:
     num_prefix_tokens: int
     epochs: int
     where: Callable[[int], str] = "image {}".format
+    patch_sizes: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.sizes) != self.samples.length or self.epochs < 1 or self.patch_size < 1:
@@ -107,6 +111,11 @@ class PackPlan:
     @property
     def weights(self) -> Any:
         return self.samples.weights
+
+    @property
+    def kinds(self) -> tuple[int, ...]:
+        """Sizes of patches."""
+        return self.patch_sizes or (self.patch_size,)
 
     @property
     def limit(self) -> int:
@@ -143,24 +152,26 @@ class PackPlan:
         notes = []
         if len(self._too_long) and self.packing.resolution == "own":
             notes.append(f"{self._counted_too_long}: shown smaller, their ratio kept")
-        small = np.flatnonzero((np.asarray(self.sizes) < self.patch_size).any(1))
+        largest = max(self.kinds)
+        small = np.flatnonzero((np.asarray(self.sizes) < largest).any(1))
         if len(small):
             notes.append(
-                f"{len(small)} of {self.length} images have a side of less than a patch of {self.patch_size} "
+                f"{len(small)} of {self.length} images have a side of less than a patch of {largest} "
                 f"pixels, such as {self._named(small[0])}: zeros fill it up"
             )
         return tuple(notes)
 
     @cached_property
     def _too_long(self) -> np.ndarray:
-        return np.flatnonzero(num_patches(np.asarray(self.sizes), self.patch_size) > self.limit)
+        return np.flatnonzero(num_patches(np.asarray(self.sizes), min(self.kinds)) > self.limit)
 
     @property
     def _counted_too_long(self) -> str:
-        largest = self._too_long[num_patches(self.sizes[self._too_long], self.patch_size).argmax()]
+        smallest = min(self.kinds)
+        largest = self._too_long[num_patches(self.sizes[self._too_long], smallest).argmax()]
         return (
             f"{len(self._too_long)} of {self.length} images have more than {self.limit} patches of "
-            f"{self.patch_size} pixels, such as {self._named(largest)}"
+            f"{smallest} pixels, such as {self._named(largest)}"
         )
 
     def _named(self, i: int) -> str:
@@ -182,7 +193,9 @@ class PackPlan:
         stream = self._stream(epoch // self._cycle)
         for step in range(first + start, last):
             packs = range(step * self.packing.packs, (step + 1) * self.packing.packs)
-            yield PlannedPacks(step - first, tuple(map(stream.pack, packs)))
+            yield PlannedPacks(
+                step - first, tuple(map(stream.pack, packs)), self.kinds[stream.kinds[step]]
+            )
 
     def padding(self, epoch: int) -> float:
         """Share of an epoch's budget of tokens that no image fills."""
@@ -208,7 +221,8 @@ class PackPlan:
     @cached_property
     def _cycle(self) -> int:
         """Epochs that are packed as one stream."""
-        share = self._draw(0).needs.sum() / (self.packing.max_tokens * self.packing.packs)
+        needs = self._draw(0).needs.sum(1).mean()
+        share = needs / (self.packing.max_tokens * self.packing.packs)
         if self.length >= CYCLE or share < LEAST_STEPS:
             return 1
         return -(-CYCLE // self.length)
@@ -232,63 +246,88 @@ class PackPlan:
         sizes = np.asarray(self.sizes, np.int64)[order]
         if self.packing.resolution != "own":
             sizes = resampled(sizes, self.packing, _uniform(len(sizes), (self.seed, epoch, _SIDES)))
-        sizes = limited_sizes(sizes, self.limit, self.patch_size)
-        patches = num_patches(sizes, self.patch_size)
-        kept = patches
+        uniform = None
         if self.packing.drops:
             uniform = _uniform(len(sizes), (self.seed, epoch, _DROPS))
-            shares = dropped_shares(patches, self.packing, uniform)
-            kept = np.maximum(1, np.floor(patches * (1 - shares)).astype(np.int64))
+        found = [self._shown(sizes, patch_size, uniform) for patch_size in self.kinds]
+        sizes, kept = (np.stack(part) for part in zip(*found, strict=True))
         return _Drawn(epoch, order, sizes, kept, kept + self.num_prefix_tokens)
+
+    def _shown(
+        self, sizes: np.ndarray, patch_size: int, uniform: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(N, 2) sizes at which images are shown in such patches, and (N,) how many are kept."""
+        sizes = limited_sizes(sizes, self.limit, patch_size)
+        patches = num_patches(sizes, patch_size)
+        if uniform is None:
+            return sizes, patches
+        shares = dropped_shares(patches, self.packing, uniform)
+        return sizes, np.maximum(1, np.floor(patches * (1 - shares)).astype(np.int64))
 
 
 class _Drawn(NamedTuple):
-    """An epoch in its order: all (N,) or (N, 2)."""
+    """An epoch in its order, of N images, for each of K sizes of patches."""
 
     epoch: int
-    order: np.ndarray
-    sizes: np.ndarray
-    kept: np.ndarray
-    needs: np.ndarray  # tokens
+    order: np.ndarray  # (N,)
+    sizes: np.ndarray  # (K, N, 2)
+    kept: np.ndarray  # (K, N)
+    needs: np.ndarray  # (K, N) tokens
 
 
 class _Stream:
-    """Epochs packed one after another. ends: the step behind each, counted from the first."""
+    """Epochs packed one after another. ends: the step behind each, counted from the first. kinds: of each
+    step the size of its patches, of the plan's."""
 
     def __init__(self, plan: PackPlan, epochs: Sequence[_Drawn]) -> None:
         self.epochs, self.length = epochs, plan.length
-        needs = np.concatenate([drawn.needs for drawn in epochs])
+        needs = np.concatenate([drawn.needs for drawn in epochs], 1)
+        multiple = plan.packing.packs
         # Two epochs in one window, but hardly an image twice in one pack.
         window = plan.packing.window
         if len(epochs) > 1:
             window = max(1, min(window, plan.length // 2))
-        packs = best_fit(needs, plan.packing.max_tokens, window)
-        packs = whole_steps(packs, plan.packing.packs)
+        if len(needs) == 1:
+            packs = best_fit(needs[0], plan.packing.max_tokens, window)
+            packs = whole_steps(packs, multiple)
+            self.kinds = [0] * (len(packs) // multiple)
+        else:
+            every, steps = range(len(needs)), needs.shape[1]
+            self.kinds = drawn_patch_sizes(every, steps, plan.seed, epochs[0].epoch)
+            kinds = np.repeat(self.kinds, multiple).tolist()
+            packs = best_fit_of_kinds(needs, kinds, plan.packing.max_tokens, window)
+            packs = filled_steps(packs, multiple)
         # Longest first: images of equal length are neighbours, and share a call.
         tokens = needs.tolist()
         self.members = np.array(
-            [i for pack in packs for i in sorted(pack, key=tokens.__getitem__, reverse=True)]
+            [
+                i
+                for number, pack in enumerate(packs)
+                for i in sorted(
+                    pack, key=tokens[self.kinds[number // multiple]].__getitem__, reverse=True
+                )
+            ]
         )
-        self.bounds = np.cumsum([0, *map(len, packs)])
-        by_step = self.bounds[plan.packing.packs :: plan.packing.packs]
+        self.multiple, self.bounds = multiple, np.cumsum([0, *map(len, packs)])
+        by_step = self.bounds[multiple::multiple]
         self.ends = [
             int(np.searchsorted(by_step, (i + 1) * plan.length)) + 1 for i in range(len(epochs))
         ]
 
     def pack(self, number: int) -> tuple[PlannedImage, ...]:
-        return tuple(
-            map(self._image, self.members[self.bounds[number] : self.bounds[number + 1]].tolist())
-        )
+        kind = self.kinds[number // self.multiple]
+        members = self.members[self.bounds[number] : self.bounds[number + 1]]
+        return tuple(self._image(i, kind) for i in members.tolist())
 
-    def _image(self, i: int) -> PlannedImage:
+    def _image(self, i: int, kind: int) -> PlannedImage:
         drawn, position = self.epochs[i // self.length], i % self.length
-        height, width = drawn.sizes[position].tolist()
+        height, width = drawn.sizes[kind, position].tolist()
         return PlannedImage(
             int(drawn.order[position]),
             drawn.epoch,
             position,
             (height, width),
-            int(drawn.kept[position]),
+            int(drawn.kept[kind, position]),
         )
 
 
@@ -323,6 +362,55 @@ def best_fit(needs: Sequence[int] | np.ndarray, budget: int, window: int) -> lis
         packs.append(pack)
         while oldest < len(needs) and placed[oldest]:
             oldest += 1
+    return packs
+
+
+def best_fit_of_kinds(
+    needs: np.ndarray, kinds: Sequence[int], budget: int, window: int
+) -> list[list[int]]:
+    """As `best_fit`, where an image needs other tokens in packs of another kind: needs (K, N), and of each
+    pack to come its kind."""
+    table: list[list[int]] = needs.tolist()
+    packs: list[list[int]] = []
+    waiting: list[list[tuple[int, int]]] = [[] for _ in table]
+    total = len(table[0])
+    placed = bytearray(total)
+    oldest = coming = 0
+    while oldest < total:
+        pack, room, kind = [], budget, kinds[len(packs)]
+        while True:
+            while coming < total and len(waiting[0]) < window:
+                for own, row in zip(waiting, table, strict=True):
+                    bisect.insort(own, (row[coming], -coming))
+                coming += 1
+            if not pack:
+                chosen = oldest
+            else:
+                at = bisect.bisect_left(waiting[kind], (room + 1, -total)) - 1
+                if at < 0:
+                    break
+                chosen = -waiting[kind][at][1]
+            for own, row in zip(waiting, table, strict=True):
+                own.pop(bisect.bisect_left(own, (row[chosen], -chosen)))
+            pack.append(chosen)
+            placed[chosen] = True
+            room -= table[kind][chosen]
+        packs.append(pack)
+        while oldest < total and placed[oldest]:
+            oldest += 1
+    return packs
+
+
+def filled_steps(packs: list[list[int]], multiple: int) -> list[list[int]]:
+    """As `whole_steps`, with the kinds of packs as they were: what the last step lacks are packs of one image
+    each, which fit whatever their kind."""
+    packs = whole_steps(packs, 1)
+    images, wanted = sum(map(len, packs)), -(-len(packs) // multiple) * multiple
+    if images < wanted:
+        whole_steps(packs, multiple)  # which says so
+    while len(packs) < wanted:
+        largest = max(range(len(packs)), key=lambda i: (len(packs[i]), i))
+        packs.append([packs[largest].pop()])
     return packs
 
 

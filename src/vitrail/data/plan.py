@@ -7,7 +7,7 @@ on from its step.
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -15,17 +15,20 @@ from vitrail_runtime.errors import InputError
 
 PIXEL_TOLERANCE = 0.15  # how far the pixels of a multi-scale step may be from constant
 REPEATED_RUN = 8  # samples; copies are this far apart
-_ORDER, _SCALES, _OFFSET, _AGAIN = 0, 1, 2, 3  # streams of random numbers within one epoch
+# Streams of random numbers within one epoch; 4 and 5 are those of packs.
+_ORDER, _SCALES, _OFFSET, _AGAIN, _PATCHES = 0, 1, 2, 3, 6
 
 
 @dataclass(frozen=True)
 class PlannedBatch:
-    """One global step. `positions` count samples from the start of the epoch and key their augmentation."""
+    """One global step. `positions` count samples from the start of the epoch and key their augmentation.
+    patch_size: that images are cut into, where the plan draws one."""
 
     step: int
     indices: tuple[int, ...]
     positions: tuple[int, ...]
     size: tuple[int, int]  # (height, width) of every picture in it, pixels
+    patch_size: int | None = None
 
     def part(self, rank: int, world: int) -> "PlannedBatch":
         """The share of one of `world` processes: the rank-th of `world` equal, contiguous runs.
@@ -39,7 +42,7 @@ class PlannedBatch:
             )
         share = len(self.indices) // world
         mine = slice(rank * share, (rank + 1) * share)
-        return PlannedBatch(self.step, self.indices[mine], self.positions[mine], self.size)
+        return replace(self, indices=self.indices[mine], positions=self.positions[mine])
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -62,6 +65,8 @@ class BatchPlan:
     groups: (length,) integers, such as `shape_groups`: a batch has samples of one group, so that images which
         are padded to one size are alike; what fills no batch of its group makes mixed ones at the end.
     shuffle: False gives the order of the data.
+    patch_sizes: each step draws one for its images (FlexiViT, Beyer et al. 2023, arXiv 2212.08013). Empty:
+        the model's own.
     """
 
     length: int
@@ -75,6 +80,7 @@ class BatchPlan:
     repeats: int = 1
     drop_last: bool = True
     shuffle: bool = True
+    patch_sizes: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.length < 1 or self.batch_size < 1 or self.repeats < 1:
@@ -135,6 +141,7 @@ class BatchPlan:
         if not 0 <= start <= len(ends):
             raise InputError(f"epoch {epoch} has {len(ends)} steps, so it cannot start at {start}")
         order = self.order(epoch)
+        patches = drawn_patch_sizes(self.patch_sizes, len(ends), self.seed, epoch)
         first = ends[start - 1] if start else 0
         for step in range(start, len(ends)):
             last = ends[step]
@@ -143,6 +150,7 @@ class BatchPlan:
                 tuple(order[first:last].tolist()),
                 tuple(range(first, last)),
                 self._sizes()[choices[step]],
+                patches[step] if patches else None,
             )
             first = last
 
@@ -259,6 +267,14 @@ def square_scales(low: int, high: int, step: int = 32) -> tuple[tuple[int, int],
             f"scales need 0 < low <= high and step >= 1, but got {low}, {high}, {step}"
         )
     return tuple((side, side) for side in range(low, high + 1, step))
+
+
+def drawn_patch_sizes(sizes: Sequence[int], steps: int, seed: int, epoch: int) -> list[int]:
+    """Of each step one of the sizes, all equally likely; [] where there are none."""
+    if not sizes:
+        return []
+    drawn = random_bits(steps, (seed, epoch, _PATCHES)) % len(sizes)
+    return [sizes[i] for i in drawn.tolist()]
 
 
 def random_bits(count: int, key: tuple[int, int, int]) -> np.ndarray:

@@ -95,6 +95,9 @@ def build_model(config: TrainConfig, classes: tuple[str, ...]) -> Any:
         changes["crop_pct"] = config.crop_pct
     if config.resize is not None:
         changes["mode"] = config.resize
+    if config.patch_sizes:  # the first: what is measured and asked at unless a call names another
+        own = model.backbone.config.patch_size if hasattr(model.backbone, "patch_sizes") else 1
+        models.use_patch_sizes(model, own, *config.patch_sizes)
     if config.native:
         changes |= native_view(model, config)
     models.describe(

@@ -115,6 +115,10 @@ class TrainConfig:
     """Parts that a batch is computed in, one after another, for less memory."""
     repeats: int = 1
     """Repeated augmentation: differently augmented copies of a image in one batch."""
+    patch_sizes: tuple[int, ...] = ()
+    """A patch size is drawn per update from these, for classifiers on plain ViTs that are then used at any of
+    them (eval and predict: --patch-size; Beyer et al. 2023, arXiv 2212.08013); none: the model's own.
+    """
     sizes: tuple[int, ...] = ()
     """Multi-scale batches: a size is drawn per update, pixels per update stay about constant."""
 
@@ -202,6 +206,8 @@ class TrainConfig:
             raise InputError(f"image_size must be at least 1, but is {self.image_size}")
         if not all(side >= 1 for side in self.sizes):
             raise InputError(f"sizes must be at least 1 pixel, but are {self.sizes}")
+        if not all(size >= 1 for size in self.patch_sizes):
+            raise InputError(f"patch_sizes must be at least 1 pixel, but are {self.patch_sizes}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise InputError(f"betas must be from 0 to below 1, but are {self.betas}")
 

@@ -179,8 +179,8 @@ def replay(path: str | Path) -> dict[str, Any]:
 def batch_of(kept: Mapping[str, Any], padding: Mapping[str, Any]) -> Batch:
     """A process's share of the batch."""
     images, targets, indices = (kept[name] for name in ("images", "targets", "indices"))
-    if not padding:
-        return Dense(images, targets, indices)
+    if not padding or "patch_size" in padding:
+        return Dense(images, targets, indices, **padding)
     if "packing" in padding:
         fields = {name: _tuples(value) for name, value in padding["packing"].items()}
         return Packed(images, targets, indices, **fields)

@@ -187,6 +187,7 @@ def build_plan(config: TrainConfig, data: Examples, size: tuple[int, int], world
         weights=weights,
         strata=None if weights is None else data.truth.strata(),
         repeats=config.repeats,
+        patch_sizes=config.patch_sizes,
     )
 
 
@@ -206,6 +207,7 @@ def pack_plan(config: TrainConfig, data: Examples, model: Any, samples: BatchPla
         num_prefix_tokens=model.backbone.num_prefix_tokens,
         epochs=config.epochs,
         where=data.images.where,
+        patch_sizes=config.patch_sizes,
     )
 
 

@@ -129,6 +129,12 @@ RELEASED: dict[str, tuple[str, ...]] = {  # name -> sources, the default first
         f"naflexvit_base_patch16_{kind}": (f"hf:timm/naflexvit_base_patch16_{kind}.e300_s576_in1k",)
         for kind in ("gap", "par_gap", "parfac_gap")
     },
+    **{
+        f"flexivit_{size}": tuple(
+            f"hf:timm/flexivit_{size}.{epochs}ep_in1k" for epochs in (1200, 600, 300)
+        )
+        for size in ("small", "base", "large")
+    },
     "deepvit_24b": (_DEEPVIT,),
     "deepvit_32b": (_DEEPVIT,),
     "deepvit_s": (_DEEPVIT,),

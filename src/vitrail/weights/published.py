@@ -115,6 +115,12 @@ PUBLISHED: dict[str, Published] = {
             remark="timm's; its figures, for images of 576 tokens, we could not verify")
         for kind in ("gap", "par_gap", "parfac_gap")
     },
+    # backbones/flexivit.py
+    **{
+        f"flexivit_{size}": Published(None, None, None, "none",
+            remark="the paper's figures are curves over patch sizes; we could not verify single ones")
+        for size in ("small", "base", "large")
+    },
     # backbones/deepvit.py
     "deepvit_s": Published(27, 6.2, 82.3, DEEPVIT_TABLE,
         macs_note="the official code is the same layer for layer; why the paper has less is not known. "

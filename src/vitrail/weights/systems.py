@@ -43,6 +43,13 @@ SYSTEMS = (
         "--recipe finetune_small --model vit_small_patch14_dinov2 --weights pretrained --data DIR",
     ),
     System(
+        "FlexiViT",
+        "2212.08013",
+        "flexivit_small",
+        "logits at eight patch sizes: timm, 1e-6 (its positions are resized in fp32)",
+        "--model flexivit_small --patch-sizes 8 16 32 --data DIR",
+    ),
+    System(
         "ViT with a ResNet stem (hybrid)",
         "2010.11929",
         "vit_base_r50_s16",
