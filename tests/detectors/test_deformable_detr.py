@@ -199,17 +199,27 @@ def test_the_best_pairs_of_query_and_class_are_answered():
     assert found["count"].tolist() == [7, 7]
 
 
-def test_an_image_of_few_cells_proposes_few_queries_in_rows_of_the_same_number():
+def test_an_image_of_fewer_cells_than_queries_is_answered_and_learnt_from_by_all_queries():
+    """One process would raise alone, where the others wait for it."""
     model = tiny("two_stage", num_queries=60, detections=50)
     images = torch.randn(1, 3, 9, 9, dtype=torch.float64)  # 2 x 2 and three times 1 x 1 cells
     with torch.no_grad():
-        found = model.forward_tensors(images)
+        found, said = model.forward_tensors(images), model.answers(images)
+        memory = torch.randn(1, 7, 64, dtype=torch.float64)
+        logits, ends = model._propose(memory, model.cells(images, None)[2])
+        queries, _, boxes = model._begin(logits, ends)
     assert found["boxes"].shape == (1, 50, 4)
-    assert found["count"].tolist() == [28]
-    assert not any(value[:, 28:].any() for name, value in found.items() if name != "count")
+    assert found["count"].tolist() == [50]
+    assert [x.shape[1] for x in (*said.logits, *said.boxes)] == [60] * 6
+    chosen = logits[0, :, 0].argsort(descending=True)  # the cells themselves come first
+    torch.testing.assert_close(boxes[0, :7], ends[0, chosen].sigmoid())
+    assert (boxes[0, 7:] == 1).all()
+    assert queries.isfinite().all()
     targets = targets_of(objects((8,)), 9, 9)
-    with pytest.raises(InputError, match="has 8 objects, but the model has 7 queries"):
-        model.losses(images, targets)
+    losses = model.losses(images, targets)
+    assert all(loss > 0 for loss in losses.values())
+    sum(losses.values()).backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -265,29 +265,21 @@ class DeformableDETR(nn.Module):
             heads, L, P); "decoder.layers.I.self_attn.weights" (B, heads, Q, Q); "cells" (L, 2), height and
             width of each level; and "queries" (B, D), the query of every answer.
 
-        Returns: "boxes" (B, D, 4), "scores" (B, D), "labels" (B, D) int64, "count" (B,) int64. Rows behind
-            the count are zero.
+        Returns: "boxes" (B, D, 4), "scores" (B, D), "labels" (B, D) int64, "count" (B,) int64, which is D.
         """
         found = self.answers(images, sizes, record)
         logits, boxes = found.logits[-1], in_pixels(found.boxes[-1], images, sizes)
         rows = min(self.config.detections, self.config.num_queries * self.num_classes)
-        # A map of few cells proposes few queries.
-        given = rows if torch.compiler.is_compiling() else min(rows, logits[0].numel())
-        scores, best = logits.sigmoid().flatten(1).topk(given, 1)
+        scores, best = logits.sigmoid().flatten(1).topk(rows, 1)
         query = best // self.num_classes
         if record is not None:
             record["queries"] = query
-        out = {
+        return {
             "boxes": boxes.gather(1, query[..., None].expand(-1, -1, 4)),
             "scores": scores,
             "labels": best % self.num_classes,
+            "count": torch.full_like(best[:, 0], rows),
         }
-        if given < rows:
-            out = {
-                k: torch.cat((v, v.new_zeros(len(v), rows - given, *v.shape[2:])), 1)
-                for k, v in out.items()
-            }
-        return out | {"count": torch.full_like(best[:, 0], given)}
 
     def answers(self, images: Tensor, sizes: Sizes | None = None, record: Record = None) -> Found:
         """What every decoder layer, and the encoder where it proposes, says of the images."""
@@ -353,11 +345,14 @@ class DeformableDETR(nn.Module):
 
     def _begin(self, logits: Tensor, ends: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Places of the queries and what they begin with, (B, Q, dim) each, and their boxes (B, Q, 4): the
-        proposals of the highest first logit, which alone learns where an object is."""
-        number = self.config.num_queries
-        if not torch.compiler.is_compiling():
-            number = min(number, logits.shape[1])
-        best = logits[..., 0].topk(number, 1).indices
+        proposals of the highest first logit, which alone learns where an object is. Where an image has fewer
+        cells than queries are asked for, the others begin as at a cell that proposes nothing."""
+        number, first = self.config.num_queries, logits[..., 0]
+        if not torch.compiler.is_compiling():  # a traced graph is for images of enough cells
+            missing = max(0, number - logits.shape[1])
+            first = F.pad(first, (0, missing), value=-math.inf)
+            ends = F.pad(ends, (0, 0, 0, missing), value=math.inf)
+        best = first.topk(number, 1).indices
         boxes = ends.gather(1, best[..., None].expand(-1, -1, 4)).detach().sigmoid()
         coded = sines(boxes, self.config.dim // 2).flatten(2)  # (B, Q, 2 * dim)
         weight = self.transformer.pos_trans.weight
