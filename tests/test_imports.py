@@ -33,6 +33,7 @@ LEVELS: list[set[str]] = [
     {"necks"},
     {"classifiers", "detectors", "segmenters"},
     {"towers"},
+    {"assembly"},
     {"models"},
     {"predictor", "adapt", "tasks"},
     {"train", "deploy", "analysis", "bench"},

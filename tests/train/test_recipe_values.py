@@ -10,8 +10,8 @@ import pytest
 
 from vitrail.data.packing import Packing
 from vitrail.data.plan import BatchPlan
-from vitrail.models import backbone_entry
 from vitrail.recipes import RECIPES, recipe_config
+from vitrail.registry import backbone_entry
 from vitrail.tasks.classify import Settings
 from vitrail.train.config import TrainConfig
 
