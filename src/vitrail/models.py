@@ -29,6 +29,7 @@ from vitrail.assembly import list_models as list_models
 from vitrail.assembly import load_dense as load_dense
 from vitrail.assembly import parse_name as parse_name
 from vitrail.assembly import part_names as part_names
+from vitrail.assembly import use_patch_sizes as use_patch_sizes
 from vitrail.configuration import from_dict, to_dict
 from vitrail.registry import config_class
 from vitrail_runtime.errors import InputError, NewerVersion, listed
