@@ -18,6 +18,7 @@ from vitrail.assembly import Head as Head
 from vitrail.assembly import ModelInfo as ModelInfo
 from vitrail.assembly import assemble as assemble
 from vitrail.assembly import at_own_shape as at_own_shape
+from vitrail.assembly import at_patch_size as at_patch_size
 from vitrail.assembly import build_backbone as build_backbone
 from vitrail.assembly import build_classifier as build_classifier
 from vitrail.assembly import check_takes_packs as check_takes_packs

@@ -1,5 +1,6 @@
 """One network for all patch sizes, against timm's models of each."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -187,9 +188,7 @@ def test_a_size_that_a_model_was_not_given_is_refused():
 
 def test_images_at_their_own_shape_keep_their_pixels_at_another_patch_size():
     model = ours()
-    vitrail.models.describe(
-        model, vitrail.models.replace(model.info, preprocessing=at_own_shape(model, 90))
-    )
+    vitrail.models.describe(model, replace(model.info, preprocessing=at_own_shape(model, 90)))
     at_patch_size(model, 8)
     assert model.preprocessing.patches == (360, 8)
     assert at_own_shape(model, 50).patches == (50, 8)
