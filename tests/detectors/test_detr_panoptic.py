@@ -118,7 +118,8 @@ def test_masks_and_answers_equal_transformers_in_a_padded_batch(peer):
         logits, boxes = ours.heads(seen.decoded)
         order = torch.arange(5).expand(3, 5)
         record = {}
-        masks = ours.masks(features, seen, order, SIZES, record)
+        maps = ours.finer_maps(features, images)
+        masks = ours.masks(maps, seen, order, SIZES, record)
     assert_close_to_peer(logits[-1], want.logits)
     assert_close_to_peer(boxes[-1], want.pred_boxes)
     assert_close_to_peer(masks, want.pred_masks.sigmoid())
@@ -356,3 +357,43 @@ def test_a_file_of_transformers_answers_as_there(tmp_path):
     assert_close_to_peer(found["scores"], scores.gather(1, order))
     own = want.pred_masks.sigmoid()[torch.arange(2)[:, None], order]
     assert_close_to_peer(found["masks"], own)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (70, 45)])
+def test_any_size_from_one_pixel_is_answered(size):
+    model = slim("detr_panoptic", head=SMALL).eval()
+    images = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found = model.forward_tensors(images)
+        alone = model.forward_tensors(images[1:])
+    assert found["boxes"].shape == (2, 6, 4)
+    assert found["masks"].shape == (2, 6, *(-(-side // 4) for side in size))
+    assert found["input_size"].tolist() == [list(size)] * 2
+    assert all(value.isfinite().all() for value in found.values())
+    for name, value in alone.items():
+        torch.testing.assert_close(found[name][1:], value, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_an_exported_model_answers_as_it_does_itself():
+    """By torch.export, with the number of images left open; batch mates change nothing."""
+    model = slim("detr_panoptic", head=SMALL | {"stuff": (1,)}).eval()
+
+    class Outputs(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, images):
+            return self.model.forward_tensors(images)
+
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(2, 3, 64, 96, generator=generator)
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(Outputs().eval(), (images,), dynamic_shapes=({0: batch},))
+    other = torch.randn(3, 3, 64, 96, generator=generator)
+    with torch.no_grad():
+        want = model.forward_tensors(other)
+    got = program.module()(other)
+    for name, value in want.items():
+        torch.testing.assert_close(got[name], value, rtol=1e-4, atol=1e-5)

@@ -12,6 +12,7 @@ of its batch as well; masks are merged as the paper's text says and transformers
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -114,7 +115,7 @@ class DETRPanoptic(DETR):
             record["queries"] = order
         labels = labels.gather(1, order)
         found = in_pixels(boxes[-1], images, sizes)
-        masks = self.masks(features, seen, order, sizes, record)
+        masks = self.masks(self.finer_maps(features, images), seen, order, sizes, record)
         stuff = torch.tensor(
             [k in self.stuff for k in range(self.num_classes)], device=labels.device
         )
@@ -124,14 +125,28 @@ class DETRPanoptic(DETR):
             "scores": scores,
             "labels": labels,
             "masks": masks,
-            "stuff": stuff.expand(len(order), -1),
+            "stuff": stuff.expand(order.shape[0], -1),
             "count": (scores > self.config.sure).sum(1),
-            "input_size": torch.tensor([height, width], device=labels.device).expand(len(order), 2),
+            "input_size": torch.tensor([height, width], device=labels.device).expand(
+                order.shape[0], 2
+            ),
         }
+
+    def finer_maps(self, features: Features, images: Tensor) -> list[Tensor]:
+        """The backbone's maps of strides 16, 8 and 4, of as many cells as lie in the images: resampled from
+        coarser ones they reach further."""
+        maps = []
+        for name, x in self.finer(features).items():
+            stride = Fraction(self.finer.feature_specs[name].stride)
+            height, width = (
+                -(-side * stride.denominator // stride.numerator) for side in images.shape[-2:]
+            )
+            maps.append(x[..., :height, :width])
+        return maps[::-1]
 
     def masks(
         self,
-        features: Features,
+        maps: Sequence[Tensor],
         seen: Read,
         order: Tensor,
         sizes: Sizes | None,
@@ -143,7 +158,7 @@ class DETRPanoptic(DETR):
         for start in range(0, most, AT_ONCE):
             some = order[:, start : start + AT_ONCE]
             image = torch.arange(images, device=order.device).repeat_interleave(some.shape[1])
-            logits, look = self.mask_logits(features, seen, image, some.flatten(), sizes)
+            logits, look = self.mask_logits(maps, seen, image, some.flatten(), sizes)
             every.append(logits.sigmoid().unflatten(0, (images, some.shape[1])))
             looks.append(look.unflatten(0, (images, some.shape[1])))
         if record is not None:
@@ -151,15 +166,19 @@ class DETRPanoptic(DETR):
         return torch.cat(every, 1)
 
     def mask_logits(
-        self, features: Features, seen: Read, image: Tensor, query: Tensor, sizes: Sizes | None
+        self,
+        maps: Sequence[Tensor],
+        seen: Read,
+        image: Tensor,
+        query: Tensor,
+        sizes: Sizes | None,
     ) -> tuple[Tensor, Tensor]:
         """Of queries `query` (P,) of the images `image` (P,): masks (P, h, w) at stride 4, and where they
-        look, (P, heads, h / 8, w / 8)."""
+        look, (P, heads, h / 8, w / 8). maps: `finer_maps`."""
         pad_mask = None if sizes is None else ~seen.keep
         queries = seen.decoded[-1][image, query]
         look = self.bbox_attention(queries, image, seen.memory, pad_mask)
-        fpn = list(self.finer(features).values())[::-1]
-        return self.mask_head(seen.x, look, image, fpn), look
+        return self.mask_head(seen.x, look, image, maps), look
 
     def losses(
         self, images: Tensor, targets: Sequence[Mapping[str, Tensor]], *, sizes: Sizes | None = None
@@ -177,7 +196,8 @@ class DETRPanoptic(DETR):
         pairs = self.matched(logits, boxes, objects)
         out = self.losses_of(logits, boxes, objects, pairs)
         last = pairs[-1]
-        drawn, _ = self.mask_logits(features, seen, last.image, last.query, sizes)
+        maps = self.finer_maps(features, images)
+        drawn, _ = self.mask_logits(maps, seen, last.image, last.query, sizes)
         focal, dice = self.losses_of_masks(drawn, last, targets, images, sizes)
         return out | {
             "mask": self.config.mask_weight * focal,

@@ -176,6 +176,13 @@ SYSTEMS = (
         "--recipe detect_small --model detr/resnet18 --data DIR",
     ),
     System(
+        "DETR, panoptic",
+        "2005.12872",
+        "detr_panoptic/resnet50",
+        f"logits, boxes, masks and losses: transformers, {EXACT}; segments: transformers' merging",
+        "--recipe panoptic_small --data DIR",
+    ),
+    System(
         "Deformable DETR",
         "2010.04159",
         "deformable_detr/resnet50",
