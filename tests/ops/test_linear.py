@@ -53,6 +53,18 @@ def test_value_and_gradients_are_those_of_pytorchs_linear(products, shape, bias)
     assert [weight for _, weight in products] == [(40, 24), (24, 40), (24, rows)]
 
 
+@pytest.mark.parametrize("shape", [(7,), (2, 5), (2, 3, 4)])
+def test_an_activation_may_work_in_its_place(products, shape):
+    x, weight, bias = given(*shape)
+    found = []
+    for form in (linear, F.linear):
+        out = F.silu(form(x, weight, bias), inplace=True)
+        found.append([out, *torch.autograd.grad(out.square().sum(), [x, weight, bias])])
+    assert len(products) == 3
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-3)
+
+
 def test_gradients_of_gradients_are_those_of_pytorchs_linear(products):
     x, weight, bias = given(7)
     found = []

@@ -27,9 +27,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, weight, bias)
     ):
-        out = _Product.apply(x, weight, bias)
+        # By rows: what a Function returns must be no view, or activations could not work in its place.
+        out = _Product.apply(x.flatten(0, -2), weight, bias)
         assert isinstance(out, Tensor)
-        return out
+        return out.unflatten(0, x.shape[:-1])
     return _product(x, weight, bias)
 
 
@@ -52,11 +53,10 @@ class _Product(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         for_x, for_weight, for_bias = ctx.needs_input_grad
-        rows = gradient.flatten(0, -2)
         return (
             linear(gradient, weight.t()) if for_x else None,
-            linear(rows.t(), x.flatten(0, -2).t()) if for_weight else None,
-            rows.sum(0) if for_bias else None,
+            linear(gradient.t(), x.t()) if for_weight else None,
+            gradient.sum(0) if for_bias else None,
         )
 
 
