@@ -318,6 +318,10 @@ def main() -> None:
     kept = flags.out / "tokens.json"
     if kept.exists():
         tokens = json.loads(kept.read_text(encoding="utf-8"))
+        if flags.tokens not in (None, tokens):
+            parser.error(
+                f"the runs in {flags.out} learn from {tokens:,} tokens; give another --out"
+            )
     else:
         trials = [Trial(run, 0, data, flags.out, 10**9) for run in flags.runs]
         tokens = flags.tokens or measured_tokens(flags.minutes, trials)
