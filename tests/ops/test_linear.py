@@ -1,6 +1,7 @@
 """The product of linear layers by oneDNN, where it is the faster one."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -73,6 +74,20 @@ def test_gradients_of_gradients_are_those_of_pytorchs_linear(products):
         found.append(torch.autograd.grad(first.pow(2).sum(), [x, weight, bias]))
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-1)  # of values up to 1e6
+
+
+def test_parts_of_larger_tensors_are_copied_before(monkeypatch):
+    seen = []
+
+    def plain(x, weight, bias, *_):
+        seen.append((x.stride(), weight.stride()))
+        return F.linear(x, weight, bias)
+
+    monkeypatch.setattr(module.torch.ops, "mkldnn", SimpleNamespace(_linear_pointwise=plain))
+    wide = torch.randn(7, 3, 24)
+    module._product(wide[:, 0], torch.randn(40, 48)[:, :24], None)
+    module._product(torch.randn(1, 1).expand(7, 24), torch.randn(24, 40).t(), None)
+    assert seen == [((24, 1), (24, 1)), ((24, 1), (1, 40))]
 
 
 def test_only_what_needs_a_gradient_has_its_product_computed(products):
