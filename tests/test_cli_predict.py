@@ -242,7 +242,7 @@ class Finder(torch.nn.Module):
     task = "detect"
     classes = ("ant", "bee", "cat")
     preprocessing = Preprocessing(size=(20, 26), mode="squash")
-    info = SimpleNamespace(name="finder")
+    info = SimpleNamespace(name="finder", category_ids=None)
 
     def __init__(self) -> None:
         super().__init__()
@@ -291,6 +291,18 @@ def test_a_detectors_boxes_are_drawn_and_kept_as_coco_results(finder, pictures, 
     with Image.open(out / "a.png.jpg") as kept:
         assert kept.size == drawn.size
         assert np.abs(np.array(kept).astype(int) - np.array(drawn)).mean() < 4
+
+
+def test_categories_are_called_as_in_the_data_that_the_model_learnt_from(
+    finder, pictures, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(Finder.info, "category_ids", (12, 7, 30))
+    out = tmp_path / "out"
+    assert main(["predict", finder, str(pictures / "a.png"), "--out", str(out)]) == 0
+    results = json.loads((out / "coco_results.json").read_text())
+    assert [r["category_id"] for r in results] == [7, 7, 12]
+    about = json.loads((out / "coco_images.json").read_text())
+    assert [c["id"] for c in about["categories"]] == [12, 7, 30]
 
 
 def test_the_threshold_decides_what_is_told_and_drawn(finder, pictures, capsys):

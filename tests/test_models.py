@@ -90,6 +90,20 @@ def test_a_config_that_is_not_as_it_was_written_is_refused_unless_the_hash_is_ta
     assert vitrail.load(folder).classes == ("ape", *CLASSES[1:])
 
 
+def test_ids_of_categories_travel_with_a_model_whose_data_had_them(folder):
+    model = vitrail.load(folder)
+    assert model.category_ids is model.info.category_ids is None
+    assert "category_ids" not in models.read_config(folder)
+    model.category_ids = ids = list(range(90, 90 - 3 * len(CLASSES), -3))
+    again = vitrail.load(vitrail.save(model, folder))
+    assert again.category_ids == again.info.category_ids == tuple(ids)
+    assert vitrail.load(vitrail.save(again, folder)).category_ids == tuple(ids)
+    for wrong in (ids[:-1], [*ids[:-1], ids[0]], [*ids[:-1], "1"], "12", [*ids[:-1], True]):
+        change_config(folder, category_ids=wrong)
+        with pytest.raises(InputError, match="category_ids are different whole numbers, one of"):
+            vitrail.load(folder)
+
+
 def test_the_hash_of_a_config_is_sha256_over_all_else_in_it(folder):
     config = json.loads((folder / "config.json").read_text())
     said = config.pop("config_sha256")

@@ -119,7 +119,11 @@ HEADS = {
     ),
 }
 # Full models that a paper names as one: name -> (head, backbone).
-NAMED = {name: (_efficientdet(scale), scale.backbone) for name, scale in SCALES.items()}
+NAMED = {
+    # Released weights have seen squares.
+    name: (replace(_efficientdet(scale), mode="letterbox"), scale.backbone)
+    for name, scale in SCALES.items()
+}
 TASKS = ("classify", *dict.fromkeys(head.task for head in HEADS.values()))
 
 
@@ -129,6 +133,7 @@ class ModelInfo:
 
     parts: "backbone", and "head" where the name has one -> the config that it is built from.
     pretrained: {"source", "sha256"} of the released weights that it started from, where it did.
+    category_ids: of each class, as COCO's files of the training data call them, where it had such.
     """
 
     name: str
@@ -136,6 +141,7 @@ class ModelInfo:
     classes: tuple[str, ...]
     preprocessing: Preprocessing
     pretrained: Mapping[str, str] | None = None
+    category_ids: tuple[int, ...] | None = None
 
     @property
     def config(self) -> Any:
@@ -397,6 +403,7 @@ def describe(model: Any, info: ModelInfo) -> None:
     model.info = info
     model.classes = info.classes
     model.preprocessing = info.preprocessing
+    model.category_ids = info.category_ids
 
 
 def part_names(model: torch.nn.Module) -> list[str]:

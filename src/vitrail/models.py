@@ -55,6 +55,8 @@ def save(model: Any, folder: str | Path, *, metrics: Mapping[str, Any] | None = 
     }
     if info.pretrained is not None:
         config["pretrained"] = dict(info.pretrained)
+    if model.category_ids is not None:  # those of the data, where it was trained since
+        config["category_ids"] = list(model.category_ids)
     config["config_sha256"] = config_hash(config)
     text = json.dumps(config, indent=2) + "\n"
     # The file of weights carries the text too: a save over an older one, stopped between the two
@@ -105,8 +107,9 @@ def load(folder: str | Path) -> Any:
     # Counters of batches are integers in the model and were written as floats.
     model.load_state_dict({k: v.to(own[k].dtype) for k, v in state.items()}, assign=True)
     pre = from_dict(Preprocessing, config["preprocessing"], where=str(path))
-    origin = config.get("pretrained")
-    describe(model, ModelInfo(config["name"], parts, tuple(config["classes"]), pre, origin))
+    origin, ids = config.get("pretrained"), config.get("category_ids")
+    ids = None if ids is None else tuple(ids)
+    describe(model, ModelInfo(config["name"], parts, tuple(config["classes"]), pre, origin, ids))
     return model.eval()
 
 
@@ -209,6 +212,16 @@ def _checked(text: str, path: Path) -> dict[str, Any]:
             raise InputError(
                 f"{path} lacks {key!r} (expected {kind.__name__}); copy the folder again"
             )
+    ids = config.get("category_ids")
+    if ids is not None and not (
+        isinstance(ids, list)
+        and all(type(i) is int for i in ids)
+        and len(set(ids)) == len(ids) == len(config["classes"])
+    ):
+        raise InputError(
+            f"{path}: category_ids are different whole numbers, one of each of the {len(config['classes'])} "
+            f"classes, but are {ids}; copy the folder again"
+        )
     _checked_hash(config, path)  # before a damaged name is looked up
     known, _ = parse_name(config["name"])
     if config["classes"] or known is None or not known.whole:

@@ -403,9 +403,9 @@ def test_what_cannot_be_built_is_refused():
 
 
 def test_images_keep_their_shape_and_their_long_edge_becomes_the_scales_size():
-    """effdet's ResizePad, without the square around it."""
+    """effdet's ResizePad, without the square around it where the name is not the paper's."""
     head, entry = parse_name("efficientdet_d1")
-    assert (head.mode, head.size, entry.name) == ("edges", (640, 640), "tf_efficientnet_b1")
+    assert (head.mode, head.size, entry.name) == ("letterbox", (640, 640), "tf_efficientnet_b1")
     model = create_model("efficientdet/mobilevitv2_050", num_classes=2, head=SMALL)
     pre = Preprocessing(mode="edges", size=(512, 512), interpolation="bilinear")
     assert model.preprocessing == replace(pre, mean=(0, 0, 0), std=(1, 1, 1), crop_pct=0.888)

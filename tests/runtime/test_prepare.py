@@ -1,5 +1,6 @@
 """From upright pixels to a model's input: equal to what torchvision and timm do, for any shape."""
 
+import hashlib
 from dataclasses import replace
 
 import numpy as np
@@ -197,7 +198,7 @@ def test_native_makes_smaller_what_has_too_many_patches():
             Preprocessing(**{"patches": (15, 16), **fields})
 
 
-@pytest.mark.parametrize("mode", ["crop", "squash", "fit", "edges", "native"])
+@pytest.mark.parametrize("mode", ["crop", "squash", "fit", "letterbox", "edges", "native"])
 def test_the_geometry_finds_the_way_back(mode):
     # A white rectangle on black: where it is seen in the input, mapped back, is where it was.
     image = np.zeros((300, 400, 3), np.uint8)
@@ -220,10 +221,38 @@ PLACES = [
     ((300, 400), (200, 150), "squash", (200, 150), (0, 0)),
     ((300, 280), (200, 150), "fit", (161, 150), (0, 0)),  # 160.7
     ((401, 152), (200, 150), "fit", (200, 76), (0, 0)),  # 75.8
+    ((300, 280), (200, 150), "letterbox", (160, 150), (0, 0)),  # 160.7
+    ((401, 152), (200, 150), "letterbox", (200, 75), (0, 0)),
     ((30, 41), (200, 150), "native", (30, 41), (0, 0)),
     ((41, 30), (20, 31), "edges", (27, 20), (0, 0)),
     ((30, 90), (20, 31), "edges", (10, 31), (0, 0)),
 ]
+
+
+# (height, width) -> sha256 of effdet 0.4's validation image at 48 x 64, bilinear, of `letter(height, width)`.
+LETTERBOXES = {
+    (50, 61): "1117680dab5eb711",
+    (100, 37): "384e46a0673d41a8",
+    (30, 97): "5802f02a050b112d",
+    (96, 128): "c68bccb328d63ea4",
+    (20, 21): "74404284b8ae155e",
+}
+
+
+def letter(height, width):
+    y, x = np.mgrid[:height, :width]
+    return np.stack([(7 * x + y) % 256, (x + 5 * y) % 256, x * y % 256], 2).astype(np.uint8)
+
+
+@pytest.mark.parametrize("shape", LETTERBOXES)
+def test_a_letterbox_is_effdets(shape):
+    p = Preprocessing(size=(48, 64), mode="letterbox", interpolation="bilinear")
+    pixels, geometry = resize(letter(*shape), p)
+    assert preprocessed_size(*shape, p) == pixels.shape[:2] == (48, 64)
+    assert hashlib.sha256(pixels.tobytes()).hexdigest()[:16] == LETTERBOXES[shape]
+    filled = pixels[-1, -1].tolist() == [124, 116, 104]  # ImageNet's mean
+    assert filled == (shape != (96, 128))
+    assert geometry.offset == (0, 0)
 
 
 @pytest.mark.parametrize(("shape", "size", "mode", "whole", "offset"), PLACES)
@@ -256,6 +285,7 @@ def test_boxes_go_to_the_input_and_back_by_scale_and_offset():
         ({"size": (64, 32), "crop_pct": 1.0}, (96, 48)),
         ({"size": (65, 32), "mode": "squash"}, (98, 48)),
         ({"size": (65, 32), "mode": "fit"}, (98, 48)),
+        ({"size": (65, 32), "mode": "letterbox"}, (98, 48)),
         ({"mode": "native"}, None),
         ({"size": (65, 101), "mode": "edges"}, (98, 98)),
     ],

@@ -61,7 +61,7 @@ class Seer(torch.nn.Module):
     classes = tuple(CATEGORIES)
     has_masks = False
     preprocessing = Preprocessing(size=(80, 120), mode="fit", mean=(0.0,) * 3, std=(1.0,) * 3)
-    info = SimpleNamespace(name="seer")
+    info = SimpleNamespace(name="seer", category_ids=None)
 
     def __init__(self) -> None:
         super().__init__()

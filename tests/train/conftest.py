@@ -105,7 +105,7 @@ def make_masks(root: Path, *, train: int = 24, val: int = 12) -> Path:
 
 def make_scenes(root: Path, *, train: int = 24, val: int = 12) -> Path:
     """In COCO's format: every image has a block more than the one before, up to three; every fourth none."""
-    categories = [{"id": k + 1, "name": name} for k, name in enumerate(BLOCKS)]
+    categories = [{"id": 3 * k + 2, "name": name} for k, name in enumerate(BLOCKS)]
     for split, count in (("train", train), ("val", val)):
         (root / "images" / split).mkdir(parents=True)
         entries, found = [], []
@@ -117,7 +117,7 @@ def make_scenes(root: Path, *, train: int = 24, val: int = 12) -> Path:
                 w, h = rng.integers(9, 14, 2).tolist()
                 x, y = int(rng.integers(0, width - w)), int(rng.integers(0, height - h))
                 pixels[y : y + h, x : x + w, k] += 150  # each colour once
-                about = {"id": len(found) + 1, "image_id": i + 1, "category_id": k + 1}
+                about = {"id": len(found) + 1, "image_id": i + 1, "category_id": 3 * k + 2}
                 found.append(about | {"bbox": [x, y, w, h], "area": w * h, "iscrowd": 0})
             name = f"{split}/{i:02d}.png"
             Image.fromarray(pixels).save(root / "images" / name)

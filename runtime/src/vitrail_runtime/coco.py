@@ -20,7 +20,8 @@ class CocoIds:
     """Ids of images and categories: those of a COCO annotation file, or 1, 2, 3, ...
 
     files: the images, in order. classes: of the model. annotations: parsed annotation file, whose images are
-    known by their file names and whose categories by theirs; None: ids are given here.
+    known by their file names and whose categories by theirs; None: images are numbered here.
+    category_ids: of each class, where there are no annotations; None: 1, 2, 3, ...
     Raises: InputError listing the files, or the classes, that are not in the annotations.
     """
 
@@ -29,11 +30,12 @@ class CocoIds:
         files: Sequence[str],
         classes: Sequence[str],
         annotations: Mapping[str, Any] | None = None,
+        category_ids: Sequence[int] | None = None,
     ) -> None:
         self.classes = tuple(classes)
         if annotations is None:
             self.images = {file: i for i, file in enumerate(files, 1)}
-            self.categories = list(range(1, len(classes) + 1))
+            self.categories = list(category_ids or range(1, len(classes) + 1))
             return
         try:
             names = [(str(image["file_name"]), int(image["id"])) for image in annotations["images"]]

@@ -21,7 +21,7 @@ from vitrail_runtime.errors import InputError
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-Mode = Literal["crop", "squash", "fit", "edges", "native"]
+Mode = Literal["crop", "squash", "fit", "letterbox", "edges", "native"]
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 _RESAMPLING = {
     "nearest": Image.Resampling.NEAREST,
@@ -39,6 +39,8 @@ class Preprocessing:
     "crop" resizes the short side to size / crop_pct and cuts the centre, "squash" ignores the
     aspect ratio, "fit" keeps it within `size` and leaves the result smaller, "native" resizes nothing but
     what has more than `patches`: (the most patches, pixels of a patch's side), for "native" alone.
+    "letterbox" is "fit", rounded down, at the top left of a picture of `size` in the colour of `mean`, as
+    released EfficientDets see images.
     "edges" is for detectors: the short edge becomes the smaller number of `size`, such as (800, 1333), unless
     the long edge would exceed the larger one, either way round.
     `crop_pct` is for "crop" alone. "crop" is timm's and torchvision's evaluation transform.
@@ -105,7 +107,7 @@ class Geometry:
 
 def preprocessed_size(height: int, width: int, p: Preprocessing) -> tuple[int, int]:
     """(height, width) that `prepare` makes of a picture of this size, without touching pixels."""
-    if p.mode in ("crop", "squash"):
+    if p.mode in ("crop", "squash", "letterbox"):
         return p.size
     return _resized_size(height, width, p)
 
@@ -166,7 +168,19 @@ def prepare(
 def resize(
     image: np.ndarray, p: Preprocessing, *, original: tuple[int, int] | None = None
 ) -> tuple[np.ndarray, Geometry]:
-    """`prepare` without its last step: uint8 (H, W, 3) -> uint8 (h, w, 3), resized and cut."""
+    """`prepare` without its last step: uint8 (H, W, 3) -> uint8 (h, w, 3), resized and cut or filled up."""
+    pixels, geometry = _resize(image, p, original)
+    if p.mode == "letterbox":
+        colour = [round(255 * mean) for mean in p.mean]
+        whole = np.full((*p.size, 3), colour, np.uint8)
+        whole[: pixels.shape[0], : pixels.shape[1]] = pixels
+        pixels = whole
+    return pixels, geometry
+
+
+def _resize(
+    image: np.ndarray, p: Preprocessing, original: tuple[int, int] | None
+) -> tuple[np.ndarray, Geometry]:
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
         raise InputError(
             f"prepare takes uint8 pictures (H, W, 3), but got {image.dtype} {image.shape}; decode() makes one"
@@ -232,6 +246,9 @@ def _resized_size(height: int, width: int, p: Preprocessing) -> tuple[int, int]:
         if height * max_w >= width * max_h:
             return max_h, max(1, round(width * max_h / height))
         return max(1, round(height * max_w / width)), max_w
+    if p.mode == "letterbox":  # effdet's pixels
+        scale = min(p.size[0] / height, p.size[1] / width)
+        return max(1, int(height * scale)), max(1, int(width * scale))
     if p.mode == "edges":  # the pixels of torchvision's GeneralizedRCNNTransform
         scale = min(min(p.size) / min(height, width), max(p.size) / max(height, width))
         return max(1, int(height * scale)), max(1, int(width * scale))

@@ -94,7 +94,8 @@ def run(argv: list[str]) -> int:
     )
     # Bar and lines would overwrite each other on one terminal.
     quiet = flags.json and sys.stdout.isatty()
-    ids = CocoIds([str(path) for path in pictures], predict.classes, annotations)
+    names = [str(path) for path in pictures]
+    ids = CocoIds(names, predict.classes, annotations, model.info.category_ids)
     tell(flags, watched(predict(pictures), len(pictures), bar=not quiet), targets, ids)
     if predict.skipped:
         say(f"left out {len(predict.skipped)} of {len(pictures)} pictures:")

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from vitrail.data.batch import Batch
+    from vitrail.data.boxes import Boxes
     from vitrail.data.examples import Examples
     from vitrail_runtime.prediction import Prediction
 
@@ -47,6 +48,10 @@ class Detect(Task):
         if data.truth.kind != "segments":
             return data
         return replace(data, truth=data.truth.told)
+
+    def model_options(self, settings: Settings, truth: "Boxes") -> dict[str, Any]:
+        """What results in COCO's format call the classes."""
+        return {"category_ids": truth.category_ids.tolist()}
 
     def prepare(
         self, batch: "Batch", key: tuple[int, int, int], settings: Settings, num_classes: int

@@ -93,7 +93,7 @@ class TrainConfig:
     """Side in pixels, or height and width, of training and evaluation; none: the model's own."""
     crop_pct: float | None = None
     """Evaluation: the share of the resized image that the centre crop keeps; none: the model's own."""
-    resize: Literal["crop", "squash", "fit", "edges", "native"] | None = None
+    resize: Literal["crop", "squash", "fit", "letterbox", "edges", "native"] | None = None
     """Evaluation: "crop" cuts the centre, "squash" and "fit" keep all of the image; "edges" does so in
     training, too, as for detectors; none: the model's own.
     """
