@@ -235,6 +235,7 @@ def test_every_setting_but_those_of_carrying_it_out_makes_another_run(tmp_path):
         "accumulate": 6,
         "repeats": 7,
         "sizes": (8, 9),
+        "patch_sizes": (8, 16),
         "optimizer": "sgd",
         "lr": 0.5,
         "betas": (0.1, 0.2),
