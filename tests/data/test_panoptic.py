@@ -119,8 +119,11 @@ def test_a_view_shows_what_masks_show_under_it(tmp_path, seed):
 
 def test_padding_and_what_is_of_no_segment_teach_nothing(tmp_path):
     truth = open_data(panoptic_set(tmp_path), "all").truth
-    view = View((24, 18), (24, 18), (0, 0, 24, 18), (0.0, 0.0), False, padding=0)
-    assert truth.target(1, view)["masks"].all()
+    view = View((24, 18), (24, 18), (0, 0, 24, 18), (0.0, 0.0), False, padding=4)
+    shown = truth.target(1, view)
+    assert shown["masks"][0, 4:, 4:].all()
+    assert shown["masks"].sum() == 20 * 14
+    assert shown["boxes"].tolist() == [[4, 4, 18, 24]]
     wide = View((20, 30), (20, 30), (0, 0, 20, 30), None, False)
     shown = truth.target(0, wide)
     assert shown["labels"].tolist() == [0, 2, 1]  # without the crowd

@@ -9,6 +9,7 @@ from transformers.loss.loss_for_object_detection import ForSegmentationLoss
 from tests.parity import assert_close_to_peer, randomise
 from vitrail import models
 from vitrail.adapt.freeze import freeze, train_mode
+from vitrail.analysis.queries import answers
 from vitrail.boxes import cxcywh_to_xyxy
 from vitrail.detectors import detr_panoptic
 from vitrail.detectors.detr_keys import from_detr_panoptic
@@ -357,6 +358,17 @@ def test_a_file_of_transformers_answers_as_there(tmp_path):
     assert_close_to_peer(found["scores"], scores.gather(1, order))
     own = want.pred_masks.sigmoid()[torch.arange(2)[:, None], order]
     assert_close_to_peer(found["masks"], own)
+
+
+def test_where_the_best_query_looks_is_told_though_it_is_not_sure():
+    model = slim("detr_panoptic", head=SMALL).eval()
+    image = torch.randn(3, 64, 96, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found = model.forward_tensors(image[None])
+    (answer,) = answers(model, image, count=3, score=0.5)
+    assert found["count"].item() == 0
+    assert answer.score == pytest.approx(found["scores"][0, 0].item(), abs=1e-6)
+    assert answer.looked.shape == answer.around.shape == (2, 3)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (70, 45)])

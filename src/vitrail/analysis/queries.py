@@ -49,11 +49,12 @@ def answers(model: Any, image: Tensor, *, count: int, score: float) -> list[Answ
             "deformable_detr/resnet50"
         )
     height, width = image.shape[1:]
-    scores = found["scores"][0, : int(found["count"][0])].tolist()
+    counted = max(1, int(found["count"][0]))  # a model may be sure of none
+    scores = found["scores"][0, :counted].tolist()
     out: dict[int, Answer] = {}
-    for i, sure in enumerate(scores):
+    for i, own in enumerate(scores):
         box, query = found["boxes"][0, i].cpu().numpy(), int(record["queries"][0, i])
-        if len(out) == count or (out and sure < score):
+        if len(out) == count or (out and own < score):
             break
         if query in out:  # its second best class
             continue
@@ -62,7 +63,7 @@ def answers(model: Any, image: Tensor, *, count: int, score: float) -> list[Answ
         looked = _seen(record, name, query, (height, width))
         name = _last(record, "encoder", ("self_attn",))
         around = _seen(record, name, cell_of(record["cells"], x, y), (height, width))
-        out[query] = Answer(box, int(found["labels"][0, i]), sure, query, looked, around)
+        out[query] = Answer(box, int(found["labels"][0, i]), own, query, looked, around)
     return list(out.values())
 
 
