@@ -246,7 +246,10 @@ def test_data_with_segments_teaches_detectors_their_boxes_and_no_others(tmp_path
     with pytest.raises(InputError, match="holds segments, for the task 'panoptic'"):
         fitting(task_of("segment"), data, "m")
     assert task_of_model("detr_panoptic/resnet18") is TASK
-    assert TASK.model_options(None, data.truth) == {"stuff": [2]}
+    assert TASK.model_options(None, data.truth) == {
+        "stuff": [2],
+        "category_ids": [3, 7, 9],
+    }
 
 
 def found_of(tmp_path):

@@ -105,4 +105,4 @@ def test_the_second_step_leaves_what_the_first_learnt(segments, tmp_path):
     assert all(torch.equal(after[key], value) for key, value in before.items())
     config = json.loads((tmp_path / "masks" / "last" / "config.json").read_text())
     assert config["parts"]["head"]["stuff"] == [2]
-    assert config["task"] == "panoptic"
+    assert (config["task"], config["category_ids"]) == ("panoptic", [1, 2, 3])

@@ -35,7 +35,8 @@ class Panoptic(Task):
     settings = Settings
 
     def model_options(self, settings: Settings, truth: "Truth") -> dict[str, Any]:
-        return {"stuff": sorted(truth.stuff)}
+        """Which classes are stuff, and what results in COCO's format call all of them."""
+        return {"stuff": sorted(truth.stuff), "category_ids": truth.told.category_ids.tolist()}
 
     def evaluator(self, model: Any, data: "Examples") -> "Evaluator":
         return Evaluator(model, data)

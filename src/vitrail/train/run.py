@@ -209,7 +209,6 @@ class Run:
             with torch.device("meta"):
                 model = build_model(replace(self.config, weights=None), self.train_data.classes)
             model.load_state_dict(state, assign=True)
-            models.describe(model, replace(model.info, parts=self.model.info.parts))
             options = self.task.model_options(self.settings, self.train_data.truth)
             for name, value in options.items():
                 setattr(model, name, value)
