@@ -38,11 +38,13 @@ def of_rank(rank, first, store, out):
     images, texts, scale, bias = pairs()
     mine = slice(first) if rank == 0 else slice(first, None)
     leaves = [x.detach().clone().requires_grad_() for x in (images[mine], texts[mine], scale, bias)]
-    answers = {
-        (form, how): found(form, leaves, factor=3.0, implementation=how, chunk=2)
-        for form in ("softmax", "sigmoid")
-        for how in ("plain", "chunked")
-    }
-    own = {form: loss_of(form, leaves, alone=True).detach() for form in ("softmax", "sigmoid")}
+    answers, own = (
+        {
+            (form, how): found(form, leaves, factor=3.0, implementation=how, chunk=2, alone=alone)
+            for form in ("softmax", "sigmoid")
+            for how in ("plain", "chunked")
+        }
+        for alone in (False, True)
+    )
     torch.save((answers, own), f"{out}-{rank}")
     torch.distributed.destroy_process_group()
