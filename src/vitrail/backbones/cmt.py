@@ -45,6 +45,7 @@ from vitrail.layers.checkpoint import checkpointed
 from vitrail.layers.mlp import Mlp
 from vitrail.layers.position import resample_positions
 from vitrail.layers.residual import DropPath, drop_path_schedule
+from vitrail.ops.linear import Linear
 from vitrail.registry import Layout, Tensors, register_backbone, register_study, rename_keys
 from vitrail_runtime.errors import InputError
 from vitrail_runtime.preprocess import Preprocessing
@@ -161,10 +162,10 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.sr_ratio = sr_ratio
-        self.q = nn.Linear(dim, dim, bias=qkv_bias)
-        self.k = nn.Linear(dim, dim, bias=qkv_bias)
-        self.v = nn.Linear(dim, dim, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim)
+        self.q = Linear(dim, dim, bias=qkv_bias)
+        self.k = Linear(dim, dim, bias=qkv_bias)
+        self.v = Linear(dim, dim, bias=qkv_bias)
+        self.proj = Linear(dim, dim)
         self.sr: nn.Module | None = None
         if sr_ratio > 1:
             conv = nn.Conv2d(dim, dim, sr_ratio, sr_ratio, groups=dim)

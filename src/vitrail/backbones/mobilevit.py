@@ -36,6 +36,7 @@ from vitrail.layers.conv import (
 from vitrail.layers.keys import join_rows
 from vitrail.layers.mlp import Mlp
 from vitrail.layers.resize import resize_to_multiple
+from vitrail.ops.linear import Linear
 from vitrail.registry import Layout, Tensors, register_backbone, rename_keys
 from vitrail_runtime.preprocess import Preprocessing
 
@@ -77,8 +78,8 @@ class Attention(nn.Module):
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim)
+        self.proj = Linear(dim, dim)
 
     def forward(self, x: Tensor, record: dict[str, Tensor] | None = None, name: str = "") -> Tensor:
         batch, tokens, dim = x.shape

@@ -357,16 +357,16 @@ class AttentionPool(nn.Module):
         self.query = nn.Parameter(torch.zeros(dim))
         nn.init.trunc_normal_(self.query, std=0.02)
         self.norm = nn.LayerNorm(dim, config.norm_eps, bias=config.norm_bias)
-        self.q = nn.Linear(dim, dim, bias=bias)
+        self.q = Linear(dim, dim, bias=bias)
         self.kv = Linear(dim, 2 * dim, bias=bias)
-        self.proj = nn.Linear(dim, dim, bias=config.proj_bias)
+        self.proj = Linear(dim, dim, bias=config.proj_bias)
         self.q_norm, self.k_norm = query_key_norms(config)
         self.norm2 = self.fc1 = self.fc2 = None
         if config.attention_pool == "mlp":
             hidden = round(dim * config.mlp_ratio)
             self.norm2 = nn.LayerNorm(dim, config.norm_eps, bias=config.norm_bias)
-            self.fc1 = nn.Linear(dim, hidden, bias=config.bias)
-            self.fc2 = nn.Linear(hidden, dim, bias=config.bias)
+            self.fc1 = Linear(dim, hidden, bias=config.bias)
+            self.fc2 = Linear(hidden, dim, bias=config.bias)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)

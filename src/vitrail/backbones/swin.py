@@ -41,6 +41,7 @@ from vitrail.layers.keys import join_rows
 from vitrail.layers.mlp import Mlp
 from vitrail.layers.residual import DropPath, drop_path_schedule
 from vitrail.layers.tables import cached_table
+from vitrail.ops.linear import Linear
 from vitrail.registry import Layout, Tensors, register_backbone, rename_keys
 from vitrail_runtime.errors import InputError
 from vitrail_runtime.preprocess import Preprocessing
@@ -199,7 +200,7 @@ class PatchMerging(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(4 * dim)
-        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
+        self.reduction = Linear(4 * dim, 2 * dim, bias=False)
 
     def forward(self, x: Tensor, height: int, width: int) -> Tensor:
         x = x.unflatten(1, (height, width))
@@ -226,8 +227,8 @@ class WindowAttention(nn.Module):
         self.relative_position_bias_table = nn.Parameter(
             torch.empty((2 * window - 1) ** 2, num_heads)
         )
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = Linear(dim, dim)
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
 
     def forward(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from vitrail.backbones.text_tokens import SMALLEST, encode, learn_merges
 from vitrail.layers.mlp import Mlp
+from vitrail.ops.linear import Linear
 from vitrail.registry import Tensors, rename_keys
 from vitrail_runtime.errors import InputError
 
@@ -65,8 +66,8 @@ class CausalAttention(nn.Module):
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim)
+        self.proj = Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)

@@ -52,6 +52,7 @@ from vitrail.layers.conv import ConvNormAct
 from vitrail.layers.position import resample_positions
 from vitrail.layers.residual import DropPath, drop_path_schedule
 from vitrail.layers.tables import cached_table
+from vitrail.ops.linear import Linear
 from vitrail.ops.ms_deform_attn import MSDeformAttn
 from vitrail.registry import Layout, Tensors, register_backbone, rename_keys
 from vitrail_runtime.errors import InputError
@@ -212,13 +213,13 @@ class MRFP(nn.Module):
     def __init__(self, dim: int, hidden_dim: int, kernels: Sequence[int]) -> None:
         super().__init__()
         share = hidden_dim // len(kernels)
-        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc1 = Linear(dim, hidden_dim)
         self.convs = nn.ModuleList(
             nn.ModuleList(nn.Conv2d(share, share, k, padding=k // 2, groups=share) for k in kernels)
             for _ in STRIDES
         )
         self.norms = nn.ModuleList(nn.BatchNorm2d(hidden_dim) for _ in STRIDES)
-        self.fc2 = nn.Linear(hidden_dim, dim)
+        self.fc2 = Linear(hidden_dim, dim)
 
     def forward(self, c: Tensor, shapes: Sequence[Shape]) -> Tensor:
         maps = []
@@ -237,9 +238,9 @@ class ConvFFN(nn.Module):
 
     def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc1 = Linear(dim, hidden_dim)
         self.dwconv = nn.Conv2d(hidden_dim, hidden_dim, 3, padding=1, groups=hidden_dim)
-        self.fc2 = nn.Linear(hidden_dim, dim)
+        self.fc2 = Linear(hidden_dim, dim)
 
     def forward(self, c: Tensor, shapes: Sequence[Shape]) -> Tensor:
         maps = [self.dwconv(x) for x in to_maps(self.fc1(c), shapes)]

@@ -45,6 +45,7 @@ from vitrail.detectors.hungarian import (
 )
 from vitrail.layers.frozen import freeze_norms
 from vitrail.layers.position import sine_positions, sines
+from vitrail.ops.linear import Linear
 from vitrail.ops.ms_deform_attn import MSDeformAttn
 from vitrail_runtime.errors import InputError
 from vitrail_runtime.preprocess import Preprocessing
@@ -175,11 +176,11 @@ class Transformer(nn.Module):
         self.level_embed = nn.Parameter(torch.empty(config.num_levels, dim))
         self.two_stage = config.two_stage
         if config.two_stage:
-            self.enc_output, self.enc_output_norm = nn.Linear(dim, dim), nn.LayerNorm(dim)
-            self.pos_trans = nn.Linear(2 * dim, 2 * dim)
+            self.enc_output, self.enc_output_norm = Linear(dim, dim), nn.LayerNorm(dim)
+            self.pos_trans = Linear(2 * dim, 2 * dim)
             self.pos_trans_norm = nn.LayerNorm(2 * dim)
         else:
-            self.reference_points = nn.Linear(dim, 2)
+            self.reference_points = Linear(dim, 2)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

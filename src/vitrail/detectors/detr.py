@@ -37,6 +37,7 @@ from vitrail.detectors.hungarian import (
 from vitrail.features import Features, FeatureSpec, adapt_levels, level_name
 from vitrail.layers.frozen import freeze_norms
 from vitrail.layers.position import sine_positions
+from vitrail.ops.linear import Linear
 from vitrail_runtime.errors import InputError
 from vitrail_runtime.preprocess import Preprocessing
 
@@ -92,7 +93,7 @@ class Layer(nn.Module):
 
     def __init__(self, dim: int, mlp_dim: int, dropout: float, norms: int, pre_norm: bool) -> None:
         super().__init__()
-        self.linear1, self.linear2 = nn.Linear(dim, mlp_dim), nn.Linear(mlp_dim, dim)
+        self.linear1, self.linear2 = Linear(dim, mlp_dim), Linear(mlp_dim, dim)
         for i in range(1, norms + 1):
             setattr(self, f"norm{i}", nn.LayerNorm(dim))
         self.dropout = nn.Dropout(dropout)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from vitrail.features import FeatureSpec
+from vitrail.ops.linear import Linear
 from vitrail.ops.roi_align import roi_align
 
 BOXES = 64  # whose masks are learnt at once
@@ -82,10 +83,10 @@ class BoxHead(nn.Module):
         dim *= config.pool_size**2
         self.fcs = nn.ModuleList()
         for _ in range(config.box_fcs):
-            self.fcs.append(nn.Linear(dim, config.box_dim))
+            self.fcs.append(Linear(dim, config.box_dim))
             dim = config.box_dim
-        self.classes = nn.Linear(dim, num_classes + 1)
-        self.deltas = nn.Linear(dim, 4 if config.class_agnostic else 4 * num_classes)
+        self.classes = Linear(dim, num_classes + 1)
+        self.deltas = Linear(dim, 4 if config.class_agnostic else 4 * num_classes)
         for fc in self.fcs:
             assert isinstance(fc, nn.Linear)
             nn.init.xavier_uniform_(fc.weight)

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from vitrail.ops.linear import Linear
 from vitrail_runtime.errors import InputError
 
 Implementation = Literal["auto", "plain", "bag", "gather", "triton"]
@@ -277,10 +278,10 @@ class MSDeformAttn(nn.Module):
         self.num_heads, self.num_levels, self.num_points = num_heads, num_levels, num_points
         self.implementation: Implementation = implementation
         points = num_heads * num_levels * num_points
-        self.sampling_offsets = nn.Linear(dim, points * 2)
-        self.attention_weights = nn.Linear(dim, points)
-        self.value_proj = nn.Linear(dim, inner)
-        self.output_proj = nn.Linear(inner, dim)
+        self.sampling_offsets = Linear(dim, points * 2)
+        self.attention_weights = Linear(dim, points)
+        self.value_proj = Linear(dim, inner)
+        self.output_proj = Linear(inner, dim)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
