@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -46,6 +46,12 @@ def plan(count: int, *, epochs: int = 2, seed: int = 0, patch_sizes=PATCHES, **p
     drop=st.sampled_from([0.0, 0.4]),
     resolution=st.sampled_from(["own", "uniform"]),
     seed=st.integers(0, 5),
+)
+@example(  # a last step that is filled up
+    count=26, epochs=1, budget=30, packs=4, window=20, drop=0.0, resolution="own", seed=1
+)
+@example(  # epochs in one stream
+    count=60, epochs=3, budget=30, packs=1, window=20, drop=0.0, resolution="own", seed=0
 )
 def test_every_image_comes_once_an_epoch_at_the_size_of_its_steps_patches(
     count, epochs, budget, packs, window, drop, resolution, seed
@@ -93,6 +99,16 @@ def test_a_plan_read_from_any_step_draws_the_same_sizes(count, start, seed):
             parts = [batch.part(rank, 2) for rank in range(2)]
             assert {part.patch_size for part in parts} == {batch.patch_size}
             assert tuple(k for part in parts for k in part.packs) == batch.packs
+
+
+def test_a_run_that_goes_on_in_the_middle_of_an_epoch_has_the_sizes_of_its_steps():
+    p = BatchPlan(length=60, batch_size=3, size=(32, 32), patch_sizes=PATCHES)
+    whole = list(p.batches(1))
+    for start in (0, 1, 7, 20):
+        assert list(p.batches(1, start)) == whole[start:]
+    part = whole[3].part(1, 3)
+    assert (part.patch_size, part.step) == (whole[3].patch_size, 3)
+    assert part.indices == whole[3].indices[1:2]
 
 
 def test_sizes_are_drawn_equally_often_anew_in_every_epoch_and_by_the_seed():
@@ -176,7 +192,7 @@ def test_batches_carry_their_size_whatever_the_number_of_workers(tmp_path):
     packed = PackPlan(
         samples=BatchPlan(length=8, batch_size=1, size=(1, 1)),
         sizes=data.images.sizes,
-        packing=Packing(max_tokens=60, packs=2),
+        packing=Packing(max_tokens=30, packs=1),
         patch_size=8,
         num_prefix_tokens=1,
         epochs=2,
@@ -185,6 +201,7 @@ def test_batches_carry_their_size_whatever_the_number_of_workers(tmp_path):
     shown = Augmentation(crop="whole")
     for p in (dense, packed):
         found = list(train_batches(data, p, shown, epoch=1))
+        assert len({batch.patch_size for batch in found}) > 1
         for batch, planned in zip(found, p.batches(1), strict=True):
             assert batch.patch_size == planned.patch_size
             if isinstance(batch, Dense):
