@@ -76,6 +76,17 @@ def test_every_layout_gives_the_same_truth(tmp_path, file, images, ids):
     check_facts(open_data(path, "all"))
 
 
+def test_images_may_be_named_by_their_whole_path(tmp_path):
+    root = panoptic_set(tmp_path)
+    change(
+        root,
+        lambda told: [
+            e.update(file_name=f"{root}/images/{e['file_name']}") for e in told["images"]
+        ],
+    )
+    check_facts(open_data(root, "all"))
+
+
 def test_where_there_are_boxes_too_they_are_taken(tmp_path):
     panoptic_set(tmp_path)
     coco_set(tmp_path)

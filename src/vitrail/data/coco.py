@@ -243,7 +243,8 @@ class Coco:
         _check_unique("image ids", [str(image) for image, _, _ in images], path)
         _check_unique("file names", [name for _, name, _ in images], path)
         folder = self._folder_of(path, [name for _, name, _ in images])
-        keys = [name if folder == "." else f"{folder}/{name}" for _, name, _ in images]
+        beside = "" if folder == "." else f"{folder}/"
+        keys = [name if name.startswith("/") else beside + name for _, name, _ in images]
         return Document(
             path,
             categories,
