@@ -26,6 +26,21 @@ def test_defaults_yield_to_the_recipe_it_to_the_file_and_that_to_flags(tmp_path,
     assert config.min_lr == TrainConfig().min_lr
 
 
+@pytest.mark.parametrize(
+    ("model", "kept"),
+    [
+        ("deformable_detr/resnet50", {"refine": True, "two_stage": True, "num_queries": 100}),
+        ("detr/resnet18", {}),
+        ("resnet18", {}),
+    ],
+)
+def test_a_recipes_head_fields_hold_for_its_head_alone(model, kept):
+    given = ["--recipe", "detr_small", "--data", "d", "--model", model, "--head-fields", "dim=64"]
+    assert effective_config(given).head_fields == kept | {"dim": 64}
+    system = ["--recipe", "efficientdet_small", "--data", "d", "--model", "efficientdet_d1"]
+    assert effective_config(system).head_fields == {"norm_momentum": 0.1}
+
+
 def test_flags_reach_nested_settings_and_the_models_own(tmp_path):
     config = effective_config(
         [

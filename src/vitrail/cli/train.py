@@ -108,6 +108,9 @@ def effective_config(argv: list[str]) -> "TrainConfig":
     named = replace(
         config, model=given.model or config.model, weights=given.weights or config.weights
     )
+    other = config.head_fields and config.model and given.model
+    if other and head_config(given.model) != head_config(config.model):
+        config = replace(config, head_fields={})  # those of another head
     task = task_of_model(model_name(named))
     where = f"settings of the task {task.name!r}, which {model_name(named)} does,"
     Settings = task.settings
@@ -148,6 +151,14 @@ def effective_config(argv: list[str]) -> "TrainConfig":
     if not config.data:
         raise InputError("say which images to train on: vitrail train --data DIR")
     return config
+
+
+def head_config(model: str) -> type | None:
+    """The class of a model's head's config; None: a classifier."""
+    from vitrail.assembly import parse_name
+
+    head, _ = parse_name(model)
+    return None if head is None else type(head.config)
 
 
 def field_value(text: str) -> tuple[str, Any]:
