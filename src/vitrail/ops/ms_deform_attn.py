@@ -186,8 +186,8 @@ class _WeightedRows(torch.autograd.Function):
     such a sum again, of the rows of the gradient that each row of the value went to; that of the factors are
     products of the pairs of rows at the non-zeros of a sparse matrix.
 
-    Rows and factors are found anew in the backward pass, in a tenth of its time: with what lies between them
-    and the locations they would be three quarters of what attention keeps in memory.
+    Rows and factors are found anew in the backward pass, for a fifth more time of both passes: with what lies
+    between them and the locations they would be three quarters of what attention keeps in memory.
     """
 
     @staticmethod
