@@ -104,7 +104,10 @@ def test_an_unknown_recipe_names_the_closest(monkeypatch):
         (["train", "--augmentation.flip", "2"], "flip is a probability in [0, 1], but is 2.0"),
         (["train", "--max-steps", "few"], "--max-steps {None}|INT: invalid literal for int()"),
         (["train", "--epoch", "-1"], "unknown flag '--epoch'; did you mean '--epochs'"),
-        (["train", "--resize", "sqush"], "one of None, crop, edges, fit, letterbox, native, squash, but is"),
+        (
+            ["train", "--resize", "sqush"],
+            "one of None, crop, edges, fit, letterbox, native, squash, but is",
+        ),
         (["train", "--task.mixup", "nan"], "mixup must be at least 0, but is nan"),
         (["train", "stray"], "unexpected 'stray'; vitrail train --help"),
         (["eval"], "vitrail eval needs RUN and --data STR; vitrail eval --help"),
