@@ -99,6 +99,21 @@ def test_only_what_needs_a_gradient_has_its_product_computed(products):
         assert linear(x, weight, bias).grad_fn is None
 
 
+@pytest.mark.parametrize("form", [linear, F.linear])
+def test_what_no_gradient_asks_for_is_not_kept_and_may_change(products, form):
+    x, weight, bias = given(7)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape), lambda t: t):
+        form(x, weight.detach(), bias)
+        form(x.detach(), weight, bias)
+        form(x.detach(), weight.detach(), bias)
+    assert [shape.numel() for shape in kept] == [40 * 24, 7 * 24]
+    into, frozen = x.clone(), weight.detach()
+    out = form(into, frozen, None)
+    into.add_(1)
+    torch.testing.assert_close(torch.autograd.grad(out.sum(), x)[0], frozen.sum(0).expand(7, 24))
+
+
 def test_a_layer_is_pytorchs_with_its_parameters(products):
     torch.manual_seed(0)
     ours, theirs = Linear(24, 40), torch.nn.Linear(24, 40)

@@ -44,7 +44,8 @@ class Linear(nn.Linear):
 class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        for_x, for_weight, _ = ctx.needs_input_grad  # what none asks for may change, and is let go
+        ctx.save_for_backward(x if for_weight else None, weight if for_x else None)
         return _product(x, weight, bias)
 
     @staticmethod
