@@ -142,6 +142,16 @@ def test_padding_and_what_is_of_no_segment_teach_nothing(tmp_path):
     assert not shown["masks"][:, :2].any()
 
 
+def test_an_image_without_any_segment_has_none_in_any_view(tmp_path):
+    given = [np.zeros_like(ids) if i == 1 else ids for i, ids in enumerate(maps())]
+    truth = open_data(
+        panoptic_set(tmp_path, [lists()[0], [], lists()[2]], given=given), "all"
+    ).truth
+    view = View((24, 18), (12, 9), (0, 0, 24, 18), (0.0, 0.0), True, padding=2)
+    shown = {name: column.shape for name, column in truth.target(1, view).items()}
+    assert shown == {"boxes": (0, 4), "labels": (0,), "masks": (0, 12, 9)}
+
+
 def test_of_too_many_segments_the_smallest_are_left_out(tmp_path, monkeypatch):
     truth = open_data(panoptic_set(tmp_path), "all").truth
     monkeypatch.setattr(panoptic, "MOST_OBJECTS", 2)

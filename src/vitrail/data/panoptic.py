@@ -162,7 +162,7 @@ class Panoptic:
         part = self._part(i)
         _, left = view.boxes(self.told.boxes[part])
         left |= np.isin(read.labels, sorted(self.stuff))
-        kept = np.flatnonzero((rows >= 0) & (left & ~read.crowd)[rows])
+        kept = np.flatnonzero(np.append(left & ~read.crowd, False)[rows])  # the last: of none
         if len(kept) > MOST_OBJECTS:
             kept = np.sort(kept[np.argsort(-areas[kept], kind="stable")[:MOST_OBJECTS]])
         return {
