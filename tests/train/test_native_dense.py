@@ -1,6 +1,7 @@
 """Segmenters and detectors trained on packs of images of any shape, by the same commands as all others."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from vitrail.data.packing import Packing
 from vitrail.train.config import TrainConfig
 from vitrail.train.evaluate import evaluate
 from vitrail.train.folder import RunFolder
+from vitrail.train.replay import replay
 from vitrail.train.setup import build
 from vitrail.train.trainer import train
 from vitrail_runtime.errors import InputError
@@ -107,6 +109,16 @@ def test_a_head_of_maps_of_one_size_is_refused_by_name(masks, tmp_path):
         InputError, match="semantic_fpn/vit_tiny_patch16 cannot take packed images: its head"
     ):
         train(config)
+
+
+def test_a_pack_whose_loss_is_not_finite_is_kept_and_runs_again(kind, data, tmp_path):
+    changes = {"lr": 1e30, "clip_grad": None, "warmup_epochs": 0.0}
+    with pytest.raises(InputError, match="not finite"):
+        train(native_config(data, tmp_path / "run", kind, **changes))
+    found = replay(tmp_path / "run")
+    assert not math.isfinite(found["loss"]) or not math.isfinite(found["gradient_norm"])
+    assert found["num_images"] > 1
+    assert len(found["images"]) <= found["num_images"]
 
 
 @pytest.mark.slow

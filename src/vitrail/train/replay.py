@@ -154,7 +154,8 @@ def replay(path: str | Path) -> dict[str, Any]:
 
     def finite(part: Batch) -> Tensor:
         outputs = model.forward_tensors(part.images, **part.layout)
-        good = (o.reshape(len(o), -1).isfinite().all(1) for o in outputs.values())
+        # Of a pack's class maps there is one tensor an image, each of its own size.
+        good = (torch.stack([own.isfinite().all() for own in o]) for o in outputs.values())
         return torch.stack(list(good)).all(0)
 
     bf16 = config.precision == "bf16"
