@@ -25,8 +25,10 @@ from vitrail.data.coco_panoptic import CocoPanoptic
 from vitrail.data.opening import open_source
 from vitrail.data.panoptic import facts_of
 from vitrail.data.view import View
+from vitrail_runtime.coco import CocoIds, CocoSegments
 from vitrail_runtime.errors import ImageError, InputError
 from vitrail_runtime.panoptic import colours_of, ids_of
+from vitrail_runtime.prediction import Prediction
 
 
 def check_facts(data) -> None:
@@ -85,6 +87,23 @@ def test_images_may_be_named_by_their_whole_path(tmp_path):
         ],
     )
     check_facts(open_data(root, "all"))
+
+
+def test_what_was_said_of_images_is_read_with_those_images_wherever_they_are(tmp_path, monkeypatch):
+    """Beside it stand copies of the same names, as `predict` may have drawn them."""
+    out, answer = tmp_path / "seen", np.ones((20, 30), np.int32)
+    write_images(tmp_path / "photos")
+    write_images(out, [(50, 60)] * 3)
+    monkeypatch.chdir(tmp_path / "photos")
+    said = Prediction(
+        np.array([0]), np.array([0.9]), ["sky"], segments=answer, stuff=(0,), source="a.png"
+    )
+    written = CocoSegments(out, CocoIds(["a.png"], ["sky"]))
+    written.add(said)
+    written.close()
+    data = open_data(out / "coco_panoptic.json", "all")
+    assert data.images.sizes.tolist() == [[20, 30]]
+    assert (data.truth.bad, data.truth.read(0).segments.tolist()) == ((), answer.tolist())
 
 
 def test_where_there_are_boxes_too_they_are_taken(tmp_path):

@@ -2,6 +2,7 @@
 form."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -220,7 +221,8 @@ def test_coco_form_holds_what_was_said(tmp_path):
     results.add(given)
     results.close()
     told = json.loads((tmp_path / "coco_panoptic.json").read_text())
-    assert told["images"] == [{"id": 31, "file_name": "a.png", "height": 40, "width": 60}]
+    path = Path("a.png").absolute().as_posix()
+    assert told["images"] == [{"id": 31, "file_name": path, "height": 40, "width": 60}]
     assert told["categories"] == [
         {"id": 7, "name": "cell", "isthing": 1},
         {"id": 8, "name": "dot", "isthing": 1},

@@ -128,7 +128,9 @@ class CocoSegments:
             segment["score"] = round(float(prediction.scores[segment["id"] - 1]), 6)
         self.annotations.append({"image_id": image_id, "file_name": name, "segments_info": told})
         height, width = prediction.segments.shape
-        self.images.append({"id": image_id, "file_name": source, "height": height, "width": width})
+        # Whole: beside this file another image may have the name, such as the copy that is drawn on.
+        path = Path(source).absolute().as_posix()
+        self.images.append({"id": image_id, "file_name": path, "height": height, "width": width})
         self.stuff |= set(prediction.stuff)
 
     def close(self) -> None:
