@@ -331,6 +331,8 @@ def change(root, change) -> None:
     ("damage", "message"),
     [
         (lambda t: t["categories"][0].pop("isthing"), "things and which are stuff: sky without"),
+        (lambda t: t["categories"][0].update(isthing="0"), "which are stuff: sky without an"),
+        (lambda t: t["categories"][2].update(isthing=None), "which are stuff: dot without an"),
         (lambda t: t["annotations"][1].update(image_id=5), "number 2: its image_id 5 is not among"),
         (lambda t: t["annotations"].append(t["annotations"][0]), "has an annotation before"),
         (lambda t: t["annotations"][0].update(file_name=3), "its file_name is 3, expected text"),

@@ -248,7 +248,11 @@ class Coco:
         return Document(
             path,
             categories,
-            {c["id"]: bool(c["isthing"]) for c in given["categories"] if "isthing" in c},
+            {
+                c["id"]: bool(c["isthing"])
+                for c in given["categories"]
+                if c.get("isthing") in (0, 1)
+            },
             [image for image, _, _ in images],
             keys,
             [size for _, _, size in images],

@@ -82,7 +82,7 @@ class CocoPanoptic(Coco):
         if unsaid:
             raise InputError(
                 f"{document.path} does not say which categories are things and which are stuff: "
-                f'{listed(unsaid, limit=5)} without "isthing"; give each 1 or 0'
+                f'{listed(unsaid, limit=5)} without an "isthing" of 1 or 0'
             )
         given = self._given(document, annotations, index)
         ids = read_id_index(self, split, given.keys, self._fingerprint(given.keys))
