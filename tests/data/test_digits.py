@@ -195,7 +195,7 @@ def test_one_folder_holds_the_digits_of_one_task(sheets, capsys):
     assert "--model semantic_fpn/efficientvit_m0" in out
     assert main(["data", "make", "digits", str(folder), "--task", "boxes"]) == 2
     assert (
-        "made for one of classify, semantic, detect, instances, pairs, but the task is 'boxes'"
+        "made for one of classify, semantic, detect, instances, panoptic, pairs, but the task is 'boxes'"
         in capsys.readouterr().err
     )
     assert digits.SHEETS == {"train": 720, "val": 90, "test": 90}

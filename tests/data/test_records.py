@@ -6,4 +6,4 @@ from tests.records import unfrozen
 
 def test_what_data_hands_on_cannot_be_altered():
     # One row of a checkup, completed as it is read; a JSON file, whose annotations go once they are read.
-    assert unfrozen(vitrail.data) <= {"_Seen", "_Document"}
+    assert unfrozen(vitrail.data) <= {"_Seen", "Document"}

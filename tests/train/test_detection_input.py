@@ -42,7 +42,7 @@ BAD = {
     ),
     "not a number": (first(bbox=[float("nan"), 1, 2, 3]), r"is not finite .*\n.*--drop-bad"),
     "of no area": (first(bbox=[1, 1, 0, 3]), r"annotation 1 of .*\n.*--drop-bad"),
-    "of no category": (first(category_id=9), r"category_id 9 is unknown; known are 1 \('ruby'\)"),
+    "of no category": (first(category_id=9), r"category_id 9 is unknown; known are 2 \('ruby'\)"),
     "given twice": (
         edited(lambda told: told["annotations"].append(told["annotations"][0])),
         r"its id 1 stands twice",
