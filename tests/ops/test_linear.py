@@ -1,5 +1,6 @@
 """The product of linear layers by oneDNN, where it is the faster one."""
 
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -135,6 +136,23 @@ def test_what_onednn_would_round_or_does_not_know_goes_to_pytorch(products):
     with torch.backends.mkldnn.flags(enabled=False):
         linear(x, weight, bias)
     assert linear(x.to("meta"), weight.to("meta"), bias.to("meta")).device.type == "meta"
+    assert products == []
+
+
+def test_what_fits_in_another_way_or_not_is_answered_by_pytorch(products):
+    x, weight, bias = (t.detach() for t in given(7))
+    one = bias[:1]
+    sparse = weight.to_sparse()
+    for tensors in ((x, weight, one), (x, weight[0], None), (x, sparse, None)):
+        torch.testing.assert_close(linear(*tensors), F.linear(*tensors))
+    for tensors in ((x[:, 1:], weight, bias), (x, weight, bias[1:])):
+        with pytest.raises(RuntimeError) as theirs:
+            F.linear(*tensors)
+        with pytest.raises(RuntimeError) as ours:
+            linear(*tensors)
+        assert str(ours.value) == str(theirs.value)
+    with suppress(RuntimeError):
+        linear(x, weight, bias.to("meta"))
     assert products == []
 
 

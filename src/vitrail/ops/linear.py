@@ -71,15 +71,19 @@ def _dense(x: Tensor) -> Tensor:
 
 
 def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether the product is large, plain (no tracer, no subclass, no transform looks on) and in float32."""
+    """Whether the product is large, plain (no tracer, no subclass, no transform looks on) and in float32.
+
+    What fits together in another way, or not at all, is PyTorch's: its messages name the shapes."""
     if x.device.type != "cpu" or torch.compiler.is_compiling() or not _pays() or _watched():
         return False
     tensors = [t for t in (x, weight, bias) if t is not None]
     return (
         x.ndim > 1
         and x.numel() * weight.shape[0] >= LEAST
-        and all(t.dtype == torch.float32 for t in tensors)
-        and all(type(t) in (Tensor, nn.Parameter) for t in tensors)
+        and weight.shape[1:] == x.shape[-1:]
+        and (bias is None or bias.shape == weight.shape[:1])
+        and all(t.dtype == torch.float32 and t.device == x.device for t in tensors)
+        and all(type(t) in (Tensor, nn.Parameter) and t.layout == torch.strided for t in tensors)
         and torch.backends.mkldnn.enabled
         and not torch.is_autocast_enabled("cpu")
     )
