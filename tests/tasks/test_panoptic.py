@@ -202,6 +202,7 @@ def test_model_and_data_must_agree_what_is_stuff(tmp_path):
         Evaluator(model, data)
     model.classes, model.stuff = (*CLASSES, "new"), (0, 3)
     Evaluator(model, data)  # of a class that the data has not it says nothing
+    Evaluator(model, open_data(tmp_path, "all", classes=model.classes))
     model.classes = ("sky", "dot", "other")
     with pytest.raises(InputError, match="classes that the model does not know: cell"):
         Evaluator(model, data)

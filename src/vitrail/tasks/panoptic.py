@@ -60,7 +60,8 @@ class Evaluator:
 
         self.classes, self.stuff = model.classes, tuple(model.stuff)
         self.lookup = np.array(label_map(data.classes, model.classes), np.int64)
-        check_stuff(model, {int(self.lookup[k]) for k in data.truth.stuff}, set(self.lookup))
+        seen = set(self.lookup[data.truth.told.labels].tolist())  # of others the data need not tell
+        check_stuff(model, {int(self.lookup[k]) for k in data.truth.stuff}, seen)
         device = next(model.parameters()).device
         self.metrics = PanopticMetrics(len(model.classes), self.stuff, device)
         self.images, self.not_finite = (SumMetric().to(device) for _ in range(2))
