@@ -91,6 +91,16 @@ def test_parts_of_larger_tensors_are_copied_before(monkeypatch):
     assert seen == [((24, 1), (24, 1)), ((24, 1), (1, 40))]
 
 
+def test_a_bias_may_be_a_part_of_another_tensor_or_one_number_for_all(products):
+    x, weight, whole = torch.randn(7, 24), torch.randn(40, 24), torch.randn(80, requires_grad=True)
+    for bias in (whole[1::2], whole[:1].expand(40)):
+        found = [form(x, weight, bias) for form in (linear, F.linear)]
+        torch.testing.assert_close(*found)
+        ours, theirs = (torch.autograd.grad(y.sum(), whole)[0] for y in found)
+        torch.testing.assert_close(ours, theirs)
+    assert len(products) == 2
+
+
 def test_only_what_needs_a_gradient_has_its_product_computed(products):
     x, weight, bias = given(7)
     linear(x.detach(), weight, bias).sum().backward()
