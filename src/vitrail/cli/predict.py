@@ -54,10 +54,11 @@ class PredictFlags(InferenceFlags):
     """Of a plain ViT: pictures at their own shape, packed into so many tokens a forward; with
     --tokens-per-image 4096 where not given."""
     threshold: float = 0.5
-    """Of a detector: boxes with a lower score are neither told nor drawn; coco_results.json has them all."""
+    """Of a detector: boxes, or segments, with a lower score are neither told nor drawn; what is written in
+    COCO's form has them all."""
     coco: Path | None = None
     """With --out, of a detector: a COCO annotation file whose ids of images, by the ends of their paths, and
-    of categories, by name, coco_results.json shall have."""
+    of categories, by name, coco_results.json or coco_panoptic.json shall have."""
 
 
 def run(argv: list[str]) -> int:
@@ -74,7 +75,7 @@ def run(argv: list[str]) -> int:
     if not 0 <= flags.threshold <= 1:
         raise InputError(f"--threshold is a score from 0 to 1, but is {flags.threshold}")
     if flags.coco is not None and flags.out is None:
-        raise InputError("--coco is about coco_results.json, which --out asks for")
+        raise InputError("--coco is about results in COCO's form, which --out asks for")
     annotations = None if flags.coco is None else read_annotations(flags.coco)
     flags.asked()  # refuses what cannot be
 
