@@ -32,7 +32,7 @@ LEVELS: list[set[str]] = [
     {"backbones"},
     {"necks"},
     {"classifiers", "detectors", "segmenters"},
-    {"towers"},
+    {"towers", "learnable_memory"},
     {"assembly"},
     {"models"},
     {"predictor", "adapt", "tasks"},

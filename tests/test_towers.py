@@ -235,7 +235,7 @@ def test_tails_are_drawn_at_the_scale_of_their_width():
 def test_names_are_listed_by_task():
     names = list_models("clip/*", task="contrast")
     assert "clip/resnet50" in names
-    assert {n for n, head in HEADS.items() if head.whole} == {"clip", "siglip"}
+    assert {n for n, head in HEADS.items() if head.embeds} == {"clip", "siglip"}
     assert not list_models("clip/*", task="segment")
 
 

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 import vitrail.backbones  # noqa: F401  (registers every backbone)
-from vitrail import towers
+from vitrail import learnable_memory, towers
 from vitrail import weights as weights_room
+from vitrail.backbones.vit import ViT
 from vitrail.classifiers import Classifier, PooledHead
 from vitrail.configuration import check_choices, from_dict, to_dict
 from vitrail.detectors import cascade, deformable_detr, detr, detr_panoptic, efficientdet, rcnn
@@ -41,8 +42,10 @@ class Head:
     build: (backbone, config, num_classes) -> the model. from_foreign: keys of other libraries' files to ours;
     those of the backbone, under "backbone.", may keep its own layout. mode, size, interpolation: how an image
     is prepared by default; None: as for the backbone.
-    whole: it reads an image as a whole, as a classifier does: build gets (backbone, its paper's tail with
-    config.dim outputs, config), images are prepared as for the backbone, and no class need be named.
+    whole: it reads an image as a whole, as a classifier does: images are prepared as for the backbone.
+    embeds: what it says of an image is a point: build gets (backbone, its paper's tail with config.dim
+    outputs, config), and no class need be named.
+    on: the class of the backbones that it stands on.
     """
 
     task: str
@@ -53,6 +56,8 @@ class Head:
     size: tuple[int, int] = (512, 512)
     interpolation: Interpolation | None = None
     whole: bool = False
+    embeds: bool = False
+    on: type = object
     counted: str = "forward"  # the method whose multiply-adds are the model's
 
 
@@ -80,6 +85,10 @@ def _efficientdet(scale: Scale) -> Head:
         interpolation="bilinear",
         counted="raw",
     )
+
+
+def _towers(config: towers.TowersConfig) -> Head:
+    return Head(task="contrast", config=config, build=towers.TwoTowers, whole=True, embeds=True)
 
 
 HEADS = {
@@ -110,12 +119,15 @@ HEADS = {
         ),
         task="panoptic",
     ),
-    "clip": Head(task="contrast", config=towers.TowersConfig(), build=towers.TwoTowers, whole=True),
-    "siglip": Head(  # scale and bias of section 3.2
-        task="contrast",
-        config=towers.TowersConfig(loss="sigmoid", scale=10.0, bias=-10.0),
-        build=towers.TwoTowers,
+    "clip": _towers(towers.TowersConfig()),
+    # Scale and bias of section 3.2.
+    "siglip": _towers(towers.TowersConfig(loss="sigmoid", scale=10.0, bias=-10.0)),
+    "memory": Head(
+        task="classify",
+        config=learnable_memory.MemoryConfig(),
+        build=learnable_memory.build,
         whole=True,
+        on=ViT,
     ),
 }
 # Full models that a paper names as one: name -> (head, backbone).
@@ -124,7 +136,7 @@ NAMED = {
     name: (replace(_efficientdet(scale), mode="letterbox"), scale.backbone)
     for name, scale in SCALES.items()
 }
-TASKS = ("classify", *dict.fromkeys(head.task for head in HEADS.values()))
+TASKS = tuple(dict.fromkeys(("classify", *(head.task for head in HEADS.values()))))
 
 
 @dataclass(frozen=True)
@@ -152,17 +164,19 @@ class ModelInfo:
 def list_models(pattern: str = "*", *, task: str | None = None) -> list[str]:
     """Names that `create_model` takes, by shell pattern and task ("classify", "segment", "detect").
 
-    Classifiers are called by their backbone alone. Every head goes with every backbone: those names,
-    "HEAD/BACKBONE", are listed where the pattern has a slash or the task asks for them. What a paper calls by
-    a name of its own ("efficientdet_d0") is listed where the task asks for it or no backbone fits the
-    pattern.
+    Classifiers are called by their backbone alone. Every head goes with every backbone, but "memory" with
+    plain ViTs alone: those names, "HEAD/BACKBONE", are listed where the pattern has a slash or a task other
+    than "classify" asks for them. What a paper calls by a name of its own ("efficientdet_d0") is listed where
+    the task asks for it or no backbone fits the pattern.
     """
     if task is not None and task not in TASKS:
         raise unknown("task", task, TASKS)
     names = list_backbones(pattern) if task in (None, "classify") and "/" not in pattern else []
     for head, known in HEADS.items():
-        if task == known.task or (task is None and "/" in pattern):
-            full = [f"{head}/{name}" for name in list_backbones()]
+        asked = task == known.task != "classify"
+        if asked or (task in (None, known.task) and "/" in pattern):
+            on = [n for n in list_backbones() if issubclass(backbone_entry(n).cls, known.on)]
+            full = [f"{head}/{name}" for name in on]
             names += [n for n in full if fnmatch.fnmatchcase(n, pattern)]
     if task is not None or not names:
         named = (n for n, (head, _) in NAMED.items() if task in (None, head.task))
@@ -222,7 +236,8 @@ def create_model(
     """
     known, entry = parse_name(name)
     whole = known is not None and known.whole
-    names = () if whole and not classes and not num_classes else class_names(classes, num_classes)
+    embeds = known is not None and known.embeds
+    names = () if embeds and not classes and not num_classes else class_names(classes, num_classes)
     dense = {} if known is None or whole else entry.dense
     parts = {"backbone": _configured(entry, {**dense, **config_fields})}
     if known is not None:
@@ -268,7 +283,7 @@ def assemble(name: str, parts: Mapping[str, Any], num_classes: int) -> Any:
     if known.task == "segment":
         check_classes(num_classes)
     backbone = entry.cls(parts["backbone"])
-    if known.whole:
+    if known.embeds:
         tail = entry.tail or PooledHead
         outputs = parts["head"].dim
         return known.build(
@@ -337,8 +352,9 @@ def check_takes_packs(model: Any, *, drops: bool = False) -> None:
             )
         return
     if takes:
+        reads = getattr(model, "reads", "maps of one size")
         raise InputError(
-            f"{model.info.name} cannot take packed images: its head reads maps of one size "
+            f"{model.info.name} cannot take packed images: its head reads {reads} "
             f"({type(model).__name__}); take images of one size, or another head: linear, or an R-CNN's"
         )
     known = {backbone_entry(name).family for name in list_backbones()}

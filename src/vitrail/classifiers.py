@@ -47,8 +47,15 @@ class Classifier(nn.Module):
         self.backbone = backbone
         self.head = head
 
-    def forward(self, images: Tensor, record: dict[str, Tensor] | None = None) -> Tensor:
-        return self.head(self.backbone(images, record=record))
+    def forward(
+        self,
+        images: Tensor,
+        record: dict[str, Tensor] | None = None,
+        *,
+        patch_size: int | None = None,
+    ) -> Tensor:
+        asked = {} if patch_size is None else {"patch_size": patch_size}
+        return self.head(self.backbone(images, record=record, **asked))
 
     def forward_tensors(
         self,
@@ -64,9 +71,7 @@ class Classifier(nn.Module):
         """
         if packing is not None:
             return {"logits": self.forward_packed(as_packed(images, packing))}
-        if patch_size is not None:
-            return {"logits": self.head(self.backbone(images, patch_size=patch_size))}
-        return {"logits": self(images)}
+        return {"logits": self(images, patch_size=patch_size)}
 
     def losses(
         self,

@@ -224,7 +224,7 @@ def _checked(text: str, path: Path) -> dict[str, Any]:
         )
     _checked_hash(config, path)  # before a damaged name is looked up
     known, _ = parse_name(config["name"])
-    if config["classes"] or known is None or not known.whole:
+    if config["classes"] or known is None or not known.embeds:
         class_names(config["classes"], None)
     return config
 

@@ -10,9 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import vitrail.backbones  # noqa: F401  (registers them)
-from tests.golden.compare import check
-from tests.golden.compare import load as load_golden
-from tests.golden.fill import image, value
 from tests.parity import assert_close_to_peer, randomise
 from vitrail.backbones.vit import KeysValues, ViT, ViTConfig, ViTHead, pooled
 from vitrail.classifiers import Classifier
@@ -545,86 +542,6 @@ def test_checkpointing_hands_the_memory_on():
     for plain, again in zip(*gradients, strict=True):
         assert plain.abs().max() > 0
         torch.testing.assert_close(plain, again, atol=1e-12, rtol=0)
-
-
-class NormedPatches(nn.Module):
-    """vit-pytorch's patches: cut as (row, column, channel), norm, linear, norm."""
-
-    def __init__(self, patch_size: int, embed_dim: int) -> None:
-        super().__init__()
-        self.patch_size = patch_size
-        width = 3 * patch_size**2
-        self.layers = nn.Sequential(
-            nn.LayerNorm(width), nn.Linear(width, embed_dim), nn.LayerNorm(embed_dim)
-        )
-
-    def forward(self, images: Tensor) -> Tensor:
-        p = self.patch_size
-        cut = images.unfold(2, p, p).unfold(3, p, p)
-        cut = cut.permute(0, 2, 3, 4, 5, 1).flatten(3)  # (B, h, w, p * p * 3)
-        return self.layers(cut).permute(0, 3, 1, 2)
-
-
-def from_vit_pytorch(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    ours: dict[str, Tensor] = {}
-    inner = {"0.norm": "norm1", "0.to_out.0": "attn.proj", "1.net.0": "norm2"}
-    inner |= {"1.net.1": "mlp.fc1", "1.net.4": "mlp.fc2"}
-    for key, tensor in state.items():
-        if found := re.match(r"vit\.transformer\.layers\.(\d)\.(.*)\.(weight|bias)", key):
-            number, part, leaf = found.groups()
-            if part == "0.to_q":
-                both = state[key.replace("to_q", "to_kv")]
-                ours[f"blocks.{number}.attn.qkv.weight"] = torch.cat([tensor, both])
-            elif part != "0.to_kv":
-                ours[f"blocks.{number}.{inner[part]}.{leaf}"] = tensor
-        elif found := re.match(r"vit\.to_patch_embedding\.(\d)\.(\w+)", key):
-            ours[f"patch_embed.layers.{int(found[1]) - 1}.{found[2]}"] = tensor
-    return ours | {"cls_token": state["vit.cls_token"], "pos_embed": state["vit.pos_embedding"]}
-
-
-def test_the_masked_memory_of_vit_pytorch_is_the_second_stream():
-    """Golden fixture: a task's class token and memories beside a frozen ViT."""
-    facts, _ = load_golden("memory_vit")
-    state = {
-        key: torch.from_numpy(value(key, shape, facts["fill"]["gain"]))
-        for key, shape, dtype in facts["state_dict"]
-        if dtype == "float32"
-    }
-    config = ViTConfig(
-        embed_dim=64,
-        depth=3,
-        num_heads=4,
-        patch_size=8,
-        image_size=48,
-        mlp_ratio=1.5,
-        qkv_bias=False,
-        norm_eps=1e-5,
-    )
-    backbone = ViT(config, NormedPatches(8, 64)).eval()
-    left = backbone.load_state_dict(from_vit_pytorch(state), strict=False)
-    assert left.missing_keys == ["norm.weight", "norm.bias"]  # it has no final norm
-    assert not left.unexpected_keys
-
-    def head(x: Tensor, name: str) -> Tensor:
-        x = F.layer_norm(x, (64,), state[f"{name}.0.weight"], state[f"{name}.0.bias"])
-        return F.linear(x, state[f"{name}.1.weight"], state[f"{name}.1.bias"])
-
-    with torch.no_grad():
-        base, _ = backbone.embed(image(2, 48, 48))
-        tokens = state["memory_cls_token"].expand(2, 1, -1)
-        for block, memory in zip(backbone.blocks, state["memories_per_layer"], strict=True):
-            keys_values: list[KeysValues | None] = []
-            base = block(base, keys_values=keys_values)
-            # There memories do not pass the norm.
-            tokens = block.cross(tokens, keys_values[0], block.attn.keys_values(memory))
-        check(
-            "memory_vit",
-            {
-                "vit.transformer": torch.cat([tokens, base], dim=1),
-                "output": head(tokens[:, 0], "mlp_head"),
-                "plain_vit_output": head(base[:, 0], "vit.mlp_head"),
-            },
-        )
 
 
 # What a person can get wrong

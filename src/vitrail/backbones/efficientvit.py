@@ -388,9 +388,14 @@ class MlpBlock(Block):
         return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
 
     def cross(
-        self, tokens: Tensor, kv: KeysValues | None, memory_kv: KeysValues | None = None
+        self,
+        tokens: Tensor,
+        *others: KeysValues | None,
+        keys_values: list[KeysValues | None] | None = None,
     ) -> Tensor:
-        return self(tokens, memory_kv)
+        if any(other is not None for other in others):
+            raise InputError("this block does not attend: it takes no keys and values of others")
+        return self(tokens, keys_values=keys_values)
 
     def forward_packed(self, x: Tensor, spans: Spans) -> Tensor:
         return x + self.drop_images(self.ls2(self.mlp(self.norm2(x))), spans)

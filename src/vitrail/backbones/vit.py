@@ -297,14 +297,18 @@ class Block(nn.Module):
         return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
 
     def cross(
-        self, tokens: Tensor, kv: KeysValues | None, memory_kv: KeysValues | None = None
+        self,
+        tokens: Tensor,
+        *others: KeysValues | None,
+        keys_values: list[KeysValues | None] | None = None,
     ) -> Tensor:
         """A second stream through this block's weights: (B, Q, C) -> (B, Q, C).
 
-        The tokens attend to themselves, to the base stream's `kv` and to `memory_kv`; the base stream does
-        not see them (the masked form of Sandler et al., section 3.3).
+        The tokens attend to themselves and to `others`: what the base stream offers, memory. The base stream
+        does not see them (the masked form of Sandler et al., section 3.3). keys_values: a list that the
+        tokens' own are appended to.
         """
-        y = self.attn(self.norm1(tokens), kv, memory_kv)
+        y = self.attn(self.norm1(tokens), *others, keys_values=keys_values)
         tokens = tokens + self.drop_path(self.ls1(y))
         return tokens + self.drop_path(self.ls2(self.mlp(self.norm2(tokens))))
 
@@ -388,12 +392,14 @@ class ViT(nn.Module):
         record: dict[str, Tensor] | None = None,
         *,
         memory: Sequence[Tensor | None] | None = None,
+        class_offset: Tensor | None = None,
         keys_values: list[KeysValues | None] | None = None,
         patch_size: int | None = None,
     ) -> Features:
         """memory: for each block rows (M, C) or (B, M, C) that all its tokens attend to, or None: the
-        full-attention form of learnable memory (`Block.forward`). keys_values: a list that each block's are
-        appended to, for a second stream (`Block.cross`).
+        full-attention form of learnable memory (`Block.forward`). class_offset: (C,), added to the class
+        token before the first block. keys_values: a list that each block's are appended to, for a second
+        stream (`Block.cross`).
         patch_size: one of `patch_sizes`; None: the first."""
         check_images(images, self)
         if memory is not None and len(memory) != len(self.blocks):
@@ -406,6 +412,8 @@ class ViT(nn.Module):
             self.grad_checkpointing and self.training and record is None and keys_values is None
         )
         x, grid = self.embed(images, patch_size)
+        if class_offset is not None:
+            x = torch.cat([x[:, :1] + class_offset, x[:, 1:]], dim=1)
         tapped: dict[str, Tensor] = {}
         normed = x
         for i, block in enumerate(cast(Iterable[Block], self.blocks)):

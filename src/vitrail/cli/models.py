@@ -54,7 +54,8 @@ def count(name: str, classes: int | None = None) -> list[int | None]:
 
     size = paper_size(name)
     head, entry = parse_name(name)
-    fields: dict[str, Any] = {} if head is None else {"num_classes": classes or DENSE_CLASSES}
+    whole = head is None or head.whole
+    fields: dict[str, Any] = {} if whole else {"num_classes": classes or DENSE_CLASSES}
     # Position tables grow with the size that a model is built for.
     if hasattr(entry.config, "image_size"):
         fields["image_size"] = size
@@ -73,7 +74,7 @@ def paper_size(name: str) -> int:
     from vitrail.weights.published import PUBLISHED
 
     head, entry = parse_name(name)
-    if head is not None:
+    if head is not None and not head.whole:
         return head.size[0]
     known = PUBLISHED.get(entry.name)
     return known.image_size if known else entry.preprocessing.size[0]
