@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from vitrail import boxes as boxes
     from vitrail import packing as packing
+    from vitrail.adapt.capsules import Capsules as Capsules
     from vitrail.features import Features as Features
     from vitrail.features import FeatureSpec as FeatureSpec
     from vitrail.features import adapt_levels as adapt_levels
@@ -32,6 +33,7 @@ _HOMES = {  # public name -> the module it lives in; "" is a module of its own n
     "save": "models",
     "load": "models",
     "Predictor": "predictor",
+    "Capsules": "adapt.capsules",
     "zero_shot": "towers",
     "packing": "",
     "boxes": "",
@@ -44,6 +46,7 @@ __all__ = [  # noqa: RUF022  (in the order a reader meets them)
     "save",
     "load",
     "Predictor",
+    "Capsules",
     "zero_shot",
     "Features",
     "FeatureSpec",

@@ -32,6 +32,7 @@ from vitrail_runtime.errors import InputError, listed
 
 PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".th", ".tar")
 SUFFIXES = (".safetensors", *PICKLES)
+WRITTEN = (".capsule", ".safetensors")  # what files that hold safetensors of ours end in
 # In this order: what a folder is taken to hold, one name per format that is in use.
 FOLDER_FILES = (
     "model.safetensors",
@@ -432,8 +433,10 @@ def write_state(
     Raises InputError when it cannot be written (a full disk, no permission); the old file stays.
     """
     path = Path(path)
-    if path.suffix != ".safetensors":
-        raise InputError(f"only safetensors is written; let {path.name} end in .safetensors")
+    if path.suffix not in WRITTEN:
+        raise InputError(
+            f"only safetensors is written; let {path.name} end in {' or '.join(WRITTEN)}"
+        )
     tensors: dict[str, Tensor] = {}
     places = set()
     for key, value in state.items():

@@ -1,0 +1,388 @@
+"""Capsules: many tasks on one frozen backbone, in one pass of it (Sandler et al., "Fine-tuning Image
+Transformers using Learnable Memory", CVPR 2022, https://arxiv.org/abs/2203.15243, section 3.3: attention
+masking for computation reuse, concatenation).
+
+A capsule is what a `memory/BACKBONE` model has beside its backbone: a class token, rows of memory for each
+block and a classifier. Its token attends to the backbone's tokens, which see nothing of it. So the backbone
+runs once and hands out keys and values, each task reads them through the same weights, and neither the
+backbone's own answers nor those of other tasks change by a bit, whatever is attached beside them.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitrail.backbones.vit import KeysValues, ViT
+from vitrail.classifiers import Classifier
+from vitrail.configuration import from_dict, to_dict
+from vitrail.learnable_memory import MemoryClassifier, MemoryConfig, check_base
+from vitrail.models import (
+    ModelInfo,
+    assemble,
+    class_names,
+    describe,
+    load,
+    model_folder,
+    read_parts,
+    weights_hash,
+)
+from vitrail.modes import eval_mode
+from vitrail.registry import unknown
+from vitrail.weights import read_metadata, write_state
+from vitrail.weights.files import DIGEST, read_safetensors
+from vitrail_runtime.errors import InputError, NewerVersion, listed
+from vitrail_runtime.preprocess import Preprocessing
+
+SCHEMA_VERSION = 1
+TEXT = "vitrail_capsule"  # where a file's header says what it is
+OWN = "base"  # what the answers of the base itself are called
+# Fields of a ViT's config that change nothing of the keys and values of its blocks.
+ASIDE = frozenset({"drop_path_rate", "out_blocks", "pool", "head", "head_hidden_dim"})
+
+
+@dataclass(frozen=True)
+class Base:
+    """The backbone that a capsule was trained on: its name, the config that it is built from, and sha256
+    over its weights (`models.weights_hash`)."""
+
+    name: str
+    config: Any
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Capsule:
+    """All that a task adds to a backbone. `save_capsule` and `read_capsule` write and read it.
+
+    state: the tensors of its `MemoryHead`, in float32. metrics: scores of the model that it was taken from,
+    where they are known.
+    """
+
+    name: str
+    task: str
+    classes: tuple[str, ...]
+    head: MemoryConfig
+    base: Base
+    preprocessing: Preprocessing
+    metrics: Mapping[str, float]
+    state: Mapping[str, Tensor]
+
+    def model(self, backbone: nn.Module) -> MemoryClassifier:
+        """The whole model that this capsule and a backbone, which is shared, are together; in eval mode."""
+        name = f"memory/{self.base.name}"
+        parts = {"backbone": self.base.config, "head": self.head}
+        with torch.device("meta"):
+            model = assemble(name, parts, len(self.classes))
+        model.head.load_state_dict({k: v.clone() for k, v in self.state.items()}, assign=True)
+        model.eval()
+        model.backbone = backbone
+        model.head.to(next(backbone.parameters()))
+        describe(model, ModelInfo(name, parts, self.classes, self.preprocessing))
+        return model
+
+
+def capsule_of(model: nn.Module, name: str, metrics: Mapping[str, Any] | None = None) -> Capsule:
+    """The capsule of a trained `memory/BACKBONE` model. metrics: its scores; what is no number is left out.
+
+    Raises InputError for another model, or a name that a capsule cannot have.
+    """
+    if not isinstance(model, MemoryClassifier):
+        raise InputError(
+            f"{type(model).__name__} has no memory to make a capsule of; train one on a backbone "
+            "(vitrail adapt train BASE --data DIR --out FILE.capsule)"
+        )
+    info: ModelInfo = model.info
+    return Capsule(
+        name=_checked_name(name),
+        task=model.task,
+        classes=info.classes,
+        head=info.parts["head"],
+        base=Base(
+            info.name.partition("/")[2], info.config, weights_hash(model.backbone.state_dict())
+        ),
+        preprocessing=info.preprocessing,
+        metrics={k: float(v) for k, v in (metrics or {}).items() if isinstance(v, (int, float))},
+        state={k: v.detach().float().cpu().clone() for k, v in model.head.state_dict().items()},
+    )
+
+
+def save_capsule(
+    model: nn.Module,
+    path: str | Path,
+    name: str | None = None,
+    *,
+    metrics: Mapping[str, Any] | None = None,
+) -> Capsule:
+    """Write the capsule of a trained `memory/BACKBONE` model: one safetensors file, whole or not at all.
+
+    path: ends in .capsule (or .safetensors). name: of the task; None: the file's. metrics: its scores.
+    """
+    path = Path(path)
+    capsule = capsule_of(model, path.stem if name is None else name, metrics)
+    about = to_dict(capsule)
+    del about["state"]
+    text = json.dumps({"schema_version": SCHEMA_VERSION, **about})
+    write_state(capsule.state, path, metadata={TEXT: text})
+    return capsule
+
+
+def read_capsule(path: str | Path) -> Capsule:
+    """The capsule in a file, after what can be wrong with it: InputError says what, and what to do."""
+    path = Path(path)
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "is not there"
+        raise InputError(
+            f"{path} {what}; a capsule is a file that vitrail adapt train or save_capsule writes"
+        )
+    try:
+        state = read_safetensors(
+            path
+        )  # with the digest of texts and tensors checked, where it has one
+        texts = read_metadata(path)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error}") from error
+    if TEXT not in texts:
+        whole = " (it holds a whole model)" if "vitrail" in texts else ""
+        raise InputError(
+            f"{path} is no capsule: its header says nothing of a task{whole}; vitrail adapt train and "
+            "save_capsule write capsules"
+        )
+    if DIGEST not in texts:
+        raise InputError(f"{path} is damaged: its digest is missing; copy it again")
+    return _from_text(texts[TEXT], state, str(path))
+
+
+def _from_text(text: str, state: dict[str, Tensor], where: str) -> Capsule:
+    try:
+        about = json.loads(text)
+    except ValueError as error:
+        raise InputError(f"{where} cannot be read: {error}") from error
+    version = about.pop("schema_version", None) if isinstance(about, dict) else None
+    if version != SCHEMA_VERSION:
+        said = (
+            f"{where} is a capsule of schema {version!r}, but this vitrail reads {SCHEMA_VERSION}"
+        )
+        if isinstance(version, int) and version > SCHEMA_VERSION:
+            raise NewerVersion(f"{said}; a newer vitrail wrote it: update yours")
+        raise InputError(f"{said}; train it again")
+    found = from_dict(_Read, about | {"state": state}, where=where)
+    base = found.base
+    whole = {
+        "name": f"memory/{base.name}",
+        "parts": {"backbone": base.config, "head": found.head},
+    }
+    parts = read_parts(whole, where=where)
+    with torch.device("meta"):
+        own = assemble(whole["name"], parts, len(found.classes)).head.state_dict()
+    shapes = {key: value.shape for key, value in own.items()}
+    given = {key: value.shape for key, value in state.items()}
+    if shapes != given:
+        odd = [k for k in {**shapes, **given} if shapes.get(k) != given.get(k)]
+        raise InputError(
+            f"{where} does not hold what it says: {listed(sorted(odd))} differ; another version of vitrail "
+            "wrote it: train it again"
+        )
+    return Capsule(
+        name=_checked_name(found.name),
+        task=found.task,
+        classes=class_names(found.classes, None),
+        head=parts["head"],
+        base=Base(base.name, parts["backbone"], base.sha256),
+        preprocessing=found.preprocessing,
+        metrics=found.metrics,
+        state=state,
+    )
+
+
+@dataclass(frozen=True)
+class _ReadBase:
+    name: str
+    config: dict[str, Any]
+    sha256: str
+
+
+@dataclass(frozen=True)
+class _Read:
+    """A capsule as its file says it: configs are still plain data."""
+
+    name: str
+    task: str
+    classes: tuple[str, ...]
+    head: dict[str, Any]
+    base: _ReadBase
+    preprocessing: Preprocessing
+    metrics: dict[str, float]
+    state: dict[str, Any]
+
+
+def _checked_name(name: str) -> str:
+    if not name or name == OWN or not name.isprintable():
+        raise InputError(
+            f"a capsule cannot be called {name!r} ({OWN!r} is what the base's own answers are called); give "
+            "another name"
+        )
+    return name
+
+
+class Capsules(nn.Module):
+    """Many tasks over one pass of a frozen backbone: images (B, 3, H, W), preprocessed -> {name: logits}.
+
+        tasks = Capsules("runs/base")
+        tasks.attach("birds.capsule")
+        tasks.attach("cars.capsule")
+        tasks.predict(images)  # {"base": (B, K), "birds": (B, 200), "cars": (B, 196)}
+
+    base: a plain ViT, a classifier on one, whose own answers are then given as "base", or the folder of a
+        model or of a training run. It is not changed, and its weights must stay as they are.
+    preprocessing: how images are prepared, for all tasks alike: the classifier's, or that of what was
+        attached first to a bare backbone.
+
+    Laws: the answers of the base are bit for bit those without any capsule, those of each capsule are the
+    answers of its `memory/BACKBONE` model, and what is attached besides, or in which order, changes neither.
+    """
+
+    task = Classifier.task
+
+    def __init__(self, base: nn.Module | str | Path) -> None:
+        super().__init__()
+        model: Any = load(model_folder(base)) if isinstance(base, (str, Path)) else base
+        self.backbone, self.head = _split(model)
+        info: ModelInfo | None = None if self.head is None else model.info
+        self.base_name = "" if info is None else info.name
+        self._sees = None if info is None else info.preprocessing
+        self._own_classes = {} if info is None else {OWN: info.classes}
+        self.capsules: dict[str, Capsule] = {}
+        self.heads = (
+            nn.ModuleList()
+        )  # of the capsules, in their order: a module's name may hold no dot
+        self._sha256 = ""  # of the backbone's weights, once it was asked for
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of what is attached, in the order of attaching."""
+        return tuple(self.capsules)
+
+    @property
+    def classes(self) -> dict[str, tuple[str, ...]]:
+        """Of each task, and of the base where it answers, in the order of `forward`."""
+        return self._own_classes | {name: of.classes for name, of in self.capsules.items()}
+
+    @property
+    def preprocessing(self) -> Preprocessing | None:
+        """None: of a bare backbone to which nothing is attached."""
+        first = next(iter(self.capsules.values()), None)
+        return self._sees or (None if first is None else first.preprocessing)
+
+    def attach(self, capsule: str | Path | Capsule, name: str | None = None) -> str:
+        """Add a task; its name, which is the capsule's own unless another is given.
+
+        Raises InputError, with nothing changed, where the name is taken, or the capsule was trained on
+        another base, sees images in another way, or cannot share a pass.
+        """
+        if not isinstance(capsule, Capsule):
+            capsule = read_capsule(capsule)
+        name = capsule.name if name is None else _checked_name(name)
+        if name in self.capsules:
+            raise InputError(
+                f"a capsule called {name!r} is attached already; give this one another name, or detach "
+                "that one"
+            )
+        self._check(capsule)
+        self.heads.append(capsule.model(self.backbone).head)
+        self.capsules[name] = capsule
+        return name
+
+    def detach(self, name: str) -> None:
+        """Take a task away. Raises InputError where there is none of this name."""
+        self._known(name)
+        del self.heads[self.names.index(name)]
+        del self.capsules[name]
+
+    def model(self, name: str) -> MemoryClassifier:
+        """A task alone: a whole `memory/BACKBONE` model that shares the backbone; in eval mode."""
+        return self._known(name).model(self.backbone)
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Logits (B, K) of each task by its name, first of the base itself where it is a classifier."""
+        keys_values: list[KeysValues | None] = []
+        features = self.backbone(images, keys_values=keys_values)
+        found = {} if self.head is None else {OWN: self.head(features)}
+        for name, head in zip(self.names, self.heads, strict=True):
+            found[name] = head(self.backbone, keys_values)
+        return found
+
+    @torch.no_grad()
+    def predict(self, images: Tensor) -> dict[str, Tensor]:
+        """`forward` in eval mode, without gradients, on the base's device."""
+        weight = next(self.backbone.parameters())
+        with eval_mode(self):
+            return self(images.to(weight))
+
+    def _known(self, name: str) -> Capsule:
+        if name not in self.capsules:
+            raise unknown("capsule", name, self.capsules)
+        return self.capsules[name]
+
+    def _check(self, capsule: Capsule) -> None:
+        called = f"the capsule {capsule.name!r}"
+        if capsule.head.form != "masked":
+            raise InputError(
+                f"{called} is of form={capsule.head.form!r}: all tokens of the backbone attend to its "
+                "memory, so that it needs a pass of its own and would change all other answers; train it "
+                "with form='masked', or use it as a model"
+            )
+        base, own = capsule.base, "attach it to its own base, or train one on this base"
+        if self.base_name and self.base_name != base.name:
+            raise InputError(
+                f"{called} was trained on {base.name}, but this base is {self.base_name}; {own}"
+            )
+        other = _differences(base.config, self.backbone.config, ASIDE)
+        if other:
+            raise InputError(
+                f"{called} was trained on a {base.name} of another config than this base: {other}; {own}"
+            )
+        self._sha256 = self._sha256 or weights_hash(self.backbone.state_dict())
+        if base.sha256 != self._sha256:
+            raise InputError(
+                f"{called} was trained on other weights of {base.name} than this base has (sha256 differs); "
+                f"{own}"
+            )
+        hint = "train with the base's preprocessing, as vitrail adapt train does"
+        self.check_sees(capsule.preprocessing, called, hint)
+
+    def check_sees(self, preprocessing: Preprocessing, called: str, hint: str) -> None:
+        """Raise InputError where what is `called` so sees images in another way than the base."""
+        sees = self.preprocessing
+        if sees is not None and sees != preprocessing:
+            raise InputError(
+                f"{called} sees images in another way than the base, and one pass sees them once: "
+                f"{_differences(preprocessing, sees)}; {hint}"
+            )
+
+
+def _split(base: Any) -> tuple[ViT, nn.Module | None]:
+    """The plain ViT of a base, and the head of its own answers where it is a classifier."""
+    if isinstance(base, ViT):
+        return base, None
+    if type(base) is not Classifier:
+        raise InputError(
+            f"capsules stand on a plain ViT, or a classifier on one, not on {type(base).__name__}; of a "
+            "model with another head on a plain ViT give model.backbone"
+        )
+    check_base(base.backbone, MemoryConfig(start="zero", norm="own"))
+    return base.backbone, base.head
+
+
+def _differences(theirs: Any, ours: Any, aside: frozenset[str] = frozenset()) -> str:
+    """ "size (64, 64) instead of (32, 32), ..." of two configs' fields, but those set aside."""
+    theirs, ours = to_dict(theirs), to_dict(ours)
+    return ", ".join(
+        f"{name} {theirs.get(name)!r} instead of {ours.get(name)!r}"
+        for name in dict.fromkeys((*theirs, *ours))
+        if name not in aside and theirs.get(name) != ours.get(name)
+    )
