@@ -139,6 +139,7 @@ class MemoryClassifier(Classifier):
     In the masked form no gradient reaches what is frozen of the backbone, nor is a graph built for it.
     """
 
+    capsule = ("head",)  # what `freeze` leaves to be trained
     takes_packs = False
     reads = "keys and values, which packs do not hand out"
     backbone: ViT

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from vitrail.adapt.freeze import freeze, train_mode
+from vitrail.models import create_model
 from vitrail_runtime.errors import InputError
 
 
@@ -67,6 +68,19 @@ def test_the_mode_follows_the_parameters_and_one_trainable_parameter_is_enough()
     model.backbone[1].weight.requires_grad_(True)
     train_mode(model)
     assert all(module.training for module in model.modules())
+
+
+def test_a_capsule_is_what_a_task_with_memory_owns_and_other_models_have_none():
+    fields = {"embed_dim": 32, "depth": 2, "num_heads": 2, "stem": "conv", "image_size": 32}
+    model = create_model("memory/deepvit_16b", num_classes=2, **fields)
+    freeze(model, "capsule")
+    train_mode(model)
+    assert trained(model) == {"head"}
+    assert not any(module.training for module in model.backbone.modules())
+    assert model.head.training
+    plain = create_model("deepvit_16b", num_classes=2, **fields)
+    with pytest.raises(InputError, match=r"Classifier has no capsule, .*, as memory/\.\.\. has"):
+        freeze(plain, "capsule")
 
 
 def test_another_word_and_a_model_without_a_head_are_refused():

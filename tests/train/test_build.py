@@ -56,10 +56,25 @@ def test_a_run_from_a_model_is_that_model_but_for_what_is_given(tmp_path):
 def test_weights_for_other_classes_or_another_order_of_them_are_taken_without_the_head(tmp_path):
     folder = tmp_path / "model"
     models.save(build_model(TrainConfig(**VIT, image_size=32), CLASSES), folder)
-    assert starting_weights(str(folder), CLASSES) == str(folder)
+    name = VIT["model"]
+    assert starting_weights(str(folder), CLASSES, name) == str(folder)
     for classes in (("b", "a"), ("a", "c"), ("a", "b", "c")):
-        assert starting_weights(str(folder), classes) == {"backbone": str(folder)}
-    assert starting_weights("hf:owner/name@main", CLASSES) == "hf:owner/name@main"
+        assert starting_weights(str(folder), classes, name) == {"backbone": str(folder)}
+    assert starting_weights("hf:owner/name@main", CLASSES, name) == "hf:owner/name@main"
+
+
+def test_of_a_plain_classifier_a_model_with_a_head_takes_the_backbone_and_the_other_way_round(
+    tmp_path,
+):
+    plain, memory = tmp_path / "plain", tmp_path / "memory"
+    named = VIT | {"model": f"memory/{VIT['model']}"}
+    models.save(build_model(TrainConfig(**VIT, image_size=32), CLASSES), plain)
+    models.save(build_model(TrainConfig(**named, image_size=32), CLASSES), memory)
+    for source, fields in ((plain, named), (memory, VIT)):
+        model = build_model(TrainConfig(**fields, image_size=32, weights=str(source)), CLASSES)
+        theirs = models.load(source).backbone.state_dict()
+        assert all(torch.equal(v, theirs[k]) for k, v in model.backbone.state_dict().items())
+    assert starting_weights(str(memory), CLASSES, named["model"]) == str(memory)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 7])

@@ -37,6 +37,10 @@ def test_biases_norms_tokens_and_tables_are_not_decayed(vit, efficientvit):
     for name in ("cls_token", "pos_embed", "blocks.0.norm1.weight", "blocks.0.attn.qkv.bias"):
         assert decays[f"backbone.{name}"] == 0.0, name
     assert decays["backbone.blocks.0.attn.qkv.weight"] == 0.05
+    memory = create_model("memory/vit_tiny_patch16", num_classes=3, depth=2, embed_dim=24)
+    decays = names_by(memory, TrainConfig(weight_decay=0.05), "weight_decay")
+    assert decays["head.memory"] == decays["head.token"] == 0.0
+    assert decays["head.fc.weight"] == 0.05
     tables = [
         n for n in names_by(efficientvit, TrainConfig(), "weight_decay") if "attention_bias" in n
     ]

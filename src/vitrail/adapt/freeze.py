@@ -5,25 +5,35 @@ from torch import nn
 from vitrail.registry import unknown
 from vitrail_runtime.errors import InputError
 
-# What is trained -> the top-level parts that stay as they are; None: all but the model's `trained_apart`.
-FROZEN: dict[str, tuple[str, ...] | None] = {"full": (), "head": ("backbone",), "masks": None}
+# What is trained -> the top-level parts that stay as they are, or the attribute of the model that names those
+# trained by themselves.
+FROZEN: dict[str, tuple[str, ...] | str] = {
+    "full": (),
+    "head": ("backbone",),
+    "masks": "trained_apart",
+    "capsule": "capsule",
+}
+LACKS = {
+    "masks": "has no part that draws masks and is trained by itself, as detr_panoptic/... has",
+    "capsule": "has no capsule, which is all that a task owns beside a backbone that others share, as "
+    "memory/... has",
+}
 
 
 def freeze(model: nn.Module, what: str) -> None:
     """Choose what is trained, by `requires_grad`: "full", all; "head", everything but the backbone; "masks",
-    what draws masks on top of a detector that stays as it is.
+    what draws masks on top of a detector that stays as it is; "capsule", what a task with memory owns.
 
     Raises InputError for another word, or where nothing would be left to train.
     """
     if what not in FROZEN:
         raise unknown("part to train", what, FROZEN)
     parts, stays = dict(model.named_children()), FROZEN[what]
-    if stays is None:
-        apart = getattr(model, "trained_apart", ())
+    if isinstance(stays, str):
+        apart = getattr(model, stays, ())
         if not apart:
             raise InputError(
-                f"{type(model).__name__} has no part that draws masks and is trained by itself, as "
-                "detr_panoptic/... has; train all of it ('full') or its head ('head')"
+                f"{type(model).__name__} {LACKS[what]}; train all of it ('full') or its head ('head')"
             )
         stays = tuple(name for name in parts if name not in apart)
     if not any(list(part.parameters()) for name, part in parts.items() if name not in stays):

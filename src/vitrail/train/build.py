@@ -83,7 +83,7 @@ def check_place(config: TrainConfig) -> None:
 def build_model(config: TrainConfig, classes: tuple[str, ...]) -> Any:
     """The model of a configuration, with its starting weights, for images of the configured size."""
     extra = model_fields(config)
-    weights = config.weights and starting_weights(config.weights, classes)
+    weights = config.weights and starting_weights(config.weights, classes, config.model)
     head = config.head_fields or None
     model: Any = models.create_model(
         config.model, classes=classes, weights=weights, head=head, **extra
@@ -170,9 +170,9 @@ def model_fields(config: TrainConfig) -> dict[str, Any]:
     return {name: getattr(full, name) for name in given}
 
 
-def starting_weights(source: str, classes: tuple[str, ...]) -> Any:
-    """What `create_model` gets: of a run its best model, of a model of ours for other classes the backbone
-    alone.
+def starting_weights(source: str, classes: tuple[str, ...], model: str) -> Any:
+    """What `create_model` gets: of a run its best model; the backbone alone of a model of ours for other
+    classes, and of a plain classifier for a model with a head by its name, or the other way round.
 
     A head of as many classes with other names would load, and start out calling everything by a wrong name.
     """
@@ -181,7 +181,8 @@ def starting_weights(source: str, classes: tuple[str, ...]) -> Any:
     folder = models.model_folder(source)
     if not (folder / "config.json").is_file():
         return source
-    there = models.read_config(folder).get("classes")
-    if there is not None and tuple(there) != tuple(classes):
+    there = models.read_config(folder)
+    heads = [models.parse_name(name)[0] for name in (there["name"], model)]
+    if tuple(there["classes"]) != tuple(classes) or heads.count(None) == 1:
         return {"backbone": str(folder)}
     return str(folder)

@@ -80,9 +80,9 @@ class TrainConfig:
     """Start from "pretrained" (the released weights of the model's name; "auto": where they can be had), a
     file, a model folder, a run folder (its best model) or hf:owner/name@revision.
     """
-    train_only: Literal["full", "head", "masks"] = "full"
+    train_only: Literal["full", "head", "masks", "capsule"] = "full"
     """"head" freezes the backbone, its BatchNorm statistics included; "masks" all of a DETR but what draws
-    masks, as the second of its two steps."""
+    masks, as the second of its two steps; "capsule" all but what a task with memory (memory/...) owns."""
     model_fields: dict[str, Any] = field(default_factory=dict)
     """Fields of the paper's config, such as drop_path_rate."""
     head_fields: dict[str, Any] = field(default_factory=dict)

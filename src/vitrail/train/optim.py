@@ -8,7 +8,7 @@ from torch import nn
 from vitrail.train.config import TrainConfig
 
 # Tables and tokens that weight decay would only pull towards zero, whatever their shape.
-_NO_DECAY = re.compile(r"token|pos_embed|position|bias")
+_NO_DECAY = re.compile(r"token|pos_embed|position|bias|\.memory$")
 _BLOCK = re.compile(
     r"backbone\.(?:(?:.+\.)?blocks\d*\.\d+|(?:stages|layers)\.\d+\.\d+|layer\d+\.\d+)(?=\.)"
 )
@@ -17,8 +17,8 @@ _BLOCK = re.compile(
 def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict]:
     """Groups of trainable parameters by (decayed or not, layer); "lr_scale" multiplies the schedule's rate.
 
-    Not decayed: everything of one axis or none (biases, norms, scales), class and register tokens, position
-    and relative-bias tables. With `layer_decay` d < 1 the layer i of n gets d ** (n - i), the head 1
+    Not decayed: everything of one axis or none (biases, norms, scales), class and register tokens, memory,
+    position and relative-bias tables. With `layer_decay` d < 1 the layer i of n gets d ** (n - i), the head 1
     (Clark et al., ELECTRA, ICLR 2020; BEiT, ICLR 2022). `backbone_lr` multiplies that of the whole backbone.
     """
     layers, count = layer_numbers(model)
