@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import re
 import tracemalloc
 from collections import Counter
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from tests.parity import randomise
 from vitrail.backbones.vit import ViT, ViTConfig, ViTHead
 from vitrail.classifiers import Classifier
-from vitrail.data import open_data
+from vitrail.data import open_data, packed
 from vitrail.data.augment import DROPPING, Augmentation, draw, generator, render
 from vitrail.data.loader import TrainLoader, train_batches
 from vitrail.data.packed import (
@@ -202,6 +203,28 @@ def test_small_epochs_are_one_stream_and_waste_little_where_each_alone_could_not
     alone = plan([(8, 56)] * 39, epochs=20, max_tokens=40)  # fewer than eight packs: no streams
     assert {alone.steps(e) for e in range(20)} == {8}
     assert all(image.epoch == 1 for b in alone.batches(1) for k in b.packs for image in k)
+
+
+def test_steps_to_come_are_exact_for_what_is_planned_and_estimates_behind_it(monkeypatch):
+    p = plan(drawn_sizes(60), epochs=7, drop=0.2)
+    steps = [p.steps(e) for e in range(7)]
+    assert not p.estimates
+    for first in range(8):  # one stream
+        for stop in range(first, 8):
+            assert p.steps_between(first, stop) == sum(steps[first:stop])
+    monkeypatch.setattr(packed, "CYCLE", 150)
+    p = plan(drawn_sizes(60), epochs=7, drop=0.2)  # streams of three, three and one epoch
+    steps = [p.steps(e) for e in range(7)]
+    assert p.estimates
+    assert p.steps_between(1, 3) == sum(steps[1:3])
+    for first in range(6):
+        own = range(first // 3 * 3, first // 3 * 3 + 3)
+        behind = 7 - own.stop
+        mean = sum(steps[e] for e in own) / 3
+        wanted = sum(steps[first : own.stop]) + math.ceil(behind * mean)
+        assert plan(drawn_sizes(60), epochs=7, drop=0.2).steps_between(first, 7) == wanted
+    assert p.steps_between(6, 7) == steps[6]
+    assert p.steps_between(7, 7) == 0
 
 
 def test_padding_is_the_share_of_the_budget_without_tokens():

@@ -81,6 +81,15 @@ def test_the_shares_of_all_processes_are_the_batch(plan, epoch, world):
         assert {len(p.indices) for p in parts} == {len(batch.indices) // world}
 
 
+def test_steps_between_epochs_are_those_of_each():
+    plan = BatchPlan(length=2000, batch_size=16, size=(256, 256), scales=SCALES)
+    steps = [plan.steps(epoch) for epoch in range(5)]
+    assert len(set(steps)) > 1
+    assert plan.steps_between(1, 4) == sum(steps[1:4])
+    assert plan.steps_between(4, 4) == 0
+    assert not plan.estimates
+
+
 @given(plans(length=2000, scales=SCALES, drop_last=True), epochs)
 def test_pixels_of_a_multi_scale_step_are_constant_within_the_tolerance(plan, epoch):
     wanted = plan.batch_size * 256 * 256

@@ -9,21 +9,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import load_file
 
 import vitrail
 from tests.train.children import run, run_many
 from tests.train.conftest import VIT, tiny_config
-from vitrail.data import open_data
+from vitrail.data import open_data, packed
 from vitrail.data.augmentation import Augmentation
+from vitrail.data.packed import PackPlan
 from vitrail.data.packing import Packing
 from vitrail.train.config import TrainConfig
 from vitrail.train.evaluate import evaluate
 from vitrail.train.folder import RunFolder
+from vitrail.train.introduction import introduce
+from vitrail.train.loop import loop
 from vitrail.train.ranks import check_world
 from vitrail.train.replay import replay
-from vitrail.train.setup import build, open_splits
+from vitrail.train.schedule import learning_rate
+from vitrail.train.setup import build, open_splits, set_up
 from vitrail.train.trainer import failures_told, train
 from vitrail_runtime.errors import InputError
 
@@ -100,6 +105,68 @@ def test_the_model_sees_images_at_their_own_shape_ever_after(trained, shapes):
     (said,) = vitrail.Predictor(model, top_k=2)([data.images.read(0)])
     order = [model.classes.index(name) for name in said.names]
     torch.testing.assert_close(torch.tensor(said.scores), alone[0, order], atol=1e-5, rtol=0)
+
+
+class StopAfter:
+    """A person who stops a run after so many updates."""
+
+    def __init__(self, updates: int) -> None:
+        self.left = updates
+
+    @property
+    def asked(self) -> int:
+        self.left -= 1  # each update asks
+        return signal.SIGTERM if self.left <= 0 else 0
+
+
+@pytest.fixture
+def each_epoch_by_itself(monkeypatch) -> list[int]:
+    """As where an epoch has thousands of images; the epochs that were planned."""
+    monkeypatch.setattr(packed, "CYCLE", 8)
+    monkeypatch.setattr(packed, "LEAST_STEPS", 0)
+    planned, draw = [], PackPlan._draw
+    monkeypatch.setattr(PackPlan, "_draw", lambda p, epoch: planned.append(epoch) or draw(p, epoch))
+    return planned
+
+
+def start_of(config: TrainConfig):
+    Path(config.out).mkdir(exist_ok=True)
+    return set_up(config, Accelerator(cpu=True), RunFolder(config.out))
+
+
+def test_epochs_are_planned_when_they_come_and_the_schedule_ends_with_the_run(
+    shapes, tmp_path, each_epoch_by_itself, monkeypatch
+):
+    packing = replace(NATIVE["packing"], packs=1)
+    config = native_config(shapes, tmp_path, packing=packing, epochs=4, log_every=1, min_lr=1e-5)
+    run, said = start_of(config), []
+    assert set(each_epoch_by_itself) == {0}
+    steps = [run.plan.steps(epoch) for epoch in range(4)]
+    assert len(set(steps)) > 1, "epochs of several lengths"
+    assert (run.total_steps, run.warmup_steps) == (4 * steps[0], steps[0])
+    monkeypatch.setattr(run.progress, "say", said.append)
+    introduce(run)
+    assert f"; about {4 * steps[0]} updates; " in said[-1]
+    with run.progress:
+        assert loop(run, StopAfter(steps[0] + 2)) == signal.SIGTERM
+    assert (run.at.epoch, run.at.batch) == (1, 2)
+    each_epoch_by_itself.clear()
+    again = start_of(config)  # knows nothing of what the first planned
+    assert set(each_epoch_by_itself) == {0, 1}
+    assert again.total_steps == run.total_steps == steps[0] + 3 * steps[1]
+    with again.progress:
+        assert loop(again, StopAfter(10**6)) == 0
+    assert again.at.finished == "all epochs"
+    rates = [row["lr"] for row in RunFolder(config.out).rows() if row["kind"] == "train"]
+    ends = np.cumsum([0, *steps])
+    totals = [int(ends[e]) + (4 - e) * steps[e] for e in range(4) for _ in range(steps[e])]
+    how = {"warmup_steps": run.warmup_steps}
+    wanted = [
+        learning_rate(config, i, done=i / total, total_steps=total, **how)
+        for i, total in enumerate(totals)
+    ]
+    assert rates == pytest.approx(wanted)
+    assert totals[-1] == len(rates) == again.progress.total == sum(steps)
 
 
 def test_accumulated_parts_give_the_same_update(shapes, tmp_path):

@@ -84,10 +84,10 @@ def test_an_evaluation_counts_for_the_time_left_but_not_for_the_rate(clock, caps
             clock.now += 10
             shown.step(step, "epoch 1/2", 32, 0.5, clock.now - 1000)
         clock.now += 40  # an evaluation
-        shown.begin_epoch()
+        shown.begin_epoch(30)  # packs are counted anew for each epoch
         clock.now += 10
         shown.step(6, "epoch 2/2", 32, 0.5, clock.now - 1000)
-    assert told(capsys)[-1] == (6, 3, "4:12")  # 14 updates of (100 - 10) / 5 s
+    assert told(capsys)[-1] == (6, 3, "7:12")  # 24 updates of (100 - 10) / 5 s
     assert shown.rate == pytest.approx(3.2)
 
 

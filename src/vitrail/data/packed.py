@@ -5,6 +5,7 @@ Dehghani et al., "Patch n' Pack: NaViT, a Vision Transformer for any Aspect Rati
 """
 
 import bisect
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -127,7 +128,8 @@ class PackPlan:
     @property
     def batch_size(self) -> int:
         """Images of a step, about."""
-        return max(1, round(self.length * self.epochs / sum(map(self.steps, range(self.epochs)))))
+        ends = self._ends(0)
+        return max(1, round(self.length * len(ends) / ends[-1]))
 
     @property
     def size(self) -> tuple[int, int]:
@@ -183,6 +185,25 @@ class PackPlan:
         first, last = self._steps_of(epoch)
         return last - first
 
+    def steps_between(self, first: int, stop: int) -> int:
+        """Number of steps from the epoch `first` up to the epoch `stop`.
+
+        An epoch is planned when it comes: those behind the stream of `first` are taken to be like it.
+        """
+        if first >= stop:
+            return 0
+        begin, _ = self._steps_of(first)
+        cycle, place = divmod(first, self._cycle)
+        ends = self._ends(cycle)
+        planned = min(len(ends), place + stop - first)
+        behind = place + stop - first - planned
+        return ends[planned - 1] - begin + math.ceil(behind * ends[-1] / len(ends))
+
+    @property
+    def estimates(self) -> bool:
+        """Whether `steps_between` of the whole run is an estimate."""
+        return self._cycle < self.epochs
+
     def batches(self, epoch: int, start: int = 0) -> Iterator[PlannedPacks]:
         """The steps of an epoch from `start` on."""
         first, last = self._steps_of(epoch)
@@ -208,14 +229,17 @@ class PackPlan:
         if not 0 <= epoch < self.epochs:
             raise InputError(f"the plan is for epochs 0 to {self.epochs - 1}, but got {epoch}")
         cycle, place = divmod(epoch, self._cycle)
-        if cycle not in self._ends:
-            self._ends[cycle] = self._stream(cycle).ends
-        ends = self._ends[cycle]
+        ends = self._ends(cycle)
         return (ends[place - 1] if place else 0), ends[place]
 
+    def _ends(self, cycle: int) -> list[int]:
+        """The step behind each epoch of a stream. They stay known once it was made."""
+        if cycle not in self._known_ends:
+            self._known_ends[cycle] = self._stream(cycle).ends
+        return self._known_ends[cycle]
+
     @cached_property
-    def _ends(self) -> dict[int, list[int]]:
-        """Of streams that were made once."""
+    def _known_ends(self) -> dict[int, list[int]]:
         return {}
 
     @cached_property

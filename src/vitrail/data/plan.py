@@ -125,6 +125,15 @@ class BatchPlan:
         """Number of batches of an epoch. Under multi-scale batches it varies a little from epoch to epoch."""
         return len(self._bounds(epoch)[1])
 
+    def steps_between(self, first: int, stop: int) -> int:
+        """Number of batches from the epoch `first` up to the epoch `stop`."""
+        return sum(map(self.steps, range(first, stop)))
+
+    @property
+    def estimates(self) -> bool:
+        """Whether `steps_between` of the whole run is an estimate."""
+        return False
+
     @property
     def notes(self) -> tuple[str, ...]:
         """What a person should know of it."""

@@ -56,9 +56,10 @@ def introduce(run: Run) -> None:
     processes = f"{counted(run.world, 'process', 'processes')}, " if run.world > 1 else ""
     threads, workers = counted(torch.get_num_threads(), "thread"), counted(run.workers, "worker")
     images = counted(len(run.train_data), "image")
+    about = "about " if run.plan.estimates and run.total_steps != config.max_steps else ""
     say(
         f"{config.model}: {trained} parameters to train on {images} at {shown}, "
-        f"{len(run.model.classes)} classes; {counted(run.total_steps, 'update')}; "
+        f"{len(run.model.classes)} classes; {about}{counted(run.total_steps, 'update')}; "
         f"{processes}{run.accelerator.device}, {threads}, {workers}"
     )
     for note in run.notes:

@@ -92,8 +92,10 @@ class Progress:
         """Images per second of training since this start, without its first update where there are others."""
         return self.images / max(self.busy, 1e-9)
 
-    def begin_epoch(self) -> None:
-        """Training goes on; what passed since the last update (an evaluation) does not count."""
+    def begin_epoch(self, total: int) -> None:
+        """Training goes on, to `total` updates; what passed since the last one (an evaluation) does not
+        count."""
+        self.total = total
         self.last = time.monotonic()
 
     def say(self, text: str) -> None:

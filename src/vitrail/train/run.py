@@ -48,7 +48,7 @@ class Run:
     ema: Ema | None
     progress: Progress
     at: Position
-    total_steps: int
+    total_steps: int  # an estimate before the last epoch, where packs are still to be planned
     warmup_steps: int
     notes: list[str]  # what became of files of earlier starts
     scalars: Scalars | None = None  # of the main process
@@ -91,7 +91,8 @@ class Run:
 
     def batches(self) -> Iterator[Batch]:
         """What is left of the epoch that the run stands in: this process's share of each batch."""
-        self.progress.begin_epoch()
+        self.total_steps = total_updates(self.config, self.plan, self.at)
+        self.progress.begin_epoch(self.total_steps)
         train_mode(self.model)
         return self.loader.epoch(self.at.epoch, self.at.batch)
 
@@ -231,6 +232,12 @@ def identity(config: TrainConfig, train_data: Examples, val_data: Examples) -> d
         "classes": list(train_data.classes),
         "threads": torch.get_num_threads(),
     }
+
+
+def total_updates(config: TrainConfig, plan: BatchPlan | PackPlan, at: Position) -> int:
+    """Of the whole run, as its plan tells it in the epoch where it stands."""
+    total = at.step + plan.steps_between(at.epoch, config.epochs) - at.batch
+    return min(total, config.max_steps or total)
 
 
 def seed_update(config: TrainConfig, step: int, rank: int) -> None:

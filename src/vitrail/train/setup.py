@@ -33,7 +33,7 @@ from vitrail.train.ranks import (
     synchronised_batchnorm,
     together,
 )
-from vitrail.train.run import Run, identity
+from vitrail.train.run import Run, identity, total_updates
 from vitrail.train.scalars import Scalars, check_tensorboard
 from vitrail.train.state import Position, read_header, read_state, restore, states
 from vitrail.train.threads import choose_threads
@@ -67,7 +67,7 @@ def set_up(config: TrainConfig, accelerator: Accelerator, folder: RunFolder) -> 
         position = together(lambda: restored(saved, model, optimizer, ema))
         position.rows, lost = on_rank_zero(accelerator, lambda: mended(folder, config, position))
         notes += lost
-    total, warmup = count_updates(config, plan)
+    warmup, total = warmup_updates(config, plan), total_updates(config, plan, position)
     if accelerator.num_processes == 1:
         choose_threads(config, model, plan, updates=total, saved=saved)
     run = Run(
@@ -108,11 +108,11 @@ def mended(folder: RunFolder, config: TrainConfig, position: Position) -> tuple[
     return rows, notes
 
 
-def count_updates(config: TrainConfig, plan: BatchPlan | PackPlan) -> tuple[int, int]:
-    """Of the whole run, and of the warm-up."""
-    per_epoch = [plan.steps(epoch) for epoch in range(config.epochs)]
-    total = min(sum(per_epoch), config.max_steps or sum(per_epoch))
-    return total, min(round(config.warmup_epochs * sum(per_epoch) / config.epochs), total // 2)
+def warmup_updates(config: TrainConfig, plan: BatchPlan | PackPlan) -> int:
+    """Told from the run's start, wherever it goes on."""
+    every = plan.steps_between(0, config.epochs)
+    total = min(every, config.max_steps or every)
+    return min(round(config.warmup_epochs * every / config.epochs), total // 2)
 
 
 def build_loader(
