@@ -46,7 +46,8 @@ from vitrail.data import open_data
 from vitrail.data.augmentation import Augmentation
 from vitrail.data.examples import Examples
 from vitrail.data.loader import TrainLoader
-from vitrail.data.packed import Packed, PackPlan
+from vitrail.data.pack_plan import PackPlan
+from vitrail.data.packed import Packed
 from vitrail.data.packing import Packing
 from vitrail.data.plan import BatchPlan
 from vitrail.models import at_own_shape, create_model

@@ -18,17 +18,12 @@ from hypothesis import strategies as st
 from tests.parity import randomise
 from vitrail.backbones.vit import ViT, ViTConfig, ViTHead
 from vitrail.classifiers import Classifier
-from vitrail.data import open_data, packed
+from vitrail.data import open_data, pack_plan
 from vitrail.data.augment import DROPPING, Augmentation, draw, generator, render
+from vitrail.data.best_fit import best_fit, whole_steps
 from vitrail.data.loader import TrainLoader, train_batches
-from vitrail.data.packed import (
-    Packed,
-    PackPlan,
-    best_fit,
-    dropped_shares,
-    resampled,
-    whole_steps,
-)
+from vitrail.data.pack_plan import PackPlan, dropped_shares, resampled
+from vitrail.data.packed import Packed
 from vitrail.data.packing import Packing
 from vitrail.data.plan import BatchPlan
 from vitrail.packing import as_packed, pack, unpack
@@ -212,7 +207,7 @@ def test_steps_to_come_are_exact_for_what_is_planned_and_estimates_behind_it(mon
     for first in range(8):  # one stream
         for stop in range(first, 8):
             assert p.steps_between(first, stop) == sum(steps[first:stop])
-    monkeypatch.setattr(packed, "CYCLE", 150)
+    monkeypatch.setattr(pack_plan, "CYCLE", 150)
     p = plan(drawn_sizes(60), epochs=7, drop=0.2)  # streams of three, three and one epoch
     steps = [p.steps(e) for e in range(7)]
     assert p.estimates

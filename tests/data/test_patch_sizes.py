@@ -13,8 +13,9 @@ from tests.data.test_packed import drawn_sizes, everything, exact_best_fit
 from vitrail.data import open_data
 from vitrail.data.augmentation import Augmentation
 from vitrail.data.batch import Dense
+from vitrail.data.best_fit import best_fit_of_kinds, filled_steps
 from vitrail.data.loader import train_batches
-from vitrail.data.packed import PackPlan, best_fit_of_kinds, filled_steps
+from vitrail.data.pack_plan import PackPlan
 from vitrail.data.packing import Packing
 from vitrail.data.plan import BatchPlan
 from vitrail_runtime.errors import InputError

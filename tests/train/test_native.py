@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 import vitrail
 from tests.train.children import run, run_many
 from tests.train.conftest import VIT, tiny_config
-from vitrail.data import open_data, packed
+from vitrail.data import open_data, pack_plan
 from vitrail.data.augmentation import Augmentation
-from vitrail.data.packed import PackPlan
+from vitrail.data.pack_plan import PackPlan
 from vitrail.data.packing import Packing
 from vitrail.train.config import TrainConfig
 from vitrail.train.evaluate import evaluate
@@ -122,8 +122,8 @@ class StopAfter:
 @pytest.fixture
 def each_epoch_by_itself(monkeypatch) -> list[int]:
     """As where an epoch has thousands of images; the epochs that were planned."""
-    monkeypatch.setattr(packed, "CYCLE", 8)
-    monkeypatch.setattr(packed, "LEAST_STEPS", 0)
+    monkeypatch.setattr(pack_plan, "CYCLE", 8)
+    monkeypatch.setattr(pack_plan, "LEAST_STEPS", 0)
     planned, draw = [], PackPlan._draw
     monkeypatch.setattr(PackPlan, "_draw", lambda p, epoch: planned.append(epoch) or draw(p, epoch))
     return planned

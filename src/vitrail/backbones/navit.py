@@ -2,7 +2,7 @@
 NeurIPS 2023, https://arxiv.org/abs/2307.06304).
 
 A ViT that is trained on images at their own shape: patches of many images stand in one sequence, and each
-attends to its own image's alone (`forward_packed`; plans and batches of packs stand in data/packed.py). One
+attends to its own image's alone (`forward_packed`; plans of packs stand in data/pack_plan.py). One
 position table over a square grid does not fit that; here rows and columns have each their own embedding, of
 the patch's number or of its place as a share of the side, and both are added (section 2.1). Queries and keys
 are normed, there are no biases, and the head is attention pooling with an MLP.

@@ -23,7 +23,8 @@ from vitrail.data.augment import DROPPING, Augmentation, Key, draw, generator, r
 from vitrail.data.batch import Batch, Dense, Padded, collate
 from vitrail.data.decoding import read_pixels
 from vitrail.data.examples import Examples
-from vitrail.data.packed import Packed, PackPlan, PlannedImage, PlannedPacks
+from vitrail.data.pack_plan import PackPlan, PlannedImage, PlannedPacks
+from vitrail.data.packed import Packed
 from vitrail.data.plan import BatchPlan, PlannedBatch
 from vitrail.memory import enough_memory
 from vitrail.packing import to_patches

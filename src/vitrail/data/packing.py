@@ -1,5 +1,5 @@
-"""How images of any shape come packed in training, as a configuration. No torch here; `vitrail.data.packed`
-does it."""
+"""How images of any shape come packed in training, as a configuration. No torch here: `pack_plan` and
+`packed` do it."""
 
 from dataclasses import dataclass
 from typing import Literal

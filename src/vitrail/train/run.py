@@ -15,7 +15,7 @@ from vitrail.configuration import to_dict
 from vitrail.data.batch import Batch
 from vitrail.data.examples import Examples
 from vitrail.data.loader import TrainLoader
-from vitrail.data.packed import PackPlan
+from vitrail.data.pack_plan import PackPlan
 from vitrail.data.plan import BatchPlan
 from vitrail.tasks.task import Scores, Task
 from vitrail.train.build import build_model

@@ -14,7 +14,7 @@ from vitrail.configuration import from_dict
 from vitrail.data.examples import Examples
 from vitrail.data.loader import TrainLoader
 from vitrail.data.opening import open_data, open_source
-from vitrail.data.packed import PackPlan
+from vitrail.data.pack_plan import PackPlan
 from vitrail.data.plan import BatchPlan, shape_groups
 from vitrail.memory import enough_memory
 from vitrail.tasks.task import fitting, task_of_model

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from vitrail.data.packed import PackPlan
+from vitrail.data.pack_plan import PackPlan
 from vitrail.data.plan import BatchPlan
 from vitrail.train.config import TrainConfig
 from vitrail.train.state import read_header
