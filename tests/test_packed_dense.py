@@ -220,6 +220,17 @@ def test_in_training_norms_are_over_all_of_the_pack_as_over_a_batch():
     same(mixed.head.norm.running_mean, 0.9 * start + 0.1 * tokens.mean(0))
 
 
+def test_a_pack_of_one_token_has_no_variance_to_learn_from():
+    model = built("linear")
+    (one,), (two,) = in_packs(images_of([(3, 4)])), in_packs(images_of([(4, 5)]))
+    asked(model, one)
+    asked(model.train(), two)
+    with pytest.raises(InputError, match=r"one image of one patch.*--packing.packs"):
+        asked(model, one)
+    model.head.norm.eval()  # frozen, it knows one
+    asked(model, one)
+
+
 def test_dropout_drops_whole_channels_of_an_image():
     model = vitrail.create_model(
         "linear/vit_tiny_patch16", num_classes=16, head={"dropout": 0.5}, **TINY

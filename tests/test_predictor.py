@@ -385,6 +385,19 @@ def test_packed_pictures_come_in_order_and_are_each_what_it_is_alone():
     assert model.preprocessing.mode == "crop", "left as it was"
 
 
+def test_pictures_that_are_shown_smaller_are_listed(tmp_path):
+    first, *others = arrays_of((17, 24), (16, 24), (8, 50), (24, 16))  # 9, 6, 7 and 6 patches of 8
+    Image.fromarray(first).save(tmp_path / "first.png")
+    pictures = [tmp_path / "first.png", *others]
+    predict = vitrail.Predictor(packing_model(), max_tokens=7)
+    for _ in range(2):  # of each call
+        assert len(list(predict(pictures))) == 4
+        assert predict.smaller == [str(tmp_path / "first.png"), "picture 2 (ndarray)"]
+    whole = vitrail.Predictor(packing_model())  # at the model's own size: nothing is said
+    assert len(list(whole(pictures))) == 4
+    assert whole.smaller == []
+
+
 def test_packs_share_forwards(monkeypatch):
     model, seen = packing_model(), []
     real = model.forward_tensors
@@ -403,7 +416,9 @@ def test_what_cannot_be_packed_is_said_by_the_predictor():
     other = vitrail.create_model("efficientvit_m0", num_classes=2)
     with pytest.raises(InputError, match="efficientvit_m0 cannot take packed images"):
         vitrail.Predictor(other, tokens_per_image=9)
-    with pytest.raises(InputError, match="needs at least one patch, but at most 0"):
-        vitrail.Predictor(packing_model(), max_tokens=1)
+    for budget in (0, 1):
+        said = f"max_tokens is {budget}, but the model adds 1 tokens .* needs at least one more"
+        with pytest.raises(InputError, match=said):
+            vitrail.Predictor(packing_model(), max_tokens=budget)
     with pytest.raises(InputError, match="at most 0"):
         vitrail.Predictor(packing_model(), tokens_per_image=0)

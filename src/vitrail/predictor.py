@@ -46,7 +46,8 @@ class Predictor:
     tokens_per_image: pictures at their own shape, made smaller to at most so many patches, and packed,
         whatever their sizes: fewer cost less and tell less. For plain ViTs; each result is that of the
         picture alone.
-    max_tokens: of a pack; given alone it packs pictures of up to so many tokens.
+    max_tokens: of a pack; given alone it packs pictures of up to so many tokens, and those of more are made
+        smaller. `smaller` then lists them by name.
     top_k: how many classes a Prediction of a classifier holds, the best first.
     skip_broken: leave out pictures that cannot be read; `skipped` then lists them as (name, problem).
     """
@@ -79,12 +80,14 @@ class Predictor:
         self.preprocessing: Preprocessing = self.model.preprocessing
         self.packs = None
         if max_tokens is not None or tokens_per_image is not None:
-            self.packs = _Packs.of(self.model, max_tokens or PACK, tokens_per_image)
+            budget = PACK if max_tokens is None else max_tokens
+            self.packs = _Packs.of(self.model, budget, tokens_per_image)
             self.preprocessing = self.packs.preprocessing
         self.batch_size = batch_size
         self.top_k = top_k
         self.skip_broken = skip_broken
         self.skipped: list[tuple[str, str]] = []
+        self.smaller: list[str] = []
 
     def __call__(
         self, pictures: Picture | Iterable[Picture], *, top_k: int | None = None
@@ -103,7 +106,7 @@ class Predictor:
         items = _expand(pictures)
         if not isinstance(pictures, Iterator):
             items = iter(list(items))  # what is missing is said before any work is done
-        self.skipped = []
+        self.skipped, self.smaller = [], []
         return self._predict(items, top_k or self.top_k)
 
     def _predict(self, items: Iterator[Picture], top_k: int) -> Iterator[Prediction]:
@@ -115,6 +118,8 @@ class Predictor:
             if isinstance(prepared, tuple):
                 self.skipped.append(prepared)
                 continue
+            if self.preprocessing.mode == "native" and min(prepared.geometry.scale) < 1:
+                self.smaller.append(prepared.name)
             size = (0, 0) if self.packs is not None else prepared.pixels.shape[1:]
             group = waiting[size]
             group.append((count, prepared))
@@ -222,6 +227,11 @@ class _Packs:
         check_takes_packs(model)
         prefix = model.backbone.num_prefix_tokens
         held = max_tokens - prefix
+        if held < 1:
+            raise InputError(
+                f"max_tokens is {max_tokens}, but the model adds {prefix} tokens to each picture; a picture "
+                "needs at least one more (--max-tokens)"
+            )
         most = held if tokens_per_image is None else min(held, tokens_per_image)
         return cls(max_tokens, model.backbone.patch_sizes[0], prefix, at_own_shape(model, most))
 
@@ -238,6 +248,7 @@ class _Prepared:
     pixels: np.ndarray
     geometry: Geometry
     source: str | None
+    name: str  # for messages
 
 
 def broken_pictures(broken: list[tuple[str, str]], readable: int) -> InputError:
@@ -304,7 +315,7 @@ def _prepare(index: int, item: Picture, p: Preprocessing) -> _Prepared | tuple[s
     except ImageError as error:
         return name, error.problem
     pixels, geometry = prepare(image, p, original=original)
-    return _Prepared(pixels, geometry, source)
+    return _Prepared(pixels, geometry, source, name)
 
 
 def _pixels(image: Tensor, name: str) -> np.ndarray:

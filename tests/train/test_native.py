@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +15,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import vitrail
+from tests.parity import randomise
 from tests.train.children import run, run_many
 from tests.train.conftest import VIT, tiny_config
+from vitrail.cli import main
 from vitrail.data import open_data, pack_plan
 from vitrail.data.augmentation import Augmentation
 from vitrail.data.pack_plan import PackPlan
@@ -31,6 +34,7 @@ from vitrail.train.schedule import learning_rate
 from vitrail.train.setup import build, open_splits, set_up
 from vitrail.train.trainer import failures_told, train
 from vitrail_runtime.errors import InputError
+from vitrail_runtime.preprocess import num_patches
 
 NATIVE = VIT | {
     "native": True,
@@ -105,6 +109,41 @@ def test_the_model_sees_images_at_their_own_shape_ever_after(trained, shapes):
     (said,) = vitrail.Predictor(model, top_k=2)([data.images.read(0)])
     order = [model.classes.index(name) for name in said.names]
     torch.testing.assert_close(torch.tensor(said.scores), alone[0, order], atol=1e-5, rtol=0)
+
+
+def test_images_that_are_shown_smaller_are_told_where_they_are_asked_of(trained, shapes, capsys):
+    sizes = open_data(shapes, "val").images.sizes
+    for most in (12, 39):  # 39: what the run saw
+        how = ["--tokens-per-image", str(most)] if most == 12 else []
+        count = int((num_patches(sizes, 8) > most).sum())
+        assert 0 < count < 8
+        said = r"{} of 8 {} have more than {} patches of 8 pixels, such as .*: shown smaller"
+        assert main(["eval", str(trained), "--data", str(shapes), *how]) == 0
+        assert re.search(said.format(count, "images", most), capsys.readouterr().err)
+        assert main(["predict", str(trained), str(shapes / "val"), *how]) == 0
+        assert re.search(said.format(count, "pictures", most), capsys.readouterr().err)
+    assert main(["eval", str(trained), "--data", str(shapes), "--tokens-per-image", "64"]) == 0
+    assert "shown smaller" not in capsys.readouterr().err
+
+
+def test_weights_of_squares_go_on_at_drawn_resolutions_of_images_own_shapes(shapes, tmp_path):
+    """Variable-resolution fine-tuning: nothing of an open checkpoint is lost or bound to its one size."""
+    start = vitrail.create_model(
+        VIT["model"], classes=("bottom", "top"), image_size=32, **VIT["model_fields"]
+    )
+    randomise(start)
+    vitrail.save(start, tmp_path / "squares")
+    changes = {"weights": str(tmp_path / "squares"), "max_steps": 1, "lr": 0.0, "warmup_lr": 0.0}
+    changes["model_fields"] = VIT["model_fields"] | {"image_size": 32}
+    train(native_config(shapes, tmp_path / "run", min_lr=0.0, epochs=1, **changes))
+    tuned = vitrail.load(tmp_path / "run" / "last")
+    for name, value in start.state_dict().items():
+        assert torch.equal(tuned.state_dict()[name], value), name
+    pictures = sorted((shapes / "val").rglob("*.png"))
+    wanted = vitrail.Predictor(start, top_k=2, tokens_per_image=39)(pictures)
+    for ours, theirs in zip(vitrail.Predictor(tuned, top_k=2)(pictures), wanted, strict=True):
+        assert ours.names == theirs.names
+        np.testing.assert_allclose(ours.scores, theirs.scores, atol=1e-6)
 
 
 class StopAfter:

@@ -91,6 +91,15 @@ def test_an_evaluation_counts_for_the_time_left_but_not_for_the_rate(clock, caps
     assert shown.rate == pytest.approx(3.2)
 
 
+def test_lines_show_the_padding_of_the_last_update_where_there_is_any(clock, capsys):
+    with Progress(100, minutes=None, speaks=True) as shown:
+        for step, padded in ((1, 0.0), (2, 0.0123), (3, 0.25)):
+            clock.now += 20
+            shown.step(step, "epoch 1/2", 32, 0.5, 20.0 * step, padded)
+    found = [line.split("images/s  ")[1] for line in capsys.readouterr().err.splitlines()]
+    assert found == ["? left", "padding 1.2%  ? left", "padding 25.0%  ? left"]
+
+
 def test_the_bar_shows_the_share_that_is_done_by_updates_or_by_time(clock, monkeypatch, capsys):
     monkeypatch.setenv("TTY_COMPATIBLE", "1")
     seen = []

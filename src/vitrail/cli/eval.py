@@ -102,6 +102,7 @@ def run(argv: list[str]) -> None:
 def measure(flags: EvalFlags, folder: Path) -> "Scores":
     """Scores of a trained model."""
     from vitrail.data.opening import open_source
+    from vitrail.data.pack_plan import counted_too_long
     from vitrail.device import choose_device
     from vitrail.models import load
     from vitrail.tasks.task import label_map, task_of
@@ -113,6 +114,11 @@ def measure(flags: EvalFlags, folder: Path) -> "Scores":
         label_map(open_source(flags.data).classes(), model.classes)
     data = open_pictures(flags, flags.split, None if task.any_names else model.classes)
     model = task.answering(model, None, data)
+    if model.preprocessing.patches is not None:
+        most, patch_size = model.preprocessing.patches
+        long = counted_too_long(data.images.sizes, most, patch_size, data.images.where)
+        if long:
+            print(f"vitrail: {long}: shown smaller, their ratio kept", file=sys.stderr)
     show_report = flags.report is not None
     how: dict[str, Any] = {"batch_size": flags.batch_size, "workers": flags.workers}
     scores = evaluate(model, data, predictions=show_report, **how)

@@ -98,6 +98,12 @@ def run(argv: list[str]) -> int:
     names = [str(path) for path in pictures]
     ids = CocoIds(names, predict.classes, annotations, model.info.category_ids)
     tell(flags, watched(predict(pictures), len(pictures), bar=not quiet), targets, ids)
+    if predict.smaller:
+        most, patch = predict.preprocessing.patches or (0, 0)
+        say(
+            f"{len(predict.smaller)} of {len(pictures)} pictures have more than {most} patches of {patch} "
+            f"pixels, such as {predict.smaller[0]}: shown smaller, their ratio kept"
+        )
     if predict.skipped:
         say(f"left out {len(predict.skipped)} of {len(pictures)} pictures:")
         for name, problem in predict.skipped:

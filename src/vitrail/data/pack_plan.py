@@ -94,9 +94,9 @@ class PackPlan:
                 f"max_tokens is {self.packing.max_tokens}, but the model adds {self.num_prefix_tokens} "
                 "tokens to each image; an image needs at least one more (--packing.max-tokens)"
             )
-        if self.packing.too_long == "error" and len(self._too_long):
+        if self.packing.too_long == "error" and self._too_long:
             raise InputError(
-                f"{self._counted_too_long}; give larger --packing.max-tokens, or --packing.too-long resize"
+                f"{self._too_long}; give larger --packing.max-tokens, or --packing.too-long resize"
             )
 
     @property
@@ -150,33 +150,20 @@ class PackPlan:
     def notes(self) -> tuple[str, ...]:
         """What becomes of images that a pack cannot hold, or that are no whole patch."""
         notes = []
-        if len(self._too_long) and self.packing.resolution == "own":
-            notes.append(f"{self._counted_too_long}: shown smaller, their ratio kept")
+        if self._too_long and self.packing.resolution == "own":
+            notes.append(f"{self._too_long}: shown smaller, their ratio kept")
         largest = max(self.kinds)
         small = np.flatnonzero((np.asarray(self.sizes) < largest).any(1))
         if len(small):
             notes.append(
                 f"{len(small)} of {self.length} images have a side of less than a patch of {largest} "
-                f"pixels, such as {self._named(small[0])}: zeros fill it up"
+                f"pixels, such as {_named(self.sizes, small[0], self.where)}: zeros fill it up"
             )
         return tuple(notes)
 
     @cached_property
-    def _too_long(self) -> np.ndarray:
-        return np.flatnonzero(num_patches(np.asarray(self.sizes), min(self.kinds)) > self.limit)
-
-    @property
-    def _counted_too_long(self) -> str:
-        smallest = min(self.kinds)
-        largest = self._too_long[num_patches(self.sizes[self._too_long], smallest).argmax()]
-        return (
-            f"{len(self._too_long)} of {self.length} images have more than {self.limit} patches of "
-            f"{smallest} pixels, such as {self._named(largest)}"
-        )
-
-    def _named(self, i: int) -> str:
-        height, width = self.sizes[i].tolist()
-        return f"{self.where(int(i))} ({height} x {width})"
+    def _too_long(self) -> str:
+        return counted_too_long(self.sizes, self.limit, min(self.kinds), self.where)
 
     def steps(self, epoch: int) -> int:
         """Number of steps of an epoch. It varies a little from epoch to epoch."""
@@ -285,6 +272,24 @@ class PackPlan:
             return sizes, patches
         shares = dropped_shares(patches, self.packing, uniform)
         return sizes, np.maximum(1, np.floor(patches * (1 - shares)).astype(np.int64))
+
+
+def counted_too_long(
+    sizes: np.ndarray, most: int, patch_size: int, where: Callable[[int], str]
+) -> str:
+    """How many images have more patches than that, and the largest of them; "" where none has."""
+    patches = num_patches(np.asarray(sizes), patch_size)
+    count = int((patches > most).sum())
+    if not count:
+        return ""
+    largest = _named(sizes, patches.argmax(), where)
+    counted = f"{count} of {len(sizes)} images have more than {most} patches of {patch_size} pixels"
+    return f"{counted}, such as {largest}"
+
+
+def _named(sizes: np.ndarray, i: np.integer, where: Callable[[int], str]) -> str:
+    height, width = sizes[i].tolist()
+    return f"{where(int(i))} ({height} x {width})"
 
 
 class _Drawn(NamedTuple):

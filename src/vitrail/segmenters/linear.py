@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from vitrail.features import FeatureSpec
 from vitrail.packing import Spans
 from vitrail.segmenters.segmenter import Segmenter
+from vitrail_runtime.errors import InputError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +54,11 @@ class LinearHead(nn.Module):
         """The maps' tokens of many images (T, C), of one stride -> (T, num_classes). Norms are over all of
         the pack, as they are over a batch."""
         x = torch.cat(list(maps.values()), 1).T[None, :, :, None]  # as one image of a column
+        if self.norm.training and x.shape[2] == 1:
+            raise InputError(
+                "a part of an update is one image of one patch, of which BatchNorm knows no variance; give "
+                "larger --packing.max-tokens, more --packing.packs or a smaller --accumulate"
+            )
         x = self.norm(x)
         if self.training and self.dropout.p:
             kept = self.dropout(x.new_ones(len(spans.lengths), x.shape[1], 1, 1))
