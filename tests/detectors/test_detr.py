@@ -11,7 +11,7 @@ from tests.golden.fill import image, value
 from tests.parity import assert_close_to_peer, randomise
 from vitrail.boxes import cxcywh_to_xyxy
 from vitrail.detectors import detr
-from vitrail.detectors.detr import DETR, DETRConfig, Transformer
+from vitrail.detectors.detr import DETR, DETRConfig, Transformer, best_first
 from vitrail.detectors.detr_keys import from_detr
 from vitrail.detectors.hungarian import Objects
 from vitrail.features import Features, FeatureSpec
@@ -258,6 +258,21 @@ def test_padded_cells_change_nothing_whatever_is_in_them():
             assert torch.equal(model(x, queries, positions, mask), want)
             alone = model(x[:1, :7], queries[:1], positions[:1, :7])
         torch.testing.assert_close(alone, want[:, :1])
+
+
+def test_the_best_come_first_and_of_equal_ones_the_first():
+    """As by PyTorch's stable sort, of scores of which many are the same and some are no numbers."""
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randint(0, 5, (6, 40), generator=generator) / 4.0
+    scores[0, ::7] = torch.nan
+    scores[1, ::5] = torch.inf
+    scores[2] = 0.25
+    scores[3] = torch.rand(40, generator=generator)
+    found, order = best_first(scores)
+    want, places = scores.sort(dim=1, descending=True, stable=True)
+    assert torch.equal(order, places)
+    assert torch.equal(found.nan_to_num(nan=9), want.nan_to_num(nan=9))
+    assert order.dtype == torch.int64
 
 
 def test_an_image_may_have_as_many_objects_as_there_are_queries_and_no_more():

@@ -289,7 +289,7 @@ class DETR(nn.Module):
         """
         logits, boxes = self.heads(self.decoded(images, sizes, record)[-1:])
         scores, labels = logits[-1].softmax(-1)[..., :-1].max(-1)
-        scores, order = scores.sort(dim=1, descending=True, stable=True)
+        scores, order = best_first(scores)
         if record is not None:
             record["queries"] = order
         found = in_pixels(boxes[-1], images, sizes)
@@ -435,6 +435,21 @@ def objects_of(
         own = target["boxes"].to(torch.promote_types(images.dtype, torch.float32))
         boxes.append(xyxy_to_cxcywh(own) / own.new_tensor([w, h, w, h]))
     return Objects([target["labels"] for target in targets], boxes)
+
+
+def best_first(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores (B, Q) from the highest to the lowest, and the places (B, Q) they had; of equal ones the first
+    comes first, NaN before all.
+
+    That is `sort(descending=True, stable=True)`, which ONNX cannot say: here the place of each is counted.
+    """
+    known = torch.where(scores.isnan(), torch.inf, scores)
+    mine, other = known[:, :, None], known[:, None]
+    place = torch.arange(scores.shape[1], device=scores.device)
+    before = (other > mine) | ((other == mine) & (place < place[:, None]))
+    rank = before.sum(2)
+    order = torch.zeros_like(rank).scatter(1, rank, place.expand_as(rank))
+    return scores.gather(1, order), order
 
 
 def in_pixels(boxes: Tensor, images: Tensor, sizes: Sizes | None) -> Tensor:

@@ -26,6 +26,7 @@ from vitrail.detectors.detr import (
     Read,
     Record,
     Sizes,
+    best_first,
     in_pixels,
     objects_of,
 )
@@ -108,7 +109,7 @@ class DETRPanoptic(DETR):
         seen = self.read(features, images, sizes, record)
         logits, boxes = self.heads(seen.decoded[-1:])
         scores, labels = logits[-1].softmax(-1)[..., :-1].max(-1)
-        scores, order = scores.sort(dim=1, descending=True, stable=True)
+        scores, order = best_first(scores)
         most = min(self.config.segments, self.config.num_queries)
         scores, order = scores[:, :most], order[:, :most]
         if record is not None:

@@ -172,10 +172,12 @@ class EfficientDet(nn.Module):
     def said(self, maps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Logits (B, N, K) and deltas (B, N, 4) of the anchors; levels, rows, columns, shapes, the last
         fastest."""
-        both = []
+        both, whole = [], torch.contiguous_format
         for head, numbers in ((self.class_net, self.num_classes), (self.box_net, 4)):
-            levels = (x.permute(0, 2, 3, 1).reshape(len(x), -1, numbers) for x in head(maps))
-            out = torch.cat(list(levels), 1)
+            # A copy before axes are joined: the search for a view would ask a traced graph whether a level
+            # has a single place.
+            levels = [x.permute(0, 2, 3, 1).clone(memory_format=whole) for x in head(maps)]
+            out = torch.cat([x.reshape(len(x), -1, numbers) for x in levels], 1)
             both.append(out.to(torch.promote_types(out.dtype, torch.float32)))
         return both[0], both[1]
 
