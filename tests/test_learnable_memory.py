@@ -408,7 +408,9 @@ def test_every_family_takes_a_task_or_says_why_not(family):
     entry = tiny_entries()[family]
     backbone = entry.cls(entry.config)
     if not isinstance(backbone, ViT):
-        with pytest.raises(InputError, match=r"has no place for memory.* vit_\*, deit_\*"):
+        with pytest.raises(
+            InputError, match=r"a plain ViT, which this backbone is not; .* vit_\*, deit_\*"
+        ):
             build(backbone, MemoryConfig(), 3)
         return
     if any(block.attn is None for block in backbone.blocks):

@@ -182,12 +182,12 @@ def build(backbone: nn.Module, config: MemoryConfig, num_classes: int) -> Memory
 
 def check_base(backbone: nn.Module, config: MemoryConfig) -> ViT:
     """The backbone, where memory can stand beside it. Raises InputError otherwise."""
-    name = type(backbone).__name__
     if not isinstance(backbone, ViT):
         raise InputError(
-            f"{name} has no place for memory, which is read by the class token of a plain ViT; backbones "
-            f"that can: {', '.join(PLAIN)}, such as vit_tiny_patch16"
+            "memory is read by the class token of a plain ViT, which this backbone is not; those that are: "
+            f"{', '.join(PLAIN)}, such as vit_tiny_patch16"
         )
+    name = type(backbone).__name__
     if config.start == "class" and backbone.cls_token is None:
         raise InputError(
             f"this {name} has no class token for the task's to start from; give start='zero' "

@@ -53,6 +53,31 @@ def test_a_run_from_a_model_is_that_model_but_for_what_is_given(tmp_path):
     assert (other.model, other.model_fields, other.image_size) == ("deit_tiny_patch16", {}, None)
 
 
+def test_a_capsule_takes_its_base_over(tmp_path):
+    config = TrainConfig(**VIT, image_size=(32, 48), crop_pct=0.75, resize="squash")
+    models.save(build_model(config, CLASSES), tmp_path / "base")
+    start = {"weights": str(tmp_path / "base"), "train_only": "capsule"}
+    ours = resolve(TrainConfig(model="memory/vit_tiny_patch16", **start))
+    assert (ours.model, ours.model_fields) == ("memory/vit_tiny_patch16", VIT["model_fields"])
+    assert (ours.image_size, ours.crop_pct, ours.resize) == ((32, 48), 0.75, "squash")
+    assert ours.head_fields == {}
+    table = models.load(tmp_path / "base").backbone.pos_embed
+    assert torch.equal(build_model(ours, ("x", "y", "z")).backbone.pos_embed, table)
+    given = {"crop_pct": 0.5, "head_fields": {"rows": 2}, "model_fields": {"drop_path_rate": 0.1}}
+    asked = resolve(TrainConfig(model="memory/vit_tiny_patch16", **start, **given))
+    assert (asked.crop_pct, asked.head_fields) == (0.5, {"rows": 2})
+    assert asked.model_fields == VIT["model_fields"] | {"drop_path_rate": 0.1}
+    models.save(build_model(asked, CLASSES), tmp_path / "task")
+    again = {"weights": str(tmp_path / "task"), "train_only": "capsule"}
+    assert resolve(TrainConfig(**again)).head_fields == {"rows": 2}
+    assert resolve(TrainConfig(model="memory/vit_tiny_patch16", **again)).head_fields == {"rows": 2}
+    for other in (
+        {"model": "memory/deit_tiny_patch16", **start},
+        {"model": "memory/vit_tiny_patch16", "weights": start["weights"]},
+    ):
+        assert resolve(TrainConfig(**other)).model_fields == {}
+
+
 def test_weights_for_other_classes_or_another_order_of_them_are_taken_without_the_head(tmp_path):
     folder = tmp_path / "model"
     models.save(build_model(TrainConfig(**VIT, image_size=32), CLASSES), folder)

@@ -482,6 +482,34 @@ PANOPTIC_SMALL: Table = DETECT | {
 }
 
 
+# Sandler et al., section 4, as a reproduction repeats it (necrashter/transformers-learnable-memory, README).
+MEMORY_SMALL: Table = FINETUNE | {
+    "model": (
+        "memory/vit_tiny_patch16",
+        "the paper's are ViT-B/32, B/16 and L/32; a small one: ours",
+    ),
+    "train_only": (
+        "capsule",
+        "the network stays as it is; token, memory and classifier are trained",
+    ),
+    "head_fields": ({}, "five rows: between the paper's 1 and 20"),
+    "optimizer": ("sgd", "SGD with momentum"),
+    "momentum": (0.9, "SGD with momentum; its value: ours"),
+    "lr": (0.05, OURS),
+    "layer_decay": (1.0, "not in the paper"),
+    "weight_decay": (0.0, "not in the paper"),
+    "warmup_epochs": (0.3, "five updates: a third of an epoch of 500 images"),
+    "warmup_lr": (0.0, "linear warm-up"),
+    "min_lr": (0.0, OURS),
+    "clip_grad": (1.0, "clipped gradient; its norm: ours"),
+    "task.label_smoothing": (0.0, "not in the paper"),
+    "ema": (0.0, "not in the paper"),
+    "eval_every": (3, OURS),
+    "augmentation.color_jitter": (0.0, "crops and flips alone"),
+    "augmentation.random_erasing": (0.0, "crops and flips alone"),
+}
+
+
 TABLES: dict[str, Table] = {
     "deit_tiny": named(DEIT, "deit_tiny_patch16"),
     "deit_small": named(DEIT, "deit_small_patch16"),
@@ -511,6 +539,7 @@ TABLES: dict[str, Table] = {
     "efficientdet_small": EFFICIENTDET,
     "detr_small": DETR_SMALL,
     "panoptic_small": PANOPTIC_SMALL,
+    "memory_small": MEMORY_SMALL,
     "digits": DIGITS,
     "digits_segment": DIGITS_SEGMENT,
     "digits_detect": DIGITS_DETECT,

@@ -24,27 +24,13 @@ def resolve(config: TrainConfig) -> TrainConfig:
     """The configuration with model, run folder and all settings of the model's task named.
 
     Without a model, a run that starts from a model folder of ours trains that model: its name, its paper's
-        fields and how it sees images, except where the configuration says otherwise.
+        fields and how it sees images, except where the configuration says otherwise. A capsule takes all but
+        the name and the head of its base over: it is of no use beside another.
     """
     released = config.weights in RELEASED_WEIGHTS
     folder = models.model_folder(config.weights) if config.weights and not released else None
-    if not config.model and folder is not None and (folder / "config.json").is_file():
-        saved = models.read_config(folder)
-        head, entry = models.parse_name(saved["name"])
-        own = _own(saved["parts"]["backbone"], to_dict(entry.config))
-        own.pop("image_size", None)
-        heads = {} if head is None else _own(saved["parts"]["head"], to_dict(head.config))
-        sees = saved["preprocessing"]
-        height, width = sees["size"]
-        config = replace(
-            config,
-            model=saved["name"],
-            model_fields=own | config.model_fields,
-            head_fields=heads | config.head_fields,
-            image_size=config.image_size or (height if height == width else (height, width)),
-            crop_pct=config.crop_pct or sees["crop_pct"],
-            resize=config.resize or sees["mode"],
-        )
+    if folder is not None and (folder / "config.json").is_file():
+        config = _taken_over(config, models.read_config(folder))
     config = replace(config, model=model_name(config))
     config = replace(config, out=config.out or f"runs/{config.model.replace('/', '-')}")
     if config.packing != Packing() and not config.native:
@@ -53,6 +39,31 @@ def resolve(config: TrainConfig) -> TrainConfig:
         config = replace(config, augmentation=replace(config.augmentation, crop="whole"))
     _, settings = task_and_settings(config)
     return replace(config, task=to_dict(settings))
+
+
+def _taken_over(config: TrainConfig, saved: Mapping[str, Any]) -> TrainConfig:
+    """The configuration with what a saved model settles of it."""
+    head, entry = models.parse_name(saved["name"])
+    name = config.model or saved["name"]
+    beside = config.train_only == "capsule" and models.parse_name(name)[1].name == entry.name
+    if config.model and not beside:
+        return config
+    own = _own(saved["parts"]["backbone"], to_dict(entry.config))
+    own.pop("image_size", None)
+    heads = {}
+    if head is not None and name == saved["name"]:
+        heads = _own(saved["parts"]["head"], to_dict(head.config))
+    sees = saved["preprocessing"]
+    height, width = sees["size"]
+    return replace(
+        config,
+        model=name,
+        model_fields=own | config.model_fields,
+        head_fields=heads | config.head_fields,
+        image_size=config.image_size or (height if height == width else (height, width)),
+        crop_pct=config.crop_pct or sees["crop_pct"],
+        resize=config.resize or sees["mode"],
+    )
 
 
 def _own(fields: Mapping[str, Any], default: Mapping[str, Any]) -> dict[str, Any]:
