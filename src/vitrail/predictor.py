@@ -112,9 +112,9 @@ class Predictor:
     def _predict(self, items: Iterator[Picture], top_k: int) -> Iterator[Prediction]:
         run = self._run if self.packs is None else self._run_packed
         done: dict[int, Prediction] = {}
-        waiting: dict[tuple[int, int], list[tuple[int, _Prepared]]] = defaultdict(list)
+        waiting: dict[tuple[int, int], list[tuple[int, Prepared]]] = defaultdict(list)
         count = given = 0  # of pictures prepared and of Predictions yielded
-        for prepared in _ahead(items, self.preprocessing, self.batch_size):
+        for prepared in read_ahead(items, self.preprocessing, self.batch_size):
             if isinstance(prepared, tuple):
                 self.skipped.append(prepared)
                 continue
@@ -140,7 +140,7 @@ class Predictor:
         if self.skipped and not self.skip_broken:
             raise broken_pictures(self.skipped, count)
 
-    def _ready(self, group: list[tuple[int, "_Prepared"]]) -> bool:
+    def _ready(self, group: list[tuple[int, "Prepared"]]) -> bool:
         """Whether a group need not wait for more."""
         if self.packs is None:
             return len(group) == self.batch_size
@@ -148,7 +148,7 @@ class Predictor:
         return held >= _WINDOW * self.packs.max_tokens
 
     def _run_packed(
-        self, group: list[tuple[int, "_Prepared"]], top_k: int
+        self, group: list[tuple[int, "Prepared"]], top_k: int
     ) -> Iterator[tuple[int, Prediction]]:
         # A forward for each pack of pictures of any sizes; empties the group.
         assert self.packs is not None
@@ -170,7 +170,7 @@ class Predictor:
         group.clear()
 
     def _run(
-        self, group: list[tuple[int, "_Prepared"]], top_k: int
+        self, group: list[tuple[int, "Prepared"]], top_k: int
     ) -> Iterator[tuple[int, Prediction]]:
         # One forward for pictures of one size; empties the group.
         if not group:
@@ -189,7 +189,7 @@ class Predictor:
         group.clear()
 
     def _finished(
-        self, found: dict[str, Any], group: list[tuple[int, "_Prepared"]], top_k: int
+        self, found: dict[str, Any], group: list[tuple[int, "Prepared"]], top_k: int
     ) -> Iterator[tuple[int, Prediction]]:
         outputs = {name: _array(value) for name, value in found.items()}
         geometries = [prepared.geometry for _, prepared in group]
@@ -235,7 +235,7 @@ class _Packs:
         most = held if tokens_per_image is None else min(held, tokens_per_image)
         return cls(max_tokens, model.backbone.patch_sizes[0], prefix, at_own_shape(model, most))
 
-    def tokens(self, prepared: "_Prepared") -> int:
+    def tokens(self, prepared: "Prepared") -> int:
         h, w = patch_grid(prepared.pixels.shape[1:], self.patch_size)
         return h * w + self.num_prefix_tokens
 
@@ -244,7 +244,7 @@ class _Packs:
 
 
 @dataclass(frozen=True)
-class _Prepared:
+class Prepared:
     pixels: np.ndarray
     geometry: Geometry
     source: str | None
@@ -282,12 +282,12 @@ def _expand(pictures: Any) -> Iterator[Picture]:
         )
 
 
-def _ahead(
+def read_ahead(
     items: Iterator[Picture], p: Preprocessing, batch_size: int
-) -> Iterator[_Prepared | tuple[str, str]]:
+) -> Iterator[Prepared | tuple[str, str]]:
     # Threads decode while the model runs: Pillow's decoders and filters let go of the interpreter.
     pool = ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1))
-    futures: deque[Future[_Prepared | tuple[str, str]]] = deque()
+    futures: deque[Future[Prepared | tuple[str, str]]] = deque()
     try:
         for index, item in enumerate(items):
             futures.append(pool.submit(_prepare, index, item, p))
@@ -299,7 +299,7 @@ def _ahead(
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _prepare(index: int, item: Picture, p: Preprocessing) -> _Prepared | tuple[str, str]:
+def _prepare(index: int, item: Picture, p: Preprocessing) -> Prepared | tuple[str, str]:
     # Ready for the model, or (name, why it is not).
     name = source = None
     if isinstance(item, (str, os.PathLike)):
@@ -315,7 +315,7 @@ def _prepare(index: int, item: Picture, p: Preprocessing) -> _Prepared | tuple[s
     except ImageError as error:
         return name, error.problem
     pixels, geometry = prepare(image, p, original=original)
-    return _Prepared(pixels, geometry, source, name)
+    return Prepared(pixels, geometry, source, name)
 
 
 def _pixels(image: Tensor, name: str) -> np.ndarray:

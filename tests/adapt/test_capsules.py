@@ -334,12 +334,15 @@ def test_images_seen_in_another_way_are_refused_by_field(base, tasks):
     other = tasks[1][1]
     pre = other.preprocessing
     for changes, told in (
-        ({"mode": "squash"}, r"one pass sees them once: mode 'squash' instead of 'crop'; train"),
+        (
+            {"mode": "squash"},
+            r"one pass sees them once: mode 'squash' instead of 'crop'; train one",
+        ),
         (
             {"mean": (0.1, 0.5, 0.5)},
-            r"once: mean \[0.1, 0.5, 0.5\] instead of \[0.5, 0.5, 0.5\]; train",
+            r"once: mean \[0.1, 0.5, 0.5\] instead of \[0.5, 0.5, 0.5\]; train one",
         ),
-        ({"size": (24, 24)}, r"once: size \[24, 24\] instead of \[24, 40\]; train"),
+        ({"size": (24, 24)}, r"once: size \[24, 24\] instead of \[24, 40\]; train one"),
     ):
         changed = replace(other, preprocessing=replace(pre, **changes))
         refused(both, changed, told)
@@ -366,7 +369,7 @@ def test_memory_that_the_whole_network_sees_is_refused_with_the_reason(base, tmp
 
 def test_what_is_no_plain_vit_is_refused(base):
     conv = create_model("efficientvit_m0", num_classes=2)
-    with pytest.raises(InputError, match="EfficientViT has no place for memory"):
+    with pytest.raises(InputError, match="read by the class token of a plain ViT, which this"):
         Capsules(conv)
     for other in (
         conv.backbone,

@@ -252,10 +252,7 @@ class Capsules(nn.Module):
         super().__init__()
         model: Any = load(model_folder(base)) if isinstance(base, (str, Path)) else base
         self.backbone, self.head = _split(model)
-        info: ModelInfo | None = None if self.head is None else model.info
-        self.base_name = "" if info is None else info.name
-        self._sees = None if info is None else info.preprocessing
-        self._own_classes = {} if info is None else {OWN: info.classes}
+        self.info: ModelInfo | None = None if self.head is None else model.info  # of the classifier
         self.capsules: dict[str, Capsule] = {}
         self.heads = (
             nn.ModuleList()
@@ -270,13 +267,15 @@ class Capsules(nn.Module):
     @property
     def classes(self) -> dict[str, tuple[str, ...]]:
         """Of each task, and of the base where it answers, in the order of `forward`."""
-        return self._own_classes | {name: of.classes for name, of in self.capsules.items()}
+        own = {} if self.info is None else {OWN: self.info.classes}
+        return own | {name: of.classes for name, of in self.capsules.items()}
 
     @property
     def preprocessing(self) -> Preprocessing | None:
         """None: of a bare backbone to which nothing is attached."""
-        first = next(iter(self.capsules.values()), None)
-        return self._sees or (None if first is None else first.preprocessing)
+        if self.info is not None:
+            return self.info.preprocessing
+        return next((of.preprocessing for of in self.capsules.values()), None)
 
     def attach(self, capsule: str | Path | Capsule, name: str | None = None) -> str:
         """Add a task; its name, which is the capsule's own unless another is given.
@@ -337,9 +336,9 @@ class Capsules(nn.Module):
                 "with form='masked', or use it as a model"
             )
         base, own = capsule.base, "attach it to its own base, or train one on this base"
-        if self.base_name and self.base_name != base.name:
+        if self.info is not None and self.info.name != base.name:
             raise InputError(
-                f"{called} was trained on {base.name}, but this base is {self.base_name}; {own}"
+                f"{called} was trained on {base.name}, but this base is {self.info.name}; {own}"
             )
         other = _differences(base.config, self.backbone.config, ASIDE)
         if other:
@@ -352,16 +351,11 @@ class Capsules(nn.Module):
                 f"{called} was trained on other weights of {base.name} than this base has (sha256 differs); "
                 f"{own}"
             )
-        hint = "train with the base's preprocessing, as vitrail adapt train does"
-        self.check_sees(capsule.preprocessing, called, hint)
-
-    def check_sees(self, preprocessing: Preprocessing, called: str, hint: str) -> None:
-        """Raise InputError where what is `called` so sees images in another way than the base."""
         sees = self.preprocessing
-        if sees is not None and sees != preprocessing:
+        if sees is not None and sees != capsule.preprocessing:
             raise InputError(
-                f"{called} sees images in another way than the base, and one pass sees them once: "
-                f"{_differences(preprocessing, sees)}; {hint}"
+                f"{called} sees images in another way than this base, and one pass sees them once: "
+                f"{_differences(capsule.preprocessing, sees)}; train one with the base's preprocessing"
             )
 
 

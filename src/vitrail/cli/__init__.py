@@ -14,6 +14,7 @@ VERBS = {  # verb -> (module, what it does), in the order a newcomer needs them
     "train": ("train", "train or fine-tune on your data; resumes"),
     "eval": ("eval", "measure a trained model on a data set"),
     "predict": ("predict", "labels for pictures, as pictures or JSON lines"),
+    "adapt": ("adapt", "train|list|eval|predict: many tasks on one frozen backbone, in one pass"),
     "inspect": ("inspect", "what the attention of a model does, and which channels matter"),
     "convert": ("convert", "a foreign checkpoint to safetensors"),
 }

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, TextIO, TypeVar
 
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
@@ -18,6 +18,8 @@ from vitrail_runtime.errors import InputError
 if TYPE_CHECKING:
     from vitrail_runtime.coco import CocoIds
     from vitrail_runtime.prediction import Prediction
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,9 +245,7 @@ def save_mask(prediction: "Prediction", target: Path) -> None:
     prediction.class_map().save(target, optimize=True)
 
 
-def watched(
-    predictions: Iterator["Prediction"], total: int, *, bar: bool = True
-) -> Iterator["Prediction"]:
+def watched(predictions: Iterator[T], total: int, *, bar: bool = True) -> Iterator[T]:
     """The same predictions, while stderr shows how far and how fast; lines without a terminal."""
     from rich.console import Console
     from rich.progress import (

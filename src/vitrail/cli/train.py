@@ -23,7 +23,7 @@ class StartParser(argparse.ArgumentParser):
     """Finds the flags that say where the settings of all others come from."""
 
     def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message}; vitrail train --help tells what there is")
+        raise InputError(f"{message}; {self.prog} --help tells what there is")
 
 
 def run(argv: list[str]) -> int:
