@@ -3,12 +3,16 @@
 import os
 import time
 
+import numpy as np
 import pytest
 
+from tests.damage import flipped, outcomes
 from vitrail.data.cache import (
     ABANDONED_AFTER,
     cache_bound,
     cache_folder,
+    cached,
+    load_columns,
     make_room,
     mark_used,
     write_atomically,
@@ -121,3 +125,72 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
         write_atomically(path, b"three")
     assert list(path.parent.iterdir()) == [path]
     assert path.read_bytes() == b"two"
+
+
+def columns():
+    texts = ["", "ä\0", "\udcff", "no"]
+    return {"sizes": np.arange(6, dtype=np.int32).reshape(3, 2), "names": texts, "none": []}
+
+
+def same(found) -> bool:
+    want = columns()
+    array = want.pop("sizes")
+    arrays = found["sizes"].dtype == array.dtype and np.array_equal(found["sizes"], array)
+    return arrays and want == {k: v for k, v in found.items() if k != "sizes"}
+
+
+def test_columns_are_made_once_and_again_for_another_identity(own_cache):
+    made = []
+
+    def make():
+        made.append(True)
+        return columns()
+
+    assert all(same(cached("one", make)) for _ in range(3))
+    assert len(made) == 1
+    (path,) = (own_cache / "index").iterdir()
+    os.utime(path, (1, 1))
+    assert same(cached("one", make))
+    assert path.stat().st_mtime > time.time() - 1000, "what serves is marked as used"
+    assert same(cached("one \udcff", make))
+    assert len(made) == 2
+    assert len(left(own_cache)) == 2
+
+
+def test_damaged_columns_are_made_again_whatever_bit_is_flipped(own_cache):
+    cached("one", columns)
+    (path,) = (own_cache / "index").iterdir()
+    whole, made = path.read_bytes(), []
+
+    def read() -> bool:
+        return same(cached("one", lambda: made.append(True) or columns()))
+
+    cut = (whole[:n] for n in (0, 10, 16, 40, len(whole) - 1))
+    for damaged, count in ((flipped(whole, 40), 40), (cut, 5)):
+        made.clear()
+        found = outcomes(path, damaged, read)
+        assert found["equal"] == found.total() == len(made) == count
+    other = path.with_name("0" * 32 + ".npz")
+    other.write_bytes(whole)
+    assert load_columns(path) is not None
+    assert load_columns(other) is None, "of another identity"
+
+
+def test_a_cache_that_cannot_be_written_costs_time_alone(own_cache, tmp_path, monkeypatch):
+    monkeypatch.setenv("VITRAIL_CACHE_BYTES", "10")
+    assert same(cached("one", columns))
+    assert left(own_cache) == set()
+    monkeypatch.delenv("VITRAIL_CACHE_BYTES")
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("VITRAIL_CACHE", str(tmp_path / "file" / "below"))
+    assert same(cached("one", columns))
+
+
+def test_what_cannot_be_made_is_not_kept(own_cache):
+    def fail():
+        raise InputError("no")
+
+    for _ in range(2):
+        with pytest.raises(InputError, match="no"):
+            cached("one", fail)
+    assert left(own_cache) == set()

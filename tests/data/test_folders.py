@@ -13,6 +13,7 @@ from PIL import Image
 from tests.damage import flipped, outcomes, zeroed
 from tests.data.conftest import picture
 from vitrail.data import index, open_data
+from vitrail.data.cache import load_columns
 from vitrail.data.checkup import check
 from vitrail.data.index import read_index
 from vitrail.data.opening import hold_out, open_source
@@ -165,8 +166,8 @@ def test_a_stored_index_is_what_was_made_whatever_bit_of_it_is_flipped(
         assert len(made) == count, "made again each time"
     other = path.with_name("0" * 32 + ".npz")
     other.write_bytes(whole)
-    assert index._load(path) is not None
-    assert index._load(other) is None, "of another data set"
+    assert load_columns(path) is not None
+    assert load_columns(other) is None, "of another data set"
     path.unlink()
     path.mkdir()
     assert read()

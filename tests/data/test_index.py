@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.data.conftest import picture
-from vitrail.data import index
+from vitrail.data import cache, index
 from vitrail.data.index import examine, make_index, read_index
 from vitrail.data.opening import open_source
 
@@ -192,7 +192,7 @@ def test_an_index_that_is_read_is_marked_as_used(own_cache, monkeypatch):
     read_index(listed(), "")
     (path,) = (own_cache / "index").iterdir()
     used = []
-    monkeypatch.setattr(index, "mark_used", used.append)
+    monkeypatch.setattr(cache, "mark_used", used.append)
     read_index(listed(), "")
     assert used == [path]
 

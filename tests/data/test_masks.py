@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from tests.data.masks import class_maps, mask_set, random_ids, write_pair
+from vitrail.data import cache
 from vitrail.data import masks as masks_module
 from vitrail.data.mask_folders import MaskFolders
 from vitrail.data.masks import class_weights, decode_mask
@@ -503,7 +504,7 @@ def test_a_cache_that_cannot_be_written_costs_time_alone(tmp_path, monkeypatch):
     def full(path, payload):
         raise OSError("no space left")
 
-    monkeypatch.setattr(masks_module, "write_atomically", full)
+    monkeypatch.setattr(cache, "write_atomically", full)
     maps, problems, _ = class_maps(MaskFolders(mask_set(tmp_path / "set", {"train": 2})), "train")
     assert (len(maps), problems) == (2, {})
 

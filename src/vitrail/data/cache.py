@@ -4,16 +4,26 @@ It lies at $VITRAIL_CACHE, else $XDG_CACHE_HOME/vitrail, else ~/.cache/vitrail, 
 $VITRAIL_CACHE_BYTES (16 GiB): the files that were not used for longest go first. Deleting it costs only time.
 """
 
+import hashlib
+import io
+import json
 import os
 import tempfile
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from vitrail_runtime.errors import InputError
 
 DEFAULT_BOUND = 16 * 2**30
 ABANDONED_AFTER = 3600  # seconds
+SUM = 16  # bytes of the digest in front of columns
+TEXTS = "texts"  # where they lie among the arrays
+
+Columns = dict[str, np.ndarray | list[Any]]
 
 
 def cache_folder() -> Path:
@@ -36,6 +46,58 @@ def cache_bound() -> int:
         raise InputError(
             f"VITRAIL_CACHE_BYTES must be a number of bytes, such as 20e9, but is {text!r}"
         ) from None
+
+
+def cached(identity: str, make: Callable[[], Columns]) -> Columns:
+    """Columns by name, arrays and lists of what JSON holds: from the cache, else made and put there.
+
+    identity: changes with whatever they are made from, and with what their names mean. What is damaged is
+    made again; a cache that cannot be written costs time at the next start, nothing else.
+    """
+    name = hashlib.sha256(identity.encode("utf-8", "surrogateescape")).hexdigest()[:32]
+    path = cache_folder() / "index" / f"{name}.npz"
+    found = load_columns(path)
+    if found is not None:
+        mark_used(path)
+        return found
+    columns = make()
+    payload = _packed(columns)
+    payload = _sum(payload, path) + payload
+    try:
+        if make_room(len(payload)):
+            write_atomically(path, payload)
+    except OSError:
+        pass
+    return columns
+
+
+def load_columns(path: Path) -> Columns | None:
+    """What `cached` put there; None where there is nothing, or nothing whole, or of another identity."""
+    try:
+        payload = path.read_bytes()
+    except OSError:
+        return None
+    if payload[:SUM] != _sum(payload[SUM:], path):
+        return None
+    with np.load(io.BytesIO(payload[SUM:]), allow_pickle=False) as stored:
+        arrays = dict(stored)
+    texts = json.loads(arrays.pop(TEXTS).tobytes())
+    return arrays | texts
+
+
+def _packed(columns: Columns) -> bytes:
+    texts = {name: column for name, column in columns.items() if isinstance(column, list)}
+    arrays = {name: column for name, column in columns.items() if name not in texts}
+    buffer = io.BytesIO()
+    # Bytes of file names that are not UTF-8 are surrogates, which JSON escapes.
+    arrays[TEXTS] = np.frombuffer(json.dumps(texts).encode(), np.uint8)
+    np.savez_compressed(buffer, allow_pickle=False, **arrays)
+    return buffer.getvalue()
+
+
+def _sum(payload: bytes, path: Path) -> bytes:
+    """Of what is stored and of its name, which tells whose it is."""
+    return hashlib.blake2b(path.name.encode() + payload, digest_size=SUM).digest()
 
 
 def write_atomically(path: Path, payload: bytes) -> None:

@@ -5,7 +5,6 @@ files, so that the next start reads only those.
 """
 
 import hashlib
-import io
 import sys
 import zlib
 from collections.abc import Iterator
@@ -14,12 +13,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from vitrail.data.cache import cache_folder, make_room, mark_used, write_atomically
+from vitrail.data.cache import Columns, cached
 from vitrail_runtime.errors import ImageError
 from vitrail_runtime.preprocess import decode, read_size
 
-VERSION = 2  # of the stored form; a reader of another version makes the index anew
-SUM = 16  # bytes of the digest in front
+VERSION = 3  # of the stored form; a reader of another version makes the index anew
 SHOW_PROGRESS_FROM = 5000  # pictures
 
 Place = tuple[int, int, int]  # (file, offset, bytes) inside an archive; zeros where a key is a file
@@ -86,14 +84,7 @@ def read_index(source: Source, split: str) -> Index:
     identity = (
         f"{VERSION}|{type(source).__name__}|{source.name}|{split}|{source.fingerprint(split)}"
     )
-    name = hashlib.sha256(identity.encode("utf-8", "surrogateescape")).hexdigest()[:32]
-    path = cache_folder() / "index" / f"{name}.npz"
-    stored = _load(path)
-    if stored is not None:
-        return stored
-    index = make_index(source, split)
-    _store(index, path)
-    return index
+    return _index_of(cached(identity, lambda: _columns_of(make_index(source, split))))
 
 
 def make_index(source: Source, split: str) -> Index:
@@ -175,62 +166,25 @@ def _with_progress(samples: Iterator, total: int, title: str) -> Iterator:
     return iter(track(samples, title, total=total, console=console, transient=True))
 
 
-def _store(index: Index, path) -> None:
-    buffer = io.BytesIO()
-    np.savez_compressed(
-        buffer,
-        keys=_pack(index.keys),
-        names=_pack(index.names),
-        sizes=index.sizes,
-        digests=np.frombuffer(bytes.fromhex("".join(index.digests)), np.uint8),
-        places=index.places,
-        problem_at=np.array(list(index.problems), np.int64),
-        problems=_pack(list(index.problems.values())),
-    )
-    payload = _sum(buffer.getvalue(), path) + buffer.getvalue()
-    try:
-        if make_room(len(payload)):
-            write_atomically(path, payload)
-    except OSError:  # a cache that cannot be written costs time at the next start, nothing else
-        return
+def _columns_of(index: Index) -> Columns:
+    return {
+        "keys": index.keys,
+        "names": index.names,
+        "sizes": index.sizes,
+        "digests": np.frombuffer(bytes.fromhex("".join(index.digests)), np.uint8),
+        "places": index.places,
+        "problem_at": np.array(list(index.problems), np.int64),
+        "problems": list(index.problems.values()),
+    }
 
 
-def _load(path) -> Index | None:
-    try:
-        payload = path.read_bytes()
-    except OSError:
-        return None  # absent
-    if payload[:SUM] != _sum(payload[SUM:], path):
-        return None  # damaged, or of another data set: made again
-    with np.load(io.BytesIO(payload[SUM:]), allow_pickle=False) as stored:
-        columns = dict(stored)
+def _index_of(columns: Any) -> Index:
     hexes = columns["digests"].tobytes().hex()
-    index = Index(
-        _unpack(columns["keys"]),
-        _unpack(columns["names"]),
+    return Index(
+        columns["keys"],
+        columns["names"],
         columns["sizes"],
         [hexes[i : i + 32] for i in range(0, len(hexes), 32)],
         columns["places"],
-        dict(zip(columns["problem_at"].tolist(), _unpack(columns["problems"]), strict=True)),
+        dict(zip(columns["problem_at"].tolist(), columns["problems"], strict=True)),
     )
-    mark_used(path)
-    return index
-
-
-def _sum(payload: bytes, path) -> bytes:
-    """What stands in front of a stored index: a digest of it and of its name, which tells whose it is."""
-    return hashlib.blake2b(path.name.encode() + payload, digest_size=SUM).digest()
-
-
-def _pack(texts: list[str]) -> np.ndarray:
-    # One array of bytes: a numpy string array would be as wide as the longest name. Names hold no NUL;
-    # surrogates stand for bytes of file names that are not UTF-8.
-    joined = "\0".join(texts).encode("utf-8", "surrogateescape")
-    return np.concatenate(
-        [np.array([len(texts)], "<u8").view(np.uint8), np.frombuffer(joined, np.uint8)]
-    )
-
-
-def _unpack(packed: np.ndarray) -> list[str]:
-    count = int(packed[:8].view("<u8")[0])
-    return packed[8:].tobytes().decode("utf-8", "surrogateescape").split("\0") if count else []

@@ -6,17 +6,14 @@ index of the images is; a mask itself is decoded when it is read, and never kept
 
 import hashlib
 import io
-import json
-import zipfile
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from vitrail.data.cache import cache_folder, make_room, mark_used, write_atomically
+from vitrail.data.cache import Columns, cached
 from vitrail.data.index import Source, digest
 from vitrail.data.legend import (
     IGNORE,
@@ -32,7 +29,7 @@ from vitrail_runtime.preprocess import read_size
 if TYPE_CHECKING:
     from vitrail.data.view import View
 
-VERSION = 1  # of the stored index of masks
+VERSION = 2  # of the stored index of masks
 NOWHERE = (0, 0, 0)  # the place of a key that is a file
 ORIENTATION = 0x0112  # EXIF's tag
 
@@ -313,31 +310,21 @@ def read_mask_index(source: MaskSource, split: str) -> MaskIndex:
     """The index of a split's masks, from the cache where the files are unchanged, else made and cached."""
     told = (source.fingerprint(split), source.masks_fingerprint(split))
     identity = f"masks {VERSION}|{type(source).__name__}|{source.name}|{split}|{told}"
-    name = hashlib.sha256(identity.encode("utf-8", "surrogateescape")).hexdigest()[:32]
-    path = cache_folder() / "index" / f"{name}.npz"
-    try:
-        with np.load(path, allow_pickle=False) as stored:
-            columns = dict(stored)
-        digests, problems = json.loads(columns["texts"].tobytes())
-    except OSError:
-        pass
-    except (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
-        pass  # damaged: made again
-    else:
-        mark_used(path)
-        kept = {name: columns[name] for name in _COLUMNS}
-        return MaskIndex(digests, **kept, problems={int(i): p for i, p in problems.items()})
-    index = make_mask_index(source, split)
-    texts = json.dumps([index.digests, index.problems]).encode()
-    buffer = io.BytesIO()
-    columns = {name: getattr(index, name) for name in _COLUMNS}
-    np.savez_compressed(buffer, texts=np.frombuffer(texts, np.uint8), **columns)
-    try:
-        if make_room(len(buffer.getvalue())):
-            write_atomically(path, buffer.getvalue())
-    except OSError:  # a cache that cannot be written costs time at the next start, nothing else
-        pass
-    return index
+    columns: Any = cached(identity, lambda: _columns_of(make_mask_index(source, split)))
+    return MaskIndex(
+        digests=columns["digests"],
+        **{name: columns[name] for name in _COLUMNS},
+        problems=dict(zip(columns["problem_at"].tolist(), columns["problems"], strict=True)),
+    )
+
+
+def _columns_of(index: MaskIndex) -> Columns:
+    return {
+        "digests": index.digests,
+        **{name: getattr(index, name) for name in _COLUMNS},
+        "problem_at": np.array(list(index.problems), np.int64),
+        "problems": list(index.problems.values()),
+    }
 
 
 def make_mask_index(source: MaskSource, split: str) -> MaskIndex:

@@ -6,18 +6,14 @@ is decoded when it is read and never kept; what it holds is found once and kept 
 """
 
 import hashlib
-import io
-import json
-import zipfile
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 
 from vitrail.data.boxes import MOST_OBJECTS, Boxes
-from vitrail.data.cache import cache_folder, make_room, mark_used, write_atomically
+from vitrail.data.cache import Columns, cached
 from vitrail.data.index import Source, digest
 from vitrail.data.masks import decode_mask
 from vitrail_runtime.errors import ImageError
@@ -26,7 +22,7 @@ from vitrail_runtime.panoptic import ids_of
 if TYPE_CHECKING:
     from vitrail.data.view import View
 
-VERSION = 1  # of the stored facts
+VERSION = 2  # of the stored facts
 NOWHERE = (0, 0, 0)  # the place of a key that is a file
 NONE = 0  # in a map of segments: a pixel of none
 
@@ -241,36 +237,25 @@ def read_id_index(source: Source, split: str, keys: Sequence[str], fingerprint: 
     fingerprint: changes when the files do.
     """
     identity = f"ids {VERSION}|{type(source).__name__}|{source.name}|{split}|{fingerprint}"
-    name = hashlib.sha256(identity.encode("utf-8", "surrogateescape")).hexdigest()[:32]
-    path = cache_folder() / "index" / f"{name}.npz"
-    try:
-        with np.load(path, allow_pickle=False) as stored:
-            columns = dict(stored)
-        digests, problems = json.loads(columns["texts"].tobytes())
-        facts = Facts(*(columns[name] for name in Facts._fields))
-        index = IdIndex(digests, columns["sizes"], columns["starts"], facts)
-        mark_used(path)
-        return replace(index, problems={int(i): problem for i, problem in problems.items()})
-    except OSError:
-        pass
-    except (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
-        pass  # damaged: made again
-    index = _make(source, keys)
-    texts = json.dumps([index.digests, index.problems]).encode()
-    buffer = io.BytesIO()
-    np.savez_compressed(
-        buffer,
-        texts=np.frombuffer(texts, np.uint8),
-        sizes=index.sizes,
-        starts=index.starts,
-        **index.facts._asdict(),
+    columns: Any = cached(identity, lambda: _columns_of(_make(source, keys)))
+    return IdIndex(
+        columns["digests"],
+        columns["sizes"],
+        columns["starts"],
+        Facts(*(columns[name] for name in Facts._fields)),
+        dict(zip(columns["problem_at"].tolist(), columns["problems"], strict=True)),
     )
-    try:
-        if make_room(len(buffer.getvalue())):
-            write_atomically(path, buffer.getvalue())
-    except OSError:  # a cache that cannot be written costs time at the next start, nothing else
-        pass
-    return index
+
+
+def _columns_of(index: IdIndex) -> Columns:
+    return {
+        "digests": index.digests,
+        "sizes": index.sizes,
+        "starts": index.starts,
+        **index.facts._asdict(),
+        "problem_at": np.array(list(index.problems), np.int64),
+        "problems": list(index.problems.values()),
+    }
 
 
 def _make(source: Source, keys: Sequence[str]) -> IdIndex:
