@@ -139,13 +139,16 @@ def test_the_law_holds_in_float32_and_for_logits():
     randomise(head)
     classifier = Classifier(model, head).eval()
     images = pictures([(37, 53), (16, 16), (9, 80), (16, 16)], torch.float32)
-    with torch.no_grad():
-        for packed in pack(images, PATCH, 400):
-            logits = classifier.forward_packed(packed)
-            for row, i in zip(logits, packed.image_ids, strict=True):
-                torch.testing.assert_close(
-                    row[None], classifier(images[i][None]), atol=1e-5, rtol=0
-                )
+    together = {}
+    for packed in pack(images, PATCH, 400):
+        together |= dict(zip(packed.image_ids, classifier.forward_packed(packed), strict=True))
+    got = torch.stack([together[i] for i in range(4)])
+    want = torch.cat([classifier(image[None]) for image in images])
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
+    weights = list(classifier.parameters())
+    ours, theirs = (torch.autograd.grad(y.square().sum(), weights) for y in (got, want))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5 * max(1.0, b.abs().max().item()), rtol=0)
 
 
 def test_packed_gradients_equal_those_of_the_images_alone():

@@ -222,6 +222,21 @@ def test_steps_to_come_are_exact_for_what_is_planned_and_estimates_behind_it(mon
     assert p.steps_between(7, 7) == 0
 
 
+def test_an_epoch_to_come_that_cannot_fill_its_last_step_is_found_at_the_start():
+    """Eleven images, five packs an update: five epochs have ten packs at most, the sixth has eleven."""
+    fields = {"epochs": 6, "prefix": 0, "seed": 5, "resolution": "uniform", "sides": (30, 52)}
+    p = plan([(40, 40)] * 11, packs=5, **fields)
+    assert [p.steps(epoch) for epoch in range(5)] == [2] * 5
+    again = plan([(40, 40)] * 11, packs=5, **fields)
+    with pytest.raises(InputError, match="11 images cannot fill 15 packs, 5 an update"):
+        again.check()
+    plan([(40, 40)] * 11, packs=5, **(fields | {"epochs": 5})).check()
+    for count, packs, budget in ((10, 5, 40), (11, 5, 400), (11, 1, 40)):
+        never = plan([(40, 40)] * count, packs=packs, max_tokens=budget, **fields)
+        never.check()
+        assert never._known_ends.keys() == {0}, "nothing is planned in vain"
+
+
 def test_padding_is_the_share_of_the_budget_without_tokens():
     p = plan([(8, 16)] * 7, epochs=1, max_tokens=10, prefix=1)
     assert p.steps(0) == 3  # three, three and one of three tokens

@@ -177,7 +177,8 @@ def test_epochs_are_planned_when_they_come_and_the_schedule_ends_with_the_run(
     shapes, tmp_path, each_epoch_by_itself, monkeypatch
 ):
     packing = replace(NATIVE["packing"], packs=1)
-    config = native_config(shapes, tmp_path, packing=packing, epochs=4, log_every=1, min_lr=1e-5)
+    changes = {"packing": packing, "epochs": 4, "log_every": 1, "min_lr": 1e-5, "eval_every": 4}
+    config = native_config(shapes, tmp_path / "run", **changes)
     run, said = start_of(config), []
     assert set(each_epoch_by_itself) == {0}
     steps = [run.plan.steps(epoch) for epoch in range(4)]
@@ -195,7 +196,14 @@ def test_epochs_are_planned_when_they_come_and_the_schedule_ends_with_the_run(
     assert again.total_steps == run.total_steps == steps[0] + 3 * steps[1]
     with again.progress:
         assert loop(again, StopAfter(10**6)) == 0
-    assert again.at.finished == "all epochs"
+    assert (again.at.finished, again.at.images) == ("all epochs", 4 * 24)
+    whole = start_of(replace(config, out=str(tmp_path / "whole")))
+    with whole.progress:
+        loop(whole, StopAfter(10**6))
+    ours, theirs = (
+        load_file(Path(o) / "last" / "model.safetensors") for o in (config.out, whole.config.out)
+    )
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
     rates = [row["lr"] for row in RunFolder(config.out).rows() if row["kind"] == "train"]
     ends = np.cumsum([0, *steps])
     totals = [int(ends[e]) + (4 - e) * steps[e] for e in range(4) for _ in range(steps[e])]
@@ -240,6 +248,33 @@ def test_what_is_decided_for_a_person_is_said(shapes, tmp_path, capfd):
     assert "crop: whole" in written
 
 
+def test_strips_and_single_pixels_are_images_like_any_other(tmp_path, capfd):
+    rng = np.random.default_rng(0)
+    sizes = ((1, 5000), (5000, 1), (1, 1), (3, 3), (60, 40), (700, 90))
+    for split in ("train", "val"):
+        for i, size in enumerate(sizes):
+            folder = tmp_path / "data" / split / "ab"[i % 2]
+            folder.mkdir(parents=True, exist_ok=True)
+            pixels = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / f"{i}.png")
+    packing = Packing(max_tokens=50)
+    config = native_config(tmp_path / "data", tmp_path / "run", packing=packing, log_every=1)
+    train(config)
+    said = capfd.readouterr().err
+    assert "3 of 6 images have more than 49 patches of 8 pixels" in said
+    assert "4 of 6 images have a side of less than a patch of 8 pixels" in said
+    rows = [row for row in RunFolder(config.out).rows() if row["kind"] == "train"]
+    assert rows[-1]["images"] == 12
+    assert all(math.isfinite(row["loss"]) for row in rows)
+    pictures = sorted((tmp_path / "data" / "val").rglob("*.png"))
+    model = vitrail.load(tmp_path / "run" / "last")
+    packed = list(vitrail.Predictor(model, max_tokens=50)(pictures))
+    for picture, found in zip(pictures, packed, strict=True):
+        (alone,) = vitrail.Predictor(model)([picture])
+        assert found.source == alone.source == str(picture)
+        np.testing.assert_allclose(found.scores, alone.scores, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -277,6 +312,16 @@ def test_what_cannot_be_packed_is_said_before_any_update(changes, message, shape
     with pytest.raises(InputError, match=message):
         train(native_config(shapes, tmp_path / "run", **changes))
     assert not (tmp_path / "run").exists() or not any((tmp_path / "run").glob("config.yaml"))
+
+
+def test_a_plan_is_checked_before_any_update(shapes, tmp_path, monkeypatch):
+    def refused(plan: PackPlan) -> None:
+        raise InputError(f"of {plan.epochs} epochs one cannot be")
+
+    monkeypatch.setattr(PackPlan, "check", refused)
+    with pytest.raises(InputError, match="of 2 epochs one cannot be"):
+        train(native_config(shapes, tmp_path / "run"))
+    assert not (tmp_path / "run" / "config.yaml").exists()
 
 
 def test_processes_share_whole_packs(tmp_path):

@@ -189,6 +189,18 @@ class PackPlan:
         """Whether `steps_between` of the whole run is an estimate."""
         return self._cycle < self.epochs
 
+    def check(self) -> None:
+        """Raise InputError where the images of an epoch are too few to fill its last step.
+
+        Before the first update, though epochs are planned when they come: where packs have about one image
+        each, a later one may lack what the first had.
+        """
+        images = self.length * len(self._ends(0))
+        packs = self._ends(0)[-1] * self.packing.packs
+        if self.length % self.packing.packs and 2 * packs > images:
+            for epoch in range(self.epochs):
+                self._steps_of(epoch)
+
     def batches(self, epoch: int, start: int = 0) -> Iterator[PlannedPacks]:
         """The steps of an epoch from `start` on."""
         first, last = self._steps_of(epoch)

@@ -199,7 +199,7 @@ def pack_plan(config: TrainConfig, data: Examples, model: Any, samples: BatchPla
             "images of several shapes cannot be mixed with each other: leave MixUp, CutMix and mosaics away "
             "(--task.mixup 0 --task.cutmix 0, or --task.mosaic 0), or --native"
         )
-    return PackPlan(
+    plan = PackPlan(
         samples=samples,
         sizes=data.images.sizes,
         packing=config.packing,
@@ -209,6 +209,8 @@ def pack_plan(config: TrainConfig, data: Examples, model: Any, samples: BatchPla
         where=data.images.where,
         patch_sizes=config.patch_sizes,
     )
+    plan.check()
+    return plan
 
 
 def find_state(
