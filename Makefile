@@ -61,7 +61,7 @@ format: setup
 
 pins: | $(UV)  ## refresh the pins from pyproject.toml
 	$(COMPILE) --extra deploy --extra track --extra hub --extra dev pyproject.toml -o $(PINS)
-	$(COMPILE) --resolution lowest-direct --extra track pyproject.toml requirements/lowest.in \
+	$(COMPILE) --resolution lowest-direct --extra track --extra text pyproject.toml requirements/lowest.in \
 	  -o requirements/lowest.txt
 	$(COMPILE) -c $(PINS) requirements/mutants.in -o requirements/mutants.txt
 
