@@ -35,9 +35,11 @@ def picture(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
-def tiny(classes: int = 5, base: dict[str, Any] | None = None, **fields: Any) -> MemoryClassifier:
-    """A task in float64 whose every number says something: new heads answer zero."""
-    model = build(ViT(ViTConfig(**SMALL | (base or {}))), MemoryConfig(**fields), classes)
+def tiny(classes: int = 5, **fields: Any) -> MemoryClassifier:
+    """A task in float64 whose every number says something: new heads answer zero. Beside the class token
+    stands a register."""
+    base = ViT(ViTConfig(**SMALL, num_reg_tokens=1))
+    model = build(base, MemoryConfig(**fields), classes)
     randomise(model)
     return model.double().eval()
 

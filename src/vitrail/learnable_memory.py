@@ -12,7 +12,8 @@ keys and values, and a second stream of one token reads them. Then its answers s
 
 Unlike vit-pytorch's module, which is a field's choice each: memory passes the block's norm like a token, as
 in the paper; the token starts from the network's own class token; the classifier reads it behind the
-network's final norm. There is no official code.
+network's final norm. There is no official code; what is said of the paper here, sections included, is from
+memory and from a reproduction (github.com/necrashter/transformers-learnable-memory, README).
 """
 
 from collections.abc import Sequence

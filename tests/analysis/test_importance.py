@@ -39,7 +39,9 @@ SMALL = {
 
 def model(name, **more):
     """A small model in float64 with weights that do something everywhere."""
-    fields = {"image_size": 64} | SMALL[name] | more
+    fields = {"image_size": 64} | SMALL[name.removeprefix("memory/")] | more
+    if name.startswith("memory/"):
+        fields["attn_every"] = 1  # a block that does not attend reads no memory
     made = create_model(name, num_classes=3, **fields).double().eval()
     randomise(made)
     for key, value in made.state_dict().items():
@@ -295,7 +297,7 @@ def test_keeping_everything_changes_no_bit(name):
         assert torch.equal(same(images), made(images))
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", [*SMALL, "memory/vit_tiny_patch16"])
 def test_silent_channels_go_without_any_change_of_the_result(name):
     """Half of the channels are silenced at random; importance finds them, pruning takes them."""
     made = model(name)
@@ -478,7 +480,7 @@ def test_a_stage_where_fewer_channels_matter_gets_narrower():
     assert all(w % 8 == 0 for w in ffn_dims)
 
 
-@pytest.mark.parametrize("name", ["vit_tiny_patch16", "efficientvit_m0"])
+@pytest.mark.parametrize("name", ["vit_tiny_patch16", "efficientvit_m0", "memory/vit_tiny_patch16"])
 def test_a_slim_model_is_saved_loaded_and_trained_like_any_other(name, tmp_path):
     made = model(name)
     slim = prune(made, propose(made, importance(made, batches(1)), keep=0.5)).float()

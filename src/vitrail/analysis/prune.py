@@ -13,8 +13,8 @@ from torch import Tensor
 from vitrail.analysis.importance import Importance, Rows, slices
 from vitrail.backbones.vit import ViTConfig
 from vitrail.classifiers import Classifier
-from vitrail.models import ModelInfo, build_classifier, describe
-from vitrail.registry import backbone_entry, with_fields
+from vitrail.models import ModelInfo, assemble, describe
+from vitrail.registry import with_fields
 from vitrail_runtime.errors import InputError
 
 STEPS = {"QK": 4, "FFN": 8}  # widths are multiples of these, which kernels like
@@ -104,13 +104,11 @@ def prune(model: Classifier, plan: Slimming) -> Classifier:
         index = torch.tensor(stay, device=tensor.device)
         state[f"backbone.{key}"] = tensor.index_select(dim, index)
     info: ModelInfo = model.info
-    entry = backbone_entry(info.name)
+    configs = {**info.parts, "backbone": plan.config}
     with torch.device("meta"):
-        slim = build_classifier(entry, plan.config, len(info.classes))
+        slim = assemble(info.name, configs, len(info.classes))
     slim.load_state_dict(state, assign=True)
-    describe(
-        slim, ModelInfo(info.name, {"backbone": plan.config}, info.classes, info.preprocessing)
-    )
+    describe(slim, ModelInfo(info.name, configs, info.classes, info.preprocessing))
     return slim.train(model.training)
 
 

@@ -13,10 +13,10 @@ def memory_small() -> TrainConfig:
         BASE is a model folder or a run of the ViT called NAME, or a file of its weights. Of a folder the
         recipe takes over what the network is and how it sees images. Without them it starts from the
         released weights of ViT-Ti.
-    Cost: 30 passes over the data, of which the network computes the forward half alone: a ViT-Ti at 64 x 64
-        sees 400 images a second on one idle core.
-    Expected: more than a linear classifier on the same class token, by less than training everything; see
-        docs/memory.md.
+    Cost: 30 passes over the data, with the network forward alone: a ViT-Ti at 64 x 64 sees 380 images
+        a second of one core's time (AMD EPYC).
+    Expected: depends on data and network; the abstract says slightly below training everything. Compare with
+        a linear classifier on the same network, --model NAME --train-only head. See docs/results.md.
 
     From the paper: SGD with momentum, a clipped gradient, five updates of linear warm-up (here a third of an
     epoch, of 500 images as many), memory drawn with a deviation of 0.02. Differs: 30 passes in batches of 32
