@@ -1,7 +1,9 @@
 """COCO's JSON: the layouts it is found in, and everything that can be wrong with it."""
 
 import json
+import os
 import shutil
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +20,10 @@ from tests.data.scenes import (
     runs_of,
     write_images,
 )
+from vitrail.data import coco as coco_module
 from vitrail.data import open_data
-from vitrail.data.coco import Coco, read_json
+from vitrail.data.boxes import Boxes
+from vitrail.data.index import read_index
 from vitrail.data.opening import open_source
 from vitrail_runtime.errors import InputError
 
@@ -340,8 +344,9 @@ def test_a_file_that_is_no_coco_is_one_message(tmp_path, content, what):
 
 
 def test_a_file_that_cannot_be_read_is_one_message(tmp_path):
-    with pytest.raises(InputError, match="cannot be read: Is a directory"):
-        read_json(tmp_path)
+    (tmp_path / "train.json").mkdir()
+    with pytest.raises(InputError, match=r"train\.json cannot be read: Is a directory"):
+        open_data(tmp_path, "all")
 
 
 DEEP = json.loads("[" * 100 + "]" * 100)
@@ -399,15 +404,102 @@ def test_classes_are_matched_by_name_and_an_unused_one_does_not_matter(tmp_path)
     assert data.truth.labels.tolist() == [0, 2, 0, 2]
     assert data.truth.category_ids.tolist() == [7, 8, 3]
     assert data.classes == ("cell", "rod", "dot")
-    assert open_data(root, "all").classes == ("everything", "dot", "cell")
+    own = open_data(root, "all")
+    assert own.classes == ("everything", "dot", "cell")
+    assert own.truth.labels.tolist() == [2, 1, 2, 1]
 
 
-def test_annotations_are_read_again_and_are_not_kept(tmp_path):
-    source = open_source(coco_set(tmp_path))
-    assert isinstance(source, Coco)
-    first, second = (open_data(source, "all") for _ in range(2))
-    assert first.content_hash == second.content_hash
+def flawed_set(root: Path) -> Path:
+    """Objects with masks, one of them not; one reaches out of its image; an image of another size, one that
+    is missing; a file name that is no UTF-8."""
+    images = write_images(root / "images")
+    images.append({"id": "x", "file_name": "gone.png"})
+    images[1]["width"] += 1
+    rows = boxes_of()
+    for row in rows[:3]:
+        height, width = SIZES[row["image_id"] - 11]
+        mask = random_mask(row["id"], height, width)
+        row["segmentation"] = {"size": [height, width], "counts": runs_of(mask)}
+    rows[1]["bbox"] = [0, 0, 40, 20]
+    rows.append({"id": 9, "image_id": 11, "category_id": 5, "bbox": [0, 0, 1, 1]})
+    del rows[3]
+    write(root / "train.json", document(images, rows, [*CATEGORIES, {"id": 4, "name": "ä\0"}]))
+    return root
+
+
+def test_a_second_start_parses_nothing_and_knows_the_same(tmp_path, monkeypatch):
+    root = flawed_set(tmp_path)
+    given = {"split": "all", "drop_bad": True, "skip_broken": True}
+    sources = [open_source(root), open_source(root)]
+    first = open_data(sources[0], **given)
+    monkeypatch.setattr(coco_module, "parsed", None)
+    second = open_data(sources[1], **given)
+    assert (len(first), len(first.bad), len(first.broken)) == (2, 3, 1)
+    assert second.content_hash == first.content_hash
+    assert (second.bad, second.broken, second.notes) == (first.bad, first.broken, first.notes)
+    assert second.classes == first.classes == ("dot", "ä\0", "cell")
+    truths = [
+        source.truth("train", read_index(source, "train"), first.classes) for source in sources
+    ]
+    for field in fields(Boxes):
+        mine, other = (getattr(truth, field.name) for truth in truths)
+        if field.name == "masks":
+            assert mine is not None
+            assert [mine[i] for i in range(3)] == [other[i] for i in range(3)]
+        elif isinstance(mine, np.ndarray):
+            assert mine.dtype == other.dtype
+            assert np.array_equal(mine, other)
+        else:
+            assert mine == other, field.name
+    assert all(d.annotations is None for s in sources for d in s._documents.values())
+
+
+def test_what_is_kept_of_a_file_is_of_its_content(tmp_path, monkeypatch):
+    """Not of its name and times alone: a file of the same size and time says something else."""
+    root = coco_set(tmp_path)
+    path = root / "train.json"
+    before, info = open_data(root, "all").truth, path.stat()
+    text = path.read_text()
+    path.write_text(text.replace('"bbox": [2, 3', '"bbox": [3, 3'))
+    os.utime(path, ns=(info.st_atime_ns, info.st_mtime_ns))
+    assert path.stat().st_size == info.st_size
+    after = open_data(root, "all").truth
+    assert (before.boxes[0, 0], after.boxes[0, 0]) == (2, 3)
+    path.write_text(text.replace('"name": "cell"', '"name": "call"'))
+    assert open_data(root, "all").classes == ("dot", "call")
+    monkeypatch.setattr(coco_module, "VERSION", -1)  # parsed again, its boxes from the cache
+    source = open_source(root)
+    open_data(source, "all")
     assert all(d.annotations is None for d in source._documents.values())
+
+
+def test_what_is_kept_of_a_file_is_of_the_images_that_are_there(tmp_path):
+    images = write_images(tmp_path / "images", [(20, 30)] * 3)
+    for entry in images:
+        del entry["height"], entry["width"]
+    write(tmp_path / "train.json", document(images))
+    found = []
+    for gone in ("a.png", "c.png"):
+        path = tmp_path / "images" / gone
+        payload = path.read_bytes()
+        path.unlink()
+        found.append(open_data(tmp_path, "all", drop_bad=True).truth)
+        path.write_bytes(payload)
+    assert [len(truth.boxes) for truth in found] == [1, 3]
+    assert open_data(tmp_path, "all").truth.boxes[-1].tolist() == [0, 0, 30, 20]
+    write_images(tmp_path / "images", [(20, 30), (20, 30), (10, 15)])
+    assert open_data(tmp_path, "all", drop_bad=True).truth.boxes[-1].tolist() == [0, 0, 15, 10]
+
+
+def test_a_file_that_changes_while_it_is_read_is_told(tmp_path, own_cache):
+    source = open_source(coco_set(tmp_path))
+    index = read_index(source, "train")
+    source.truth("train", index, source.classes())
+    shutil.rmtree(own_cache)
+    path = tmp_path / "train.json"
+    path.write_text(path.read_text() + " ")
+    with pytest.raises(InputError, match=r"train\.json has changed since it was read; start again"):
+        source.truth("train", index, source.classes())
 
 
 def test_the_content_hash_changes_with_an_annotation(tmp_path):

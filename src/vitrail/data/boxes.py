@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import numpy as np
 
 from vitrail.data import rle
+from vitrail.data.cache import Columns
 from vitrail_runtime.errors import InputError, listed
 
 if TYPE_CHECKING:
@@ -101,9 +102,31 @@ class Boxes:
     notes: tuple[str, ...] = ()
     kind: ClassVar[str] = "boxes"
     every_class_needed: ClassVar[bool] = False  # rare classes may be in one split alone
+    VERSION: ClassVar[int] = 1  # of `columns`, and of what `collect` makes of annotations
 
     def __len__(self) -> int:
         return len(self.image_ids)
+
+    def columns(self) -> Columns:
+        """All but the classes, for the cache."""
+        out: Columns = {name: getattr(self, name) for name in (*_OF_OBJECTS, *_OF_IMAGES)}
+        if self.masks is not None:
+            out |= {"masks": self.masks.data, "mask_starts": self.masks.starts}
+        problems = [(i, *told) for i, told in self.problems.items()]
+        return out | {"bad": list(self.bad), "problems": problems, "notes": list(self.notes)}
+
+    @classmethod
+    def of_columns(cls, classes: Sequence[str], columns: Mapping[str, Any]) -> "Boxes":
+        arrays = {name: columns[name] for name in (*_OF_OBJECTS, *_OF_IMAGES)}
+        masked = "masks" in columns
+        return cls(
+            tuple(classes),
+            **arrays,
+            masks=Packed(columns["masks"], columns["mask_starts"]) if masked else None,
+            bad=tuple((name, what) for name, what in columns["bad"]),
+            problems={i: (where, what) for i, where, what in columns["problems"]},
+            notes=tuple(columns["notes"]),
+        )
 
     @property
     def has_masks(self) -> bool:
@@ -210,6 +233,7 @@ class Boxes:
 
 
 _OF_OBJECTS = ("boxes", "labels", "crowd", "areas", "ids")
+_OF_IMAGES = ("starts", "sizes", "category_ids", "image_ids")
 
 
 def gathered(starts: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

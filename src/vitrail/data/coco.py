@@ -9,6 +9,8 @@
 A JSON file stands for a split where its whole name is that of one, after `instances_` and before a year;
 others, such as train_polygons.json, are passed over: give such a file itself. `file_name` is relative to the
 first of ROOT/images/SPLIT, ROOT/SPLIT, ROOT/images, the JSON file's folder and ROOT that has the images.
+
+What a file says is kept in the cache under a digest of its content: the next start does not parse it.
 """
 
 import hashlib
@@ -22,14 +24,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from vitrail.data.boxes import Found, collect, is_number, label_of_names
+from vitrail.data.boxes import Boxes, Found, collect, is_number, label_of_names
+from vitrail.data.cache import Columns, cached
 from vitrail.data.folders import SPLIT_NAMES
-from vitrail.data.index import Index, Place, Sample
+from vitrail.data.index import Index, Place, Sample, digest
 from vitrail_runtime.errors import InputError, listed
 
 NAME = re.compile(r"(?:instances_)?([a-z]+)(?:20\d\d)?", re.IGNORECASE)
 BESIDE = "_annotations.coco.json"
 NOWHERE = (0, 0, 0)
+VERSION = 1  # of what is kept of a file
 TRIED = 20  # images of a file, to find its folder
 
 
@@ -41,9 +45,11 @@ def is_coco_folder(path: Path) -> bool:
 @dataclass(eq=False)
 class Document:
     """One JSON file. keys: of its images, as paths below the root. there: which of them exist. things: of the
-    categories, by id, where they say it. annotations: None once they have been read."""
+    categories, by id, where they say it. annotations: None where they were not parsed, or have been read.
+    """
 
     path: Path
+    digest: str  # of its content
     categories: dict[Any, str]  # by id
     things: dict[Any, bool]
     image_ids: list[Any]
@@ -102,6 +108,17 @@ class Coco:
         return os.path.normpath(self._above / key)
 
     def truth(self, split: str, index: Index, classes: Sequence[str]) -> Any:  # Boxes
+        document = self._document(split)
+        asked = json.dumps([str(document.path), classes, index.keys, sorted(index.problems)])
+        asked = digest(asked.encode() + index.sizes.tobytes())
+        columns = cached(
+            f"boxes {Boxes.VERSION}|{document.digest}|{asked}",
+            lambda: self._boxes(split, index, classes).columns(),
+        )
+        document.annotations = None
+        return Boxes.of_columns(classes, columns)
+
+    def _boxes(self, split: str, index: Index, classes: Sequence[str]) -> Boxes:
         document, annotations = self._read_once(split)
         used = {
             document.categories[a["category_id"]]
@@ -145,9 +162,13 @@ class Coco:
 
     def _read_once(self, split: str) -> tuple["Document", list[Any]]:
         """A file and its annotations, which are many times what is kept of it and stay with the caller."""
-        document = self._document(split, annotations=True)
+        document = self._document(split)
         annotations, document.annotations = document.annotations, None
-        assert annotations is not None
+        if annotations is None:
+            payload = _bytes_of(document.path)
+            if digest(payload) != document.digest:
+                raise InputError(f"{document.path} has changed since it was read; start again")
+            annotations = parsed(payload, document.path)["annotations"]
         return document, annotations
 
     def _image(self, index: Index, i: int) -> str:
@@ -208,56 +229,35 @@ class Coco:
         document = self._document(split)
         return [key for key, there in zip(document.keys, document.there, strict=True) if there]
 
-    def _document(self, split: str, *, annotations: bool = False) -> Document:
-        kept = self._documents.get(split)
-        if kept is None or (annotations and kept.annotations is None):
-            kept = self._documents[split] = self._read_document(split)
-        return kept
+    def _document(self, split: str) -> Document:
+        if split not in self._documents:
+            self._documents[split] = self._read_document(split)
+        return self._documents[split]
 
     def _read_document(self, split: str) -> Document:
         path = self._files[split]
-        given = read_json(path)
-        if not isinstance(given, dict) or not isinstance(given.get("images"), list):
-            raise InputError(
-                f"{path} is not COCO's JSON: expected an object with the lists images, annotations and "
-                f"categories, but {_kind(given)}"
-            )
-        for name in ("categories", "annotations"):
-            if not isinstance(given.get(name), list):
-                raise InputError(
-                    f"{path} has no list {name!r}"
-                    + (
-                        "; without annotations nothing can be learnt or measured"
-                        * (name == "annotations")
-                    )
-                )
-        if not given["annotations"]:
-            raise InputError(
-                f"{path} has no annotation at all; images without objects are fine beside others, but at "
-                "least one object is needed"
-            )
-        categories = _categories(given["categories"], path)
-        images = [_image_entry(entry, path) for entry in given["images"]]
-        if not images:
-            raise InputError(f"{path} lists no images")
-        _check_unique("image ids", [str(image) for image, _, _ in images], path)
-        _check_unique("file names", [name for _, name, _ in images], path)
-        folder = self._folder_of(path, [name for _, name, _ in images])
+        payload, given = _bytes_of(path), {}
+
+        def make() -> Columns:
+            given.update(_checked(parsed(payload, path), path))
+            return _kept(given, path)
+
+        content = digest(payload)
+        told: Any = cached(f"coco {VERSION}|{content}", make)
+        names = told["names"]
+        folder = self._folder_of(path, names)
         beside = "" if folder == "." else f"{folder}/"
-        keys = [name if name.startswith("/") else beside + name for _, name, _ in images]
+        keys = [name if name.startswith("/") else beside + name for name in names]
         return Document(
             path,
-            categories,
-            {
-                c["id"]: bool(c["isthing"])
-                for c in given["categories"]
-                if c.get("isthing") in (0, 1)
-            },
-            [image for image, _, _ in images],
+            content,
+            dict(told["categories"]),
+            dict(told["things"]),
+            told["image_ids"],
             keys,
-            [size for _, _, size in images],
+            [None if size is None else tuple(size) for size in told["sizes"]],
             [os.path.isfile(self.root / key) for key in keys],
-            given["annotations"],
+            given.get("annotations"),
         )
 
     def _folder_of(self, path: Path, names: list[str]) -> str:
@@ -284,12 +284,55 @@ class Coco:
         return os.path.relpath(candidates[found.index(max(found))], self.root).replace(os.sep, "/")
 
 
-def read_json(path: Path) -> Any:
-    """What a JSON file holds; a byte order mark is passed over. Raises InputError where it is none."""
+def _checked(given: Any, path: Path) -> dict[str, Any]:
+    """What a JSON file holds, where it is of COCO's form."""
+    if not isinstance(given, dict) or not isinstance(given.get("images"), list):
+        raise InputError(
+            f"{path} is not COCO's JSON: expected an object with the lists images, annotations and "
+            f"categories, but {_kind(given)}"
+        )
+    for name in ("categories", "annotations"):
+        if not isinstance(given.get(name), list):
+            without = "; without annotations nothing can be learnt or measured"
+            raise InputError(f"{path} has no list {name!r}" + without * (name == "annotations"))
+    if not given["annotations"]:
+        raise InputError(
+            f"{path} has no annotation at all; images without objects are fine beside others, but at "
+            "least one object is needed"
+        )
+    return given
+
+
+def _kept(given: dict[str, Any], path: Path) -> Columns:
+    """What is told of a file's categories and images."""
+    categories = _categories(given["categories"], path)
+    images = [_image_entry(entry, path) for entry in given["images"]]
+    if not images:
+        raise InputError(f"{path} lists no images")
+    ids, names, sizes = map(list, zip(*images, strict=True))
+    _check_unique("image ids", [str(image) for image in ids], path)
+    _check_unique("file names", names, path)
+    told = [c for c in given["categories"] if c.get("isthing") in (0, 1)]
+    return {
+        "categories": list(categories.items()),
+        "things": [(c["id"], bool(c["isthing"])) for c in told],
+        "image_ids": ids,
+        "names": names,
+        "sizes": sizes,
+    }
+
+
+def _bytes_of(path: Path) -> bytes:
     try:
-        return json.loads(path.read_bytes().decode("utf-8-sig"))
+        return path.read_bytes()
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def parsed(payload: bytes, path: Path) -> Any:
+    """What a JSON file holds; a byte order mark is passed over. Raises InputError where it is none."""
+    try:
+        return json.loads(payload.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise InputError(
             f"{path} is not UTF-8 text ({error.reason}, byte {error.start}); save it as UTF-8"
