@@ -176,6 +176,17 @@ def test_the_folder_of_a_model_or_of_a_run_is_a_base(base, tasks, tmp_path):
         assert same(both.predict(images()), {"base": base(images()), "t": tasks[1][0](images())})
 
 
+def test_what_is_no_batch_of_images_is_refused(base):
+    both = Capsules(base)
+    told = r"a float tensor \(B, 3, H, W\), preprocessed, but got list; files are read by"
+    with pytest.raises(InputError, match=told):
+        both.predict(["a.jpg"])
+    with pytest.raises(InputError, match=r"but got torch\.uint8"):
+        both.predict(torch.zeros(1, 3, 24, 40, dtype=torch.uint8))
+    with pytest.raises(InputError, match="add a batch axis"):
+        both.predict(torch.zeros(3, 24, 40))
+
+
 # The file
 
 

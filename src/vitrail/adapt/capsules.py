@@ -256,7 +256,7 @@ class Capsules(nn.Module):
         self.capsules: dict[str, Capsule] = {}
         self.heads = (
             nn.ModuleList()
-        )  # of the capsules, in their order: a module's name may hold no dot
+        )  # in the order of the capsules: a module's name may hold no dot
         self._sha256 = ""  # of the backbone's weights, once it was asked for
 
     @property
@@ -318,6 +318,12 @@ class Capsules(nn.Module):
     @torch.no_grad()
     def predict(self, images: Tensor) -> dict[str, Tensor]:
         """`forward` in eval mode, without gradients, on the base's device."""
+        if not isinstance(images, Tensor) or not images.is_floating_point():
+            got = images.dtype if isinstance(images, Tensor) else type(images).__name__
+            raise InputError(
+                f"images must be a float tensor (B, 3, H, W), preprocessed, but got {got}; files are read by "
+                "vitrail adapt predict"
+            )
         weight = next(self.backbone.parameters())
         with eval_mode(self):
             return self(images.to(weight))
