@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture
 def products(monkeypatch):
     """The shapes that oneDNN was asked for; here it takes the smallest products too."""
-    seen, real = [], module._product
+    seen, real = [], module.product
 
     def product(x, weight, bias):
         seen.append((tuple(x.shape), tuple(weight.shape)))
@@ -29,7 +29,7 @@ def products(monkeypatch):
 
     monkeypatch.setattr(module, "_pays", lambda: True)
     monkeypatch.setattr(module, "LEAST", 1)
-    monkeypatch.setattr(module, "_product", product)
+    monkeypatch.setattr(module, "product", product)
     return seen
 
 
@@ -86,8 +86,8 @@ def test_parts_of_larger_tensors_are_copied_before(monkeypatch):
 
     monkeypatch.setattr(module.torch.ops, "mkldnn", SimpleNamespace(_linear_pointwise=plain))
     wide = torch.randn(7, 3, 24)
-    module._product(wide[:, 0], torch.randn(40, 48)[:, :24], None)
-    module._product(torch.randn(1, 1).expand(7, 24), torch.randn(24, 40).t(), None)
+    module.product(wide[:, 0], torch.randn(40, 48)[:, :24], None)
+    module.product(torch.randn(1, 1).expand(7, 24), torch.randn(24, 40).t(), None)
     assert seen == [((24, 1), (24, 1)), ((24, 1), (1, 40))]
 
 

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vitrail.ops.attention import attention
+
 
 def attend(
     q: Tensor,
@@ -19,7 +21,9 @@ def attend(
     # With a bias the product is explicit in graphs too: the memory order that the fused function returns
     # depends on whether the bias asks for a gradient, and a graph may be traced again under another setting.
     if record is None and (bias is None or not torch.compiler.is_compiling()):
-        if bias is not None and not torch.is_grad_enabled():
+        if bias is None:
+            return attention(q, k, v)
+        if not torch.is_grad_enabled():
             # A view of a parameter still asks for a gradient, which the CPU's fast kernel does not give.
             bias = bias.detach()
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)

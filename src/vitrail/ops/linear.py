@@ -31,7 +31,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         out = _Product.apply(x.flatten(0, -2), weight, bias)
         assert isinstance(out, Tensor)
         return out.unflatten(0, x.shape[:-1])
-    return _product(x, weight, bias)
+    return product(x, weight, bias)
 
 
 class Linear(nn.Linear):
@@ -46,7 +46,7 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         for_x, for_weight, _ = ctx.needs_input_grad  # what none asks for may change, and is let go
         ctx.save_for_backward(x if for_weight else None, weight if for_x else None)
-        return _product(x, weight, bias)
+        return product(x, weight, bias)
 
     @staticmethod
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -61,7 +61,8 @@ class _Product(torch.autograd.Function):
         )
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x weight^T + bias by oneDNN, of rows (N, C) or more axes. No gradient passes it."""
     bias = None if bias is None else bias.contiguous()  # oneDNN looks at no strides of it
     return torch.ops.mkldnn._linear_pointwise(_dense(x), _dense(weight), bias, "none", [], "")
 
@@ -72,18 +73,28 @@ def _dense(x: Tensor) -> Tensor:
 
 
 def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether the product is large, plain (no tracer, no subclass, no transform looks on) and in float32.
-
-    What fits together in another way, or not at all, is PyTorch's: its messages name the shapes."""
-    if x.device.type != "cpu" or torch.compiler.is_compiling() or not _pays() or _watched():
-        return False
-    tensors = [t for t in (x, weight, bias) if t is not None]
+    """Whether the product is large and oneDNN takes it. What fits together in another way, or not at all, is
+    PyTorch's: its messages name the shapes."""
     return (
-        x.ndim > 1
+        onednn_pays(x.device)  # before any size, which may be a traced one
+        and x.ndim > 1
         and x.numel() * weight.shape[0] >= LEAST
         and weight.shape[1:] == x.shape[-1:]
         and (bias is None or bias.shape == weight.shape[:1])
-        and all(t.dtype == torch.float32 and t.device == x.device for t in tensors)
+        and onednn_takes(*(t for t in (x, weight, bias) if t is not None))
+    )
+
+
+def onednn_pays(device: torch.device) -> bool:
+    """Whether oneDNN multiplies faster than PyTorch there, and no tracer or transform looks on."""
+    on_cpu = device.type == "cpu" and not torch.compiler.is_compiling()
+    return on_cpu and _pays() and not _watched()
+
+
+def onednn_takes(*tensors: Tensor) -> bool:
+    """Whether these are plain tensors of the CPU in float32, which oneDNN does not round."""
+    return (
+        all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
         and all(type(t) in (Tensor, nn.Parameter) and t.layout == torch.strided for t in tensors)
         and torch.backends.mkldnn.enabled
         and not torch.is_autocast_enabled("cpu")

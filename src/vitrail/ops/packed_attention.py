@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vitrail.ops.attention import attention
 from vitrail.packing import Spans
 from vitrail_runtime.errors import InputError
 
@@ -120,7 +121,7 @@ def by_runs(
 
 
 def runs_attention(q: Tensor, k: Tensor, v: Tensor, spans: Spans, keys: Spans) -> Tensor:
-    return by_runs(F.scaled_dot_product_attention, q, k, v, spans, keys)
+    return by_runs(attention, q, k, v, spans, keys)
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, spans: Spans, keys: Spans) -> Tensor:
