@@ -1,6 +1,7 @@
 """Capsules: a file is what was trained or is refused, and many tasks over one pass change nothing."""
 
 import json
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,7 @@ from torch import nn
 import vitrail
 from tests.damage import flipped, outcomes, zeroed
 from vitrail.adapt.capsules import TEXT, Capsules, capsule_of, read_capsule, save_capsule
+from vitrail.learnable_memory import Readers
 from vitrail.models import create_backbone, create_model, load, save
 from vitrail.weights import read_metadata, read_state, write_state
 from vitrail.weights.files import DIGEST, read_safetensors
@@ -113,6 +115,22 @@ def test_one_pass_serves_all_and_computes_nothing_of_a_task_for_the_tokens_of_th
     finally:
         watch.remove()
     assert seen == [1 + 15, *[1] * len(tasks)]  # class token and patches once, then a token a task
+
+
+def test_keys_and_values_are_read_as_they_come_and_none_is_kept(base, tasks, monkeypatch):
+    handed, alive = [], []
+    append = Readers.append
+
+    def watched(self, kv):
+        handed.append(weakref.ref(kv.keys))
+        alive.append(sum(ref() is not None for ref in handed))
+        append(self, kv)
+
+    monkeypatch.setattr(Readers, "append", watched)
+    both = Capsules(base)
+    both.attach(tasks[0][1])
+    both.predict(images())
+    assert alive == [1] * FIELDS["depth"]
 
 
 def test_a_bare_backbone_gives_the_tasks_alone(base, tasks):

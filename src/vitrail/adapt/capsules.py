@@ -9,18 +9,24 @@ backbone's own answers nor those of other tasks change by a bit, whatever is att
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from vitrail.backbones.vit import KeysValues, ViT
+from vitrail.backbones.vit import ViT
 from vitrail.classifiers import Classifier
 from vitrail.configuration import from_dict, to_dict
-from vitrail.learnable_memory import MemoryClassifier, MemoryConfig, check_base
+from vitrail.learnable_memory import (
+    MemoryClassifier,
+    MemoryConfig,
+    MemoryHead,
+    Readers,
+    check_base,
+)
 from vitrail.models import (
     ModelInfo,
     assemble,
@@ -308,12 +314,10 @@ class Capsules(nn.Module):
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Logits (B, K) of each task by its name, first of the base itself where it is a classifier."""
-        keys_values: list[KeysValues | None] = []
-        features = self.backbone(images, keys_values=keys_values)
-        found = {} if self.head is None else {OWN: self.head(features)}
-        for name, head in zip(self.names, self.heads, strict=True):
-            found[name] = head(self.backbone, keys_values)
-        return found
+        readers = Readers(self.backbone, cast(Iterable[MemoryHead], self.heads))
+        features = self.backbone(images, keys_values=readers)
+        own = {} if self.head is None else {OWN: self.head(features)}
+        return own | dict(zip(self.names, readers.answers(), strict=True))
 
     @torch.no_grad()
     def predict(self, images: Tensor) -> dict[str, Tensor]:
