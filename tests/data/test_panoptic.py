@@ -211,6 +211,42 @@ def test_parts_and_whole_have_their_own_segments(tmp_path):
     assert whole.truth.strata().tolist() == [1, 2, 0] * 2
 
 
+def test_of_a_class_of_stuff_an_image_has_one_segment(tmp_path):
+    """Two ids of the sky are one segment; two of a thing stay two, and so does a crowd of stuff."""
+    ids, told = maps(), lists()
+    ids[0][10:13, :4], ids[0][2, 29] = 77, 78
+    ids[1][:, 5:] = 9
+    told[0][1:1] = [
+        {"id": i, "category_id": 9, "iscrowd": crowd} for i, crowd in ((77, 0), (78, 1))
+    ]
+    told[1].append({"id": 9, "category_id": 9, "iscrowd": 0})
+    ids[2][0, 0] = 5
+    told[2].append({"id": 5, "category_id": 3})
+    data = open_data(panoptic_set(tmp_path, told, ("train", "val"), ids), "all")
+    plain = open_data(panoptic_set(tmp_path / "plain"), "all")
+    note, _ = data.notes  # of train and of val
+    assert (
+        "2 of 3 images of ids have several segments of one class of stuff, which are taken" in note
+    )
+    assert note.endswith("panoptic_train/a.png, " + str(tmp_path / "panoptic_train/b.png"))
+    for truth, places in ((data.truth, (0, 1, 2)), (data.truth.select([5, 4, 3]), (2, 1, 0))):
+        first, second, third = (truth.target(i, None) for i in places)
+        assert first.labels.tolist() == [0, 2, 2, 1, 1]
+        assert first.crowd.tolist() == [False, False, True, False, True]
+        sky = (maps()[0] == IDS["sky"]) & (ids[0] != 78)
+        assert np.array_equal(first.segments == 2, sky)
+        assert (ids[0] == 78).sum() == (first.segments == 3).sum() == 1
+        assert (second.segments == 1).all()
+        assert third.labels.tolist() == [0, 0]
+        own = truth.told.target(places[0], None)
+        assert own.areas[1] == sky.sum()
+        assert own.boxes[1].tolist() == plain.truth.told.boxes[1].tolist()
+        assert len(truth.told.target(places[1], None)) == 1
+    told[1].pop()
+    without = open_data(panoptic_set(tmp_path, told, given=ids), "train", drop_bad=True)
+    assert data.truth.digest(1) != without.truth.digest(1)
+
+
 def test_a_digest_changes_with_what_ids_mean(tmp_path):
     told = [open_data(panoptic_set(tmp_path / "a"), "all").truth.digest(0)]
     other = lists()

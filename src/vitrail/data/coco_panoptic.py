@@ -6,7 +6,8 @@ single .json. `file_name` of an annotation is relative to the first of a folder 
 called like it, ROOT/panoptic/SPLIT, ROOT/panoptic and the JSON file's own folder that has the images of ids.
 Where a folder has boxes too (`instances_train2017.json`), they are taken: give a folder without them.
 
-Area and box of a segment are counted in the image; those that the JSON says are not read.
+Area and box of a segment are counted in the image; those that the JSON says are not read. Of a class of stuff
+an image has one segment; several (but crowds) are taken as one.
 """
 
 import hashlib
@@ -62,11 +63,13 @@ def _has_mark(path: Path) -> bool:
 class _Given:
     """What a JSON file says of the images of a split, one entry each.
 
-    keys: of the images of ids; "" where there is none. segments: of each image. bad: (name, what is wrong).
+    keys: of the images of ids; "" where there is none. segments: of each image. same: as of `Panoptic`. bad:
+    (name, what is wrong).
     """
 
     keys: list[str]
     segments: list[list[Any]]
+    same: list[dict[int, int]]
     bad: list[tuple[str, str]] = field(default_factory=list)
 
 
@@ -107,17 +110,30 @@ class CocoPanoptic(Coco):
             problems=problems,
         )
         # The reader of boxes wants ids that no other image has.
-        told = replace(told, ids=told.ids % (LARGEST + 1))
+        told = replace(told, ids=told.ids % (LARGEST + 1), notes=(*told.notes, *self._notes(given)))
         stuff = {names[key] for key, thing in document.things.items() if not thing}
         labels = frozenset(label for name, label in label_of.items() if name in stuff)
-        return Panoptic(told, labels, given.keys, ids.digests, self)
+        return Panoptic(told, labels, given.keys, ids.digests, self, given.same)
+
+    def _notes(self, given: "_Given") -> list[str]:
+        several = [
+            self.where(key, NOWHERE)
+            for key, same in zip(given.keys, given.same, strict=True)
+            if same
+        ]
+        if not several:
+            return []
+        return [
+            f"{len(several)} of {len(given.keys)} images of ids have several segments of one class of stuff, "
+            f"which are taken as one: {listed(several)}"
+        ]
 
     def _given(self, document: Document, annotations: list[Any], index: Index) -> "_Given":
         """The annotation of each image of the index."""
         position = {key: i for i, key in enumerate(index.keys)}
         pairs = zip(document.image_ids, document.keys, strict=True)
         image_at = {image: position.get(key) for image, key in pairs}
-        given = _Given([""] * len(index), [[] for _ in index.keys])
+        given = _Given([""] * len(index), [[] for _ in index.keys], [{} for _ in index.keys])
         for image, key, there in zip(
             document.image_ids, document.keys, document.there, strict=True
         ):
@@ -180,6 +196,10 @@ class CocoPanoptic(Coco):
                 value: row for row, value in enumerate(facts.values.tolist()) if value != NONE
             }
             where = self.where(given.keys[i], NOWHERE)
+            good: dict[
+                int, tuple[dict[str, Any], list[int]]
+            ] = {}  # of an id its entry and its rows
+            first: dict[Any, int] = {}  # of a category of stuff its first id
             for number, segment in enumerate(segments, 1):
                 problem = _problem(segment, document.categories, row_of, told)
                 if problem:
@@ -189,16 +209,23 @@ class CocoPanoptic(Coco):
                     )
                     yield Found(i, f"{where}: {called}", problem=f"{problem} ({document.path})")
                     continue
-                value = segment["id"]
+                value, category = segment["id"], segment["category_id"]
                 told.add(value)
-                x1, y1, x2, y2 = facts.boxes[row_of[value]].tolist()
+                whole = value
+                if not document.things[category] and not segment.get("iscrowd"):
+                    whole = first.setdefault(category, value)
+                if whole != value:
+                    given.same[i][value] = whole
+                good.setdefault(whole, (segment, []))[1].append(row_of[value])
+            for value, (segment, rows) in good.items():
+                (x1, y1), (x2, y2) = facts.boxes[rows, :2].min(0), facts.boxes[rows, 2:].max(0)
                 yield Found(
                     i,
                     f"{where}: segment {value}",
                     label_of[document.categories[segment["category_id"]]],
-                    (x1, y1, x2, y2),
+                    (float(x1), float(y1), float(x2), float(y2)),
                     bool(segment.get("iscrowd")),
-                    float(facts.areas[row_of[value]]),
+                    float(facts.areas[rows].sum()),
                     i * (LARGEST + 1) + value,
                 )
             listed_ids = {s["id"] for s in segments if isinstance(s, dict) and _is_id(s.get("id"))}

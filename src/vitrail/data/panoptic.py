@@ -49,6 +49,7 @@ class Panoptic:
 
     told: of every segment its box, class, area and id in the image of ids, as `Boxes` without masks.
     stuff: labels of classes of which an image has one segment at most. images: of ids, keys of the source.
+    same: of each image, ids of more segments of a class of stuff -> the id of its first.
     """
 
     told: Boxes
@@ -56,6 +57,7 @@ class Panoptic:
     images: list[str]
     digests: list[str]
     source: Source
+    same: list[dict[int, int]]
     kind: ClassVar[str] = "segments"
     every_class_needed: ClassVar[bool] = False  # rare classes may be in one split alone
     has_masks: ClassVar[bool] = True
@@ -87,6 +89,7 @@ class Panoptic:
             told=self.told.select(ids),
             images=[self.images[i] for i in ids],
             digests=[self.digests[i] for i in ids],
+            same=[self.same[i] for i in ids],
         )
 
     def joined(self, others: Sequence["Panoptic"]) -> "Panoptic":
@@ -99,6 +102,7 @@ class Panoptic:
             told=told,
             images=[key for part in parts for key in part.images],
             digests=[d for part in parts for d in part.digests],
+            same=[ids for part in parts for ids in part.same],
         )
 
     def missing(self) -> list[str]:
@@ -118,7 +122,8 @@ class Panoptic:
         part = self._part(i)
         columns = (self.told.ids[part], self.told.labels[part], self.told.crowd[part])
         stuff = np.isin(self.told.labels[part], sorted(self.stuff))
-        total = hashlib.blake2b(self.digests[i].encode(), digest_size=16)
+        told = f"{self.digests[i]}{sorted(self.same[i].items()) or ''}"
+        total = hashlib.blake2b(told.encode(), digest_size=16)
         for column in (*columns, stuff):
             total.update(np.ascontiguousarray(column).tobytes())
         return total.hexdigest()
@@ -135,6 +140,8 @@ class Panoptic:
                 where, "has changed since it was indexed; start again to index it anew"
             )
         ids, part = decode_ids(payload, where), self._part(i)
+        for value, whole in self.same[i].items():
+            ids[ids == value] = whole
         known = self.told.ids[part]
         order = np.argsort(known)
         place = np.searchsorted(known[order], ids).clip(max=max(0, len(known) - 1))
