@@ -195,6 +195,7 @@ def test_small_epochs_are_one_stream_and_waste_little_where_each_alone_could_not
     assert sum(p.steps(e) for e in range(20)) == 41 * 20 // 5
     assert {p.steps(e) for e in range(20)} == {8, 9}
     assert all(p.padding(e) == 0 for e in range(20))
+    assert p.batch_size == 5
     alone = plan([(8, 56)] * 39, epochs=20, max_tokens=40)  # fewer than eight packs: no streams
     assert {alone.steps(e) for e in range(20)} == {8}
     assert all(image.epoch == 1 for b in alone.batches(1) for k in b.packs for image in k)
@@ -220,6 +221,9 @@ def test_steps_to_come_are_exact_for_what_is_planned_and_estimates_behind_it(mon
         assert plan(drawn_sizes(60), epochs=7, drop=0.2).steps_between(first, 7) == wanted
     assert p.steps_between(6, 7) == steps[6]
     assert p.steps_between(7, 7) == 0
+    monkeypatch.setattr(pack_plan, "CYCLE", 7 * 60)
+    assert not plan(drawn_sizes(60), epochs=7).estimates
+    assert plan(drawn_sizes(60), epochs=8).estimates
 
 
 def test_an_epoch_to_come_that_cannot_fill_its_last_step_is_found_at_the_start():

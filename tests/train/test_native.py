@@ -243,6 +243,7 @@ def test_what_is_decided_for_a_person_is_said(shapes, tmp_path, capfd):
     said = capfd.readouterr().err
     assert "images at their own shape, 2 packs of 30 tokens an update" in said
     assert "of 24 images have more than 29 patches of 8 pixels" in said
+    assert "; 1 update; " in said
     assert "batches of all" not in said
     written = (tmp_path / "run" / "config.yaml").read_text()
     assert "crop: whole" in written
