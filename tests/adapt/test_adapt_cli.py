@@ -189,6 +189,30 @@ def test_eval_tells_of_each_capsule_what_its_model_scores(place, capsys):
     assert line.endswith("  6 images")
 
 
+def test_eval_gives_its_flags_to_the_data_and_to_the_batches(place, tmp_path, monkeypatch, capsys):
+    from vitrail.data import loader
+
+    shutil.copytree(place / "data" / "train", tmp_path / "data")
+    broken = tmp_path / "data" / "jay" / "zz.png"
+    broken.write_bytes(b"text")
+    batches, eval_batches = [], loader.eval_batches
+
+    def watched(data, preprocessing, batch_size, **how):
+        batches.append((len(data), batch_size, how))
+        return eval_batches(data, preprocessing, batch_size)
+
+    monkeypatch.setattr(loader, "eval_batches", watched)
+    command = ["adapt", "eval", *asks(place, "birds"), "--data", str(tmp_path / "data")]
+    assert main(command) == 2
+    assert "zz.png" in capsys.readouterr().err
+    assert main([*command, "--skip-broken", "--split", "all"]) == 0
+    assert f"vitrail: left out {broken}" in capsys.readouterr().err
+    flags = ["--val-fraction", "0.4", "--batch-size", "3", "--workers", "2", "--skip-broken"]
+    assert main([*command, *flags]) == 0
+    assert batches == [(10, 16, {"workers": 0}), (4, 3, {"workers": 2})]
+    assert "vitrail: " in capsys.readouterr().err  # which images are val
+
+
 def test_list_tells_what_is_in_capsules(place, capsys):
     files = [place / "birds.capsule", place / "signs.capsule"]
     assert main(["adapt", "list", *map(str, files)]) == 0
@@ -334,38 +358,17 @@ def test_of_many_processes_the_first_one_writes_and_tells(
     assert capsys.readouterr() == ("", "")
 
 
-@pytest.mark.slow
 def test_a_capsule_is_learnt_while_the_base_stays_as_it_is(place, tmp_path, capsys):
-    before = {p: p.read_bytes() for p in (place / "run").rglob("*") if p.is_file()}
-    command = [
-        "adapt",
-        "train",
-        str(place / "run"),
-        "--data",
-        str(place / "data"),
-        "--workers",
-        "0",
-    ]
-    command += ["--out", str(tmp_path / "b.capsule"), "--max-steps", "3", "--batch-size", "4"]
-    assert main(command) == 0
-    assert {p: p.read_bytes() for p in (place / "run").rglob("*") if p.is_file()} == before
-    assert (
-        main(
-            [
-                "adapt",
-                "eval",
-                str(place / "run"),
-                "--capsules",
-                str(tmp_path / "b.capsule"),
-                "--data",
-                str(place / "data"),
-                "--json",
-            ]
-        )
-        == 0
-    )
-    found = json.loads(capsys.readouterr().out.partition("{")[2].join(["{", ""]))
-    assert found["tasks"]["b"]["top1"] == read_capsule(tmp_path / "b.capsule").metrics["top1"]
+    base, data, out = place / "run", ["--data", str(place / "data")], tmp_path / "b.capsule"
+    before = {p: p.read_bytes() for p in base.rglob("*") if p.is_file()}
+    brief = ["--workers", "0", "--max-steps", "3", "--batch-size", "4"]
+    assert main(["adapt", "train", str(base), *data, "--out", str(out), *brief]) == 0
+    assert {p: p.read_bytes() for p in base.rglob("*") if p.is_file()} == before
+    capsys.readouterr()
+    assert main(["adapt", "eval", str(base), "--capsules", str(out), *data, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["tasks"]["b"]
+    assert found["top1"] == read_capsule(out).metrics["top1"]
+    assert all(value.any() for value in read_capsule(out).state.values())  # some start at zero
 
 
 # What is refused
