@@ -2,6 +2,7 @@
 
 import itertools
 import tracemalloc
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -251,6 +252,24 @@ def test_data_with_segments_teaches_detectors_their_boxes_and_no_others(tmp_path
         "stuff": [2],
         "category_ids": [3, 7, 9],
     }
+
+
+def test_images_of_more_objects_than_queries_are_told_before_training(tmp_path):
+    """The first image has three segments and a crowd, which is none; the others one each."""
+    data = open_data(panoptic_set(tmp_path), "all")
+    detect = task_of("detect")
+    for queries, images in ((4, 0), (3, 0), (2, 1), (1, 1)):
+        model = SimpleNamespace(config=SimpleNamespace(num_queries=queries))
+        said = TASK.notes(model, data.truth)
+        assert detect.notes(model, data.truth.told) == said
+        assert len(said) == images
+        for note in said:
+            assert f"1 of 3 images have more objects than the model has queries ({queries})" in note
+            assert note.endswith(
+                "the most 3; the first batch that shows so many of one ends the "
+                + "training: --head-fields num_queries=3"
+            )
+    assert detect.notes(SimpleNamespace(config=SimpleNamespace()), data.truth.told) == []
 
 
 def found_of(tmp_path):

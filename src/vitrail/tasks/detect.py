@@ -53,6 +53,9 @@ class Detect(Task):
         """What results in COCO's format call the classes."""
         return {"category_ids": truth.category_ids.tolist()}
 
+    def notes(self, model: Any, truth: "Boxes") -> list[str]:
+        return beyond_queries(model, truth)
+
     def prepare(
         self, batch: "Batch", key: tuple[int, int, int], settings: Settings, num_classes: int
     ) -> "Batch":
@@ -69,6 +72,28 @@ class Detect(Task):
 
 
 TASK = Detect()
+
+
+def beyond_queries(model: Any, truth: "Boxes") -> list[str]:
+    """What is to be said where images have more objects than a model has queries: a batch that shows them
+    all is an error, which may come late, as augmentation crops."""
+    import numpy as np
+
+    from vitrail.data.boxes import MOST_OBJECTS
+
+    queries = getattr(model.config, "num_queries", None)  # of DETR and its relatives
+    if queries is None:
+        return []
+    of_objects = np.repeat(np.arange(len(truth)), np.diff(truth.starts))[~truth.crowd]
+    counts = np.bincount(of_objects, minlength=len(truth)).clip(max=MOST_OBJECTS)
+    many, most = int((counts > queries).sum()), int(counts.max(initial=0))
+    if not many:
+        return []
+    return [
+        f"{many} of {len(truth)} images have more objects than the model has queries ({queries}), the most "
+        f"{most}; the first batch that shows so many of one ends the training: --head-fields "
+        f"num_queries={most}"
+    ]
 
 
 class Evaluator:

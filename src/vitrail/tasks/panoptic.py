@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from vitrail.tasks.detect import beyond_queries
 from vitrail.tasks.task import Scores, Table, Task, label_map
 from vitrail_runtime.errors import InputError, NotFinite, listed
 
@@ -37,6 +38,9 @@ class Panoptic(Task):
     def model_options(self, settings: Settings, truth: "Truth") -> dict[str, Any]:
         """Which classes are stuff, and what results in COCO's format call all of them."""
         return {"stuff": sorted(truth.stuff), "category_ids": truth.told.category_ids.tolist()}
+
+    def notes(self, model: Any, truth: "Truth") -> list[str]:
+        return beyond_queries(model, truth.told)
 
     def evaluator(self, model: Any, data: "Examples") -> "Evaluator":
         return Evaluator(model, data)
