@@ -247,12 +247,13 @@ def trainer(monkeypatch):
 
     class Trainer:
         def __init__(self):
-            self.signal, self.given = 0, []
+            self.signal, self.given, self.moves_the_base = 0, [], False
 
         def __call__(self, config):
             self.given.append(config)
             model = build_model(resolve(config), BIRDS)
             torch.nn.init.normal_(model.head.fc.weight)
+            model.backbone.norm.bias.data += self.moves_the_base
             best = Path(config.out) / "best"
             if not self.signal:
                 save(model, best, metrics={"top1": 0.625, "loss": 0.5, "classes": list(BIRDS)})
@@ -320,12 +321,25 @@ def test_train_gives_its_flags_and_those_of_a_training_to_the_run(place, tmp_pat
     assert read_capsule(tmp_path / "b.capsule").name == "jays"
     assert read_capsule(tmp_path / "b.capsule").head.rows == 2
     file = tmp_path / "c.yaml"
-    file.write_text("batch_size: 3\n")
+    other = "image_size: 16, crop_pct: 0.5, resize: fit, model_fields: {depth: 1, norm_eps: 0.5}"
+    file.write_text(f"{{batch_size: 3, {other}}}")  # the base decides the others
     assert main([*command, "--config", str(file)]) == 0
     config = trainer.given.pop()
     assert (config.batch_size, config.lr) == (3, 1e-3)  # the defaults, without the recipe
+    assert (config.image_size, config.crop_pct, config.resize) == ((24, 40), 0.8, "squash")
+    assert config.model_fields["depth"] == FIELDS["depth"]
+    assert "norm_eps" not in config.model_fields
     assert main([*command, "--recipe", "digits"]) == 0
     assert trainer.given.pop().epochs == recipe_config("digits").epochs
+
+
+def test_a_run_that_changed_the_base_gives_no_capsule(place, tmp_path, trainer, capsys):
+    """Which would be a defect of the trainer."""
+    out = tmp_path / "birds.capsule"
+    trainer.moves_the_base = True
+    assert main(["adapt", "train", str(place / "run"), "--data", "D", "--out", str(out)]) == 2
+    assert "(sha256 differs)" in capsys.readouterr().err
+    assert not out.exists()
 
 
 def test_a_stopped_run_leaves_no_capsule_and_ends_as_its_signal(place, tmp_path, trainer, capsys):

@@ -95,6 +95,8 @@ def test_what_is_attached_changes_neither_the_base_nor_another_task_by_a_bit(
     found = both.predict(x)
     assert tuple(found) == ("base", *both.names)
     assert both.names == tuple(f"task.{i}" for i in left)
+    classes = {f"task.{i}": tasks[i][0].classes for i in left}
+    assert both.classes == {"base": CLASSES} | classes
     with torch.no_grad():
         assert torch.equal(found["base"], base(x))
         for i in left:  # alone, with a pass of its own
