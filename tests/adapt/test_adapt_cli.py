@@ -135,17 +135,17 @@ def test_images_are_asked_about_in_batches_of_one_size_and_so_many(place, monkey
     monkeypatch.setattr(
         Capsules, "predict", lambda self, x: seen.append(x.shape) or predict(self, x)
     )
-    train = place / "data" / "train"
-    images = ["crow/00", "jay/10", "crow/04", "jay/14", "crow/03"]
-    images = [str(train / f"{name}.png") for name in images] + [str(place / "data" / "val")]
+    names = ["train/crow/00", "train/jay/10", "val/crow/00", "train/crow/04", "train/crow/03"]
+    images = [str(place / "data" / f"{name}.png") for name in (*names, names[0])]
     command = ["adapt", "predict", *asks(folder, "birds"), *images, "--json"]
     assert main([*command, "--batch-size", "2"]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == 11
-    assert [tuple(shape) for shape in seen[:3]] == [(2, 3, 24, 33), (2, 3, 23, 40), (1, 3, 24, 40)]
-    assert max(shape[0] for shape in seen) == 2
+    told = [json.loads(line)["path"] for line in capsys.readouterr().out.splitlines()]
+    assert told == images[:-1]  # one given twice is told once
+    sizes = [(2, 3, 24, 33), (1, 3, 24, 33), (1, 3, 23, 40), (1, 3, 24, 40)]
+    assert [tuple(shape) for shape in seen] == sizes
     seen.clear()
     assert main(command) == 0
-    assert seen[0] == (2, 3, 24, 33)
+    assert seen[0] == (3, 3, 24, 33)
 
 
 def test_broken_images_end_with_an_error_after_all_results_or_are_left_out(place, tmp_path, capsys):
@@ -168,17 +168,21 @@ def test_broken_images_end_with_an_error_after_all_results_or_are_left_out(place
 # eval and list
 
 
-def test_eval_tells_of_each_capsule_what_its_model_scores(place, capsys):
+def test_eval_tells_of_each_capsule_what_its_model_scores(place, tmp_path, capsys):
     data = ["--data", str(place / "data")]
-    other = f"again={place / 'birds.capsule'}"
+    folders = {"birds": place / "birds", "other": tmp_path / "other"}
+    other = on_base(load(place / "run" / "best"), BIRDS[::-1], 7)
+    save(other, folders["other"])
+    save_capsule(other, tmp_path / "o.capsule")
+    files = [*asks(place, "birds"), f"other={tmp_path / 'o.capsule'}"]
     for split in ([], ["--split", "train"]):
-        assert main(["eval", str(place / "birds"), *data, *split, "--json"]) == 0
-        model = json.loads(capsys.readouterr().out)
-        assert main(["adapt", "eval", *asks(place, "birds"), other, *data, *split, "--json"]) == 0
+        assert main(["adapt", "eval", *files, *data, *split, "--json"]) == 0
         found = json.loads(capsys.readouterr().out)
-        assert found["split"] == model["split"] == (split[1] if split else "val")
-        assert list(found["tasks"]) == ["birds", "again"]
-        for scores in found["tasks"].values():
+        assert found["split"] == (split[1] if split else "val")
+        assert list(found["tasks"]) == list(folders)
+        for name, scores in found["tasks"].items():
+            assert main(["eval", str(folders[name]), *data, *split, "--json"]) == 0
+            model = json.loads(capsys.readouterr().out)
             assert scores.pop("loss") == pytest.approx(model["loss"], rel=1e-5)
             assert scores.items() <= model.items()
             assert scores["num_images"] == (10 if split else 6)
