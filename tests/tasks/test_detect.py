@@ -1,6 +1,7 @@
 """The task of detection: its scores, what it says of each image, its settings."""
 
 import math
+import tracemalloc
 from types import SimpleNamespace
 
 import numpy as np
@@ -174,6 +175,41 @@ def test_masks_are_compared_where_model_and_data_have_them():
         said = answers([(2, 2, 10, 10, 0, 0.9)], crops=0.9 if model else None)
         evaluator.update(said, batch_of([0], [truth]))
         assert "mask_AP" not in evaluator.compute().values
+
+
+@pytest.mark.slow
+def test_an_evaluation_holds_no_masks_but_runs():
+    """Of 100 objects at 512 x 512, each larger than half of the image: their masks would be 26 MB an image,
+    one of them with what pastes it takes 4."""
+    rng = np.random.default_rng(0)
+    side, number = 512, 100
+    corner = rng.integers(0, 100, (number, 2))
+    boxes = np.concatenate([corner, corner + rng.integers(400, 412, (number, 2))], 1)
+    masks = []
+    for x0, y0, x1, y1 in boxes.tolist():
+        mask = np.zeros((side, side), bool)
+        mask[y0:y1, x0:x1] = True
+        masks.append(encode_mask(mask))
+    boxes = boxes.astype(np.float32)
+    truth = SimpleNamespace(
+        boxes=boxes,
+        labels=np.zeros(number, np.int64),
+        crowd=np.zeros(number, bool),
+        areas=(boxes[:, 2:] - boxes[:, :2]).prod(1),
+        masks=masks,
+    )
+    said = answers(*[[(*box, 2, 0.9) for box in boxes.tolist()]] * 2, rows=number)
+    said["mask_crops"] = torch.full((2, number, 28, 28), 0.9)
+    evaluator = TASK.evaluator(Model(True), data_of(has_masks=True))
+    where = (Geometry((side, side), (1.0, 1.0), (0, 0)),) * 2
+    batch = SimpleNamespace(targets=(truth,) * 2, geometries=where, indices=torch.tensor([0, 1]))
+    tracemalloc.start()
+    evaluator.update(said, batch)
+    held, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 10e6  # 3.0e6
+    assert held < 1e6  # 0.3e6
+    assert evaluator.compute()["mask_AP50"] > 0.99
 
 
 def test_tables_and_notes_tell_what_counts():
