@@ -28,6 +28,7 @@ def products(monkeypatch):
         return real(x, weight, bias)
 
     monkeypatch.setattr(linear, "_pays", lambda: True)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     for name, value in (("LEAST", 1), ("WIDTH", 1), ("ROWS", 3), ("product", product)):
         monkeypatch.setattr(module, name, value)
     return seen
@@ -115,6 +116,12 @@ def test_few_tokens_and_narrow_heads_stay_with_pytorch(products, monkeypatch):
         attention(*tensors)
         assert products
         products.clear()
+
+
+def test_where_threads_share_the_heads_it_stays_with_pytorch(products, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    attention(*given())
+    assert products == []
 
 
 def test_what_onednn_would_round_or_does_not_know_goes_to_pytorch(products, monkeypatch):

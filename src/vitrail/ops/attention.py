@@ -3,7 +3,10 @@
 PyTorch's fused function multiplies by MKL on a CPU, which leaves AMD's AVX-512 unused: a core of an EPYC
 (Zen 5) makes 68 to 78 GFLOP/s in it. Products by oneDNN (`vitrail.ops.linear`), with blocks of scores that
 stay in the caches, are 1.3 to 1.6 times as fast for 300 to 1,024 tokens and six heads of 64, and with their
-gradients 1.1 to 1.4 times. Everywhere else, and for few tokens or narrow heads, it is the fused function.
+gradients 1.1 to 1.4 times. That is with one math thread, as in each of several processes: the fused function
+parts heads among threads and loses nothing, where products this small wait for each other (two threads: 1.08
+times as fast in inference, 0.95 in training). Everywhere else, and for few tokens or narrow heads, it is the
+fused function.
 """
 
 import itertools
@@ -87,7 +90,8 @@ def _blocks(q: Tensor, k: Tensor) -> Iterator[tuple[tuple[int, int], slice]]:
 
 def _by_products(q: Tensor, k: Tensor, v: Tensor) -> bool:
     return (
-        onednn_pays(q.device)  # before any size, which may be a traced one
+        torch.get_num_threads() == 1
+        and onednn_pays(q.device)  # before any size, which may be a traced one
         and q.ndim == k.ndim == v.ndim == 4
         and q.shape[:2] == k.shape[:2] == v.shape[:2]
         and k.shape[2] == v.shape[2]
