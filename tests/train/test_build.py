@@ -7,6 +7,7 @@ import torch
 
 from tests.train.conftest import VIT, tiny_config
 from vitrail import models
+from vitrail.data.packing import Packing
 from vitrail.train import ranks
 from vitrail.train.build import build_model, check_parts, resolve, starting_weights
 from vitrail.train.config import TrainConfig
@@ -51,6 +52,42 @@ def test_a_run_from_a_model_is_that_model_but_for_what_is_given(tmp_path):
     assert ours.model_fields == VIT["model_fields"] | {"drop_path_rate": 0.1, "depth": 1}
     other = resolve(TrainConfig(weights=weights, model="deit_tiny_patch16"))
     assert (other.model, other.model_fields, other.image_size) == ("deit_tiny_patch16", {}, None)
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_run_from_a_model_of_images_at_their_own_shape_packs_them_as_well(tmp_path, asked):
+    config = TrainConfig(**VIT, native=True, packing=Packing(tokens_per_image=40))
+    config = replace(config, model_fields=VIT["model_fields"] | {"image_size": 48})
+    base = build_model(config, CLASSES)
+    models.save(base, tmp_path / "model")
+    weights = str(tmp_path / "model")
+    ours = resolve(TrainConfig(weights=weights, native=asked))
+    assert (ours.native, ours.resize, ours.crop_pct, ours.image_size) == (True, None, None, None)
+    model = build_model(ours, CLASSES)
+    assert model.preprocessing == base.preprocessing
+    assert model.preprocessing.patches == (40, 8)
+    torch.testing.assert_close(model.state_dict(), base.state_dict(), rtol=0, atol=0)
+    fewer = resolve(TrainConfig(weights=weights, packing=Packing(tokens_per_image=9)))
+    assert build_model(fewer, CLASSES).preprocessing.patches == (9, 8)
+    squares = resolve(TrainConfig(weights=weights, resize="squash", image_size=32))
+    assert (squares.native, squares.resize, squares.image_size) == (False, "squash", 32)
+
+
+def test_a_model_of_squares_may_go_on_at_own_shapes(tmp_path):
+    base = build_model(TrainConfig(**VIT, image_size=32, crop_pct=0.75), CLASSES)
+    models.save(base, tmp_path / "model")
+    ours = resolve(TrainConfig(weights=str(tmp_path / "model"), native=True))
+    assert (ours.resize, ours.crop_pct, ours.packing) == (None, None, Packing())
+    model = build_model(ours, CLASSES)
+    assert model.preprocessing.mode == "native"
+    torch.testing.assert_close(model.state_dict(), base.state_dict(), rtol=0, atol=0)
+
+
+def test_a_capsule_stands_on_no_model_of_images_at_their_own_shape(tmp_path):
+    models.save(build_model(TrainConfig(**VIT, native=True), CLASSES), tmp_path / "base")
+    start = {"weights": str(tmp_path / "base"), "train_only": "capsule"}
+    with pytest.raises(InputError, match=r"own shape, as it was trained \(--native\), but a task"):
+        resolve(TrainConfig(model="memory/vit_tiny_patch16", **start))
 
 
 def test_a_capsule_takes_its_base_over(tmp_path):

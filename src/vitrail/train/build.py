@@ -49,20 +49,33 @@ def _taken_over(config: TrainConfig, saved: Mapping[str, Any]) -> TrainConfig:
     if config.model and not beside:
         return config
     own = _own(saved["parts"]["backbone"], to_dict(entry.config))
-    own.pop("image_size", None)
     heads = {}
     if head is not None and name == saved["name"]:
         heads = _own(saved["parts"]["head"], to_dict(head.config))
     sees = saved["preprocessing"]
-    height, width = sees["size"]
+    taken: dict[str, Any] = {}
+    if config.native or (sees["mode"] == "native" and config.resize is None):
+        if beside:
+            raise InputError(
+                f"{config.weights} sees images at their own shape, as it was trained (--native), but a task "
+                "beside it learns from images of one size; take a base that was trained on such"
+            )
+        taken["native"] = True
+        most = (sees["patches"] or (None,))[0]
+        if config.packing.tokens_per_image is None:
+            taken["packing"] = replace(config.packing, tokens_per_image=most)
+    else:
+        own.pop("image_size", None)
+        height, width = sees["size"]
+        taken["image_size"] = config.image_size or (height if height == width else (height, width))
+        taken["crop_pct"] = config.crop_pct or sees["crop_pct"]
+        taken["resize"] = config.resize or sees["mode"]
     return replace(
         config,
         model=name,
         model_fields=own | config.model_fields,
         head_fields=heads | config.head_fields,
-        image_size=config.image_size or (height if height == width else (height, width)),
-        crop_pct=config.crop_pct or sees["crop_pct"],
-        resize=config.resize or sees["mode"],
+        **taken,
     )
 
 
