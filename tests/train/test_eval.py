@@ -65,7 +65,7 @@ def test_a_model_whose_scores_are_no_numbers_has_none(run, pictures, tmp_path, c
 
 
 def test_memory_that_runs_out_is_one_message(run, pictures, capsys, monkeypatch):
-    def forward(*args) -> None:
+    def forward(*args, **asked) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
 
     monkeypatch.setattr(Classifier, "forward", forward)

@@ -90,8 +90,8 @@ def _blocks(q: Tensor, k: Tensor) -> Iterator[tuple[tuple[int, int], slice]]:
 
 def _by_products(q: Tensor, k: Tensor, v: Tensor) -> bool:
     return (
-        torch.get_num_threads() == 1
-        and onednn_pays(q.device)  # before any size, which may be a traced one
+        onednn_pays(q.device)  # before the rest, which a tracer could not follow
+        and torch.get_num_threads() == 1
         and q.ndim == k.ndim == v.ndim == 4
         and q.shape[:2] == k.shape[:2] == v.shape[:2]
         and k.shape[2] == v.shape[2]
