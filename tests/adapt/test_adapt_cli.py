@@ -389,6 +389,30 @@ def test_a_capsule_is_learnt_while_the_base_stays_as_it_is(place, tmp_path, caps
     assert all(value.any() for value in read_capsule(out).state.values())  # some start at zero
 
 
+def test_a_run_whose_base_has_changed_is_refused_before_it_goes_on(place, tmp_path, capsys):
+    base, out = tmp_path / "base", tmp_path / "b.capsule"
+    shutil.copytree(place / "run" / "best", base)
+    command = ["adapt", "train", str(base), "--data", str(place / "data"), "--out", str(out)]
+    command += ["--workers", "0", "--max-steps", "1", "--batch-size", "4"]
+    assert main(command) == 0
+    assert main(command) == 0  # the same base: the run is over, and gives its capsule again
+    other = load(base)
+    other.head.fc.weight.data += 1  # not what the capsule stands on
+    save(other, base)
+    assert main(command) == 0
+    other.backbone.norm.bias.data[3] += 1e-6
+    save(other, base)
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    capsys.readouterr()
+    assert main(command) == 2
+    told = f"the base has changed since the run in {tmp_path / 'b-run'} began"
+    err = capsys.readouterr().err
+    assert told in err
+    assert err.endswith("could not be attached; give another --run\n")
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+    assert main([*command, "--run", str(tmp_path / "again")]) == 0
+
+
 # What is refused
 
 

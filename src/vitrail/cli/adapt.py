@@ -125,6 +125,7 @@ def train(argv: list[str]) -> int:
     tasks = Capsules(folder)
     config = run_config(given, rest, folder, tasks.info)
     check_attachable(tasks, config, name)
+    check_same_base(tasks, config)
     result = train_model(config)
     if os.environ.get("RANK", "0") != "0":  # one of many processes; the first one tells
         return 128 + result.signal if result.signal else 0
@@ -207,6 +208,28 @@ def check_attachable(tasks: "Capsules", config: TrainConfig, name: str) -> None:
         tasks.detach(tasks.attach(capsule))
     except InputError as error:
         raise InputError(f"what is trained so could not be attached: {error}") from error
+
+
+def check_same_base(tasks: "Capsules", config: TrainConfig) -> None:
+    """Raise InputError where a run would go on with another backbone than its base has by now: a run keeps
+    the weights that it began with, and what it learns beside them could not be attached."""
+    from vitrail.models import weights_hash
+    from vitrail.train.state import newest_whole, read_header, read_state
+
+    path = newest_whole(Path(config.out) / "state")
+    if path is None:
+        return
+    began = read_header(path)[1]["config"]
+    if any(began.get(key) != getattr(config, key) for key in ("model", "weights")):
+        return  # another run, of which the trainer tells
+    prefix = "model.backbone."
+    tensors = {k: v for k, v in read_state(path).items() if k.startswith(prefix)}
+    there = weights_hash({key.removeprefix(prefix): value for key, value in tensors.items()})
+    if there != weights_hash(tasks.backbone.state_dict()):
+        raise InputError(
+            f"the base has changed since the run in {config.out} began (sha256 of their backbones differs): "
+            "its capsule could not be attached; give another --run"
+        )
 
 
 def list_capsules(argv: list[str]) -> None:
