@@ -1,5 +1,6 @@
 """Capsules: a file is what was trained or is refused, and many tasks over one pass change nothing."""
 
+import copy
 import json
 import weakref
 from dataclasses import replace
@@ -410,3 +411,30 @@ def test_what_is_no_plain_vit_is_refused(base):
         told = f"on a plain ViT, or a classifier on one, not on {type(other).__name__}; of a model"
         with pytest.raises(InputError, match=told):
             Capsules(other)
+
+
+def test_a_base_that_changes_after_a_capsule_was_attached_takes_no_other(base):
+    changed = Capsules(copy.deepcopy(base))
+    changed.attach(capsule_of(task(base), "first"))
+    changed.backbone.blocks[1].mlp.fc1.weight.data.mul_(2)
+    with pytest.raises(InputError, match="'second' was trained on other weights"):
+        changed.attach(capsule_of(task(base), "second"))
+
+
+def test_rounded_weights_are_told_and_answer_once_capsules_are_attached(base):
+    model = task(base)
+    capsule = capsule_of(model, "birds")
+    rounded = Capsules(copy.deepcopy(base)).bfloat16()
+    told = r"base are in torch.bfloat16, .* in torch.float32: make and attach capsules first"
+    for call in (
+        lambda: rounded.attach(capsule),
+        lambda: capsule_of(copy.deepcopy(model).bfloat16(), "birds"),
+    ):
+        with pytest.raises(InputError, match=told):
+            call()
+    first = Capsules(copy.deepcopy(base))
+    first.attach(capsule)
+    logits = first.bfloat16().predict(images())["birds"]
+    assert logits.dtype == torch.bfloat16
+    want = model(images())
+    assert (logits - want).abs().max() < 0.1 * want.abs().max()

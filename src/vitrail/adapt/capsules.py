@@ -108,9 +108,7 @@ def capsule_of(model: nn.Module, name: str, metrics: Mapping[str, Any] | None = 
         task=model.task,
         classes=info.classes,
         head=info.parts["head"],
-        base=Base(
-            info.name.partition("/")[2], info.config, weights_hash(model.backbone.state_dict())
-        ),
+        base=Base(info.name.partition("/")[2], info.config, _hash(model.backbone)),
         preprocessing=info.preprocessing,
         metrics={k: float(v) for k, v in (metrics or {}).items() if isinstance(v, (int, float))},
         state={k: v.detach().float().cpu().clone() for k, v in model.head.state_dict().items()},
@@ -263,7 +261,6 @@ class Capsules(nn.Module):
         self.heads = (
             nn.ModuleList()
         )  # in the order of the capsules: a module's name may hold no dot
-        self._sha256 = ""  # of the backbone's weights, once it was asked for
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -355,8 +352,7 @@ class Capsules(nn.Module):
             raise InputError(
                 f"{called} was trained on a {base.name} of another config than this base: {other}; {own}"
             )
-        self._sha256 = self._sha256 or weights_hash(self.backbone.state_dict())
-        if base.sha256 != self._sha256:
+        if base.sha256 != _hash(self.backbone):
             raise InputError(
                 f"{called} was trained on other weights of {base.name} than this base has (sha256 differs); "
                 f"{own}"
@@ -367,6 +363,18 @@ class Capsules(nn.Module):
                 f"{called} sees images in another way than this base, and one pass sees them once: "
                 f"{_differences(capsule.preprocessing, sees)}; train one with the base's preprocessing"
             )
+
+
+def _hash(backbone: nn.Module) -> str:
+    """Of its weights. Raises InputError where they were rounded, and would be taken for others."""
+    rounded = {p.dtype for p in backbone.parameters()} & {torch.bfloat16, torch.float16}
+    if rounded:
+        names = listed(sorted(map(str, rounded)))
+        raise InputError(
+            f"the weights of this base are in {names}, and are told from others in torch.float32: make and "
+            "attach capsules first, and convert then"
+        )
+    return weights_hash(backbone.state_dict())
 
 
 def _split(base: Any) -> tuple[ViT, nn.Module | None]:
