@@ -12,6 +12,7 @@ from PIL import Image
 
 from vitrail.adapt.capsules import Capsules, read_capsule, save_capsule
 from vitrail.cli import main
+from vitrail.data.packing import Packing
 from vitrail.models import create_model, describe, load, save
 from vitrail.train.trainer import RunResult
 from vitrail_runtime.preprocess import decode, prepare
@@ -326,6 +327,7 @@ def test_train_gives_its_flags_and_those_of_a_training_to_the_run(place, tmp_pat
     assert read_capsule(tmp_path / "b.capsule").head.rows == 2
     file = tmp_path / "c.yaml"
     other = "image_size: 16, crop_pct: 0.5, resize: fit, model_fields: {depth: 1, norm_eps: 0.5}"
+    other += ", patch_sizes: [4, 8]"
     file.write_text(f"{{batch_size: 3, {other}}}")  # the base decides the others
     assert main([*command, "--config", str(file)]) == 0
     config = trainer.given.pop()
@@ -333,8 +335,41 @@ def test_train_gives_its_flags_and_those_of_a_training_to_the_run(place, tmp_pat
     assert (config.image_size, config.crop_pct, config.resize) == ((24, 40), 0.8, "squash")
     assert config.model_fields["depth"] == FIELDS["depth"]
     assert "norm_eps" not in config.model_fields
+    assert config.patch_sizes == ()
+    file.write_text("{native: true, packing: {max_tokens: 99}, batch_size: 3}")
+    assert main([*command, "--config", str(file)]) == 0
+    config = trainer.given.pop()
+    assert (config.native, config.packing, config.resize) == (False, Packing(), "squash")
     assert main([*command, "--recipe", "digits"]) == 0
     assert trainer.given.pop().epochs == recipe_config("digits").epochs
+
+
+def test_rows_are_those_of_the_flag_else_of_the_head_fields_else_of_the_file(
+    place, tmp_path, trainer
+):
+    file = tmp_path / "c.yaml"
+    file.write_text("{model: memory/vit_tiny_patch16, head_fields: {rows: 3}}")
+    command = [
+        "adapt",
+        "train",
+        str(place / "run"),
+        "--data",
+        "D",
+        "--out",
+        f"{tmp_path}/b.capsule",
+    ]
+    fields, settings = ["--head-fields", "norm=own", "rows=7"], ["--config", str(file)]
+    for given, rows in (
+        ([], 5),
+        (fields, 7),
+        (["--head_fields=rows=7"], 7),
+        (settings, 3),
+        ([*settings, *fields], 7),
+        ([*settings, "--rows", "2"], 2),
+    ):
+        assert main([*command, *given]) == 0
+        assert read_capsule(tmp_path / "b.capsule").head.rows == rows
+        assert trainer.given.pop().head_fields["rows"] == rows
 
 
 def test_a_run_that_changed_the_base_gives_no_capsule(place, tmp_path, trainer, capsys):
@@ -478,6 +513,23 @@ ON = ["PLACE/run", "--capsules"]
         (
             ["train", "PLACE/run", *TRAIN, "--image-size", "32"],
             "--image-size cannot be given: the base",
+        ),
+        (
+            ["train", "PLACE/run", *TRAIN, "--image_size=64", "--train_only", "full"],
+            "--image-size, --train-only cannot be given: the base",
+        ),
+        (["train", "PLACE/run", *TRAIN, "--no_native"], "--no-native cannot be given: the base"),
+        (
+            ["train", "PLACE/run", *TRAIN, "--packing.max_tokens", "9"],
+            "--packing.max-tokens cannot",
+        ),
+        (
+            ["train", "PLACE/run", *TRAIN, "--replay", "PLACE/run"],
+            "--replay trains nothing; look at a run with vitrail train --replay RUN",
+        ),
+        (
+            ["train", "PLACE/run", *TRAIN, "--rows", "2", "--head-fields", "rows=7"],
+            "--rows 2 and --head-fields rows=7 are one setting; give one",
         ),
         (["train", "PLACE/conv", *TRAIN], "read by the class token of a plain ViT, which this"),
         (

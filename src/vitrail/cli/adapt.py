@@ -13,6 +13,7 @@ from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from vitrail.cli.flags import act, parse_flags
 from vitrail.cli.train import StartParser, effective_config, say
+from vitrail.data.packing import Packing
 from vitrail.train.config import TrainConfig
 from vitrail_runtime.errors import InputError, listed
 
@@ -48,7 +49,7 @@ those that the base decides: {decided}"""
 # Of vitrail train, which the base decides.
 DECIDED = (
     *("--model", "--weights", "--train-only", "--model-fields", "--image-size", "--resize"),
-    *("--crop-pct", "--native", "--patch-sizes"),
+    *("--crop-pct", "--native", "--no-native", "--packing", "--patch-sizes"),
 )
 RECIPE = "memory_small"
 ROWS = 5
@@ -154,14 +155,24 @@ def train_flags(argv: list[str]) -> tuple[Any, list[str]]:
     parser = StartParser(prog="vitrail adapt train", add_help=False, allow_abbrev=False)
     parser.add_argument("base", type=Path)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--rows", type=int, default=ROWS)
+    parser.add_argument("--rows", type=int)
     parser.add_argument("--name")
     parser.add_argument("--run", type=Path)
     given, rest = parser.parse_known_args(argv)
-    decided = [flag for text in rest if (flag := text.partition("=")[0]) in DECIDED]
+    rest = [dashed(text) for text in rest]
+    flags = [text.partition("=")[0] for text in rest]
+    decided = [flag for flag in flags if flag.partition(".")[0] in DECIDED]
     if decided:
         raise InputError(
             f"{listed(decided)} cannot be given: the base decides that, which stays as it is"
+        )
+    if "--replay" in flags:
+        raise InputError("--replay trains nothing; look at a run with vitrail train --replay RUN")
+    fields = [text.removeprefix("--head-fields=") for text in rest]
+    twice = [text for text in fields if text.startswith("rows=")]
+    if twice and given.rows is not None:
+        raise InputError(
+            f"--rows {given.rows} and --head-fields {twice[0]} are one setting; give one"
         )
 
     from vitrail.weights.files import WRITTEN
@@ -175,6 +186,12 @@ def train_flags(argv: list[str]) -> tuple[Any, list[str]]:
     return given, rest
 
 
+def dashed(text: str) -> str:
+    """ "--image-size=A_B" of "--image_size=A_B": vitrail train takes its flags in both spellings."""
+    flag, *value = text.split("=", 1)
+    return "=".join([flag.replace("_", "-") if flag.startswith("--") else flag, *value])
+
+
 def run_config(given: Any, rest: list[str], base: Path, info: Any) -> TrainConfig:
     """The run that a capsule comes from, with what the base settles of it."""
     from vitrail.train.build import resolve
@@ -183,17 +200,21 @@ def run_config(given: Any, rest: list[str], base: Path, info: Any) -> TrainConfi
     if not {"--recipe", "--config"} & {text.partition("=")[0] for text in rest}:
         named += ["--recipe", RECIPE]
     config = effective_config([*named, *rest])
+    rows = {} if given.rows is None else {"rows": given.rows}
     return resolve(
         replace(
             config,
             weights=str(base),
             train_only="capsule",
             out=str(given.run or given.out.with_name(f"{given.out.stem}-run")),
-            head_fields=config.head_fields | {"rows": given.rows},
+            head_fields={"rows": ROWS} | config.head_fields | rows,
             model_fields={},  # these and what follows: as the base has them
             image_size=None,
             crop_pct=None,
             resize=None,
+            native=False,
+            packing=Packing(),
+            patch_sizes=(),
         )
     )
 
