@@ -504,6 +504,10 @@ ON = ["PLACE/run", "--capsules"]
             ["train", "PLACE/run", *DATA, "--out", "PLACE/d.capsule"],
             "is a folder; name a file, such as",
         ),
+        (
+            ["train", "PLACE/run", *DATA, "--out", "PLACE/run/best/model.safetensors"],
+            "run/best/model.safetensors is there already and is no capsule",
+        ),
         (["train", "PLACE/no", *TRAIN], "is not a saved model (no such folder)"),
         (["train", "PLACE/run", *TRAIN, "--name", "base"], "a capsule cannot be called 'base'"),
         (

@@ -326,6 +326,23 @@ def test_a_model_without_memory_and_a_wrong_ending_or_name_are_refused(base, tmp
     assert not list(tmp_path.iterdir())
 
 
+def test_a_capsule_takes_the_place_of_a_capsule_and_of_nothing_else(base, tmp_path):
+    one, other = task(base), task(base, CLASSES, seed=2)
+    save_capsule(one, tmp_path / "t.capsule")
+    save_capsule(other, tmp_path / "t.capsule")
+    assert read_capsule(tmp_path / "t.capsule").classes == CLASSES
+    save(base, tmp_path / "base")
+    (tmp_path / "text.capsule").write_text("birds")
+    (tmp_path / "empty.capsule").touch()
+    (tmp_path / "folder.capsule").mkdir()
+    for name in ("base/model.safetensors", "text.capsule", "empty.capsule", "folder.capsule"):
+        before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+        told = f"{name} is there already and is no capsule, .*; name another file"
+        with pytest.raises(InputError, match=told):
+            save_capsule(one, tmp_path / name)
+        assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
 # What does not go together
 
 

@@ -10,6 +10,7 @@ backbone's own answers nor those of other tasks change by a bit, whatever is att
 
 import json
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -125,14 +126,29 @@ def save_capsule(
     """Write the capsule of a trained `memory/BACKBONE` model: one safetensors file, whole or not at all.
 
     path: ends in .capsule (or .safetensors). name: of the task; None: the file's. metrics: its scores.
+    Raises InputError where another file than a capsule is there.
     """
     path = Path(path)
+    check_place(path)
     capsule = capsule_of(model, path.stem if name is None else name, metrics)
     about = to_dict(capsule)
     del about["state"]
     text = json.dumps({"schema_version": SCHEMA_VERSION, **about})
     write_state(capsule.state, path, metadata={TEXT: text})
     return capsule
+
+
+def check_place(path: Path) -> None:
+    """Raise InputError where a capsule written to `path` would take the place of something else."""
+    if not path.exists():
+        return
+    texts: dict[str, str] = {}
+    with suppress(InputError):
+        texts = read_metadata(path)
+    if TEXT not in texts:
+        raise InputError(
+            f"{path} is there already and is no capsule, so that none is written over it; name another file"
+        )
 
 
 def read_capsule(path: str | Path) -> Capsule:

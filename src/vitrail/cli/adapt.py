@@ -117,11 +117,12 @@ def train(argv: list[str]) -> int:
         return 0
     given, rest = train_flags(argv)
 
-    from vitrail.adapt.capsules import Capsules, capsule_of, save_capsule
+    from vitrail.adapt.capsules import Capsules, capsule_of, check_place, save_capsule
     from vitrail.models import load, model_folder
     from vitrail.train.trainer import train as train_model
     from vitrail.weights.files import read_json
 
+    check_place(given.out)
     folder, name = model_folder(given.base), given.name or given.out.stem
     tasks = Capsules(folder)
     config = run_config(given, rest, folder, tasks.info)
