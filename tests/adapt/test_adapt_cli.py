@@ -14,6 +14,7 @@ from vitrail.adapt.capsules import Capsules, read_capsule, save_capsule
 from vitrail.cli import main
 from vitrail.data.packing import Packing
 from vitrail.models import create_model, describe, load, save
+from vitrail.train.folder import RunFolder
 from vitrail.train.trainer import RunResult
 from vitrail_runtime.preprocess import decode, prepare
 
@@ -446,6 +447,43 @@ def test_a_run_whose_base_has_changed_is_refused_before_it_goes_on(place, tmp_pa
     assert err.endswith("could not be attached; give another --run\n")
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
     assert main([*command, "--run", str(tmp_path / "again")]) == 0
+
+
+def test_another_run_in_the_folder_is_told_in_the_flags_that_there_are(place, tmp_path, capsys):
+    run, data = tmp_path / "b-run", str(place / "data")
+    command = ["adapt", "train", str(place / "run"), "--out", str(tmp_path / "b.capsule")]
+    brief = ["--data", data, "--workers", "0", "--max-steps", "1", "--batch-size", "4"]
+    assert main([*command, *brief, "--rows", "3"]) == 0
+    assert main([*command, "--config", str(run / "config.yaml")]) == 0  # it goes on with that run
+    assert read_capsule(tmp_path / "b.capsule").head.rows == 3
+    settings = f"(--config {run / 'config.yaml'} has its settings)\n"
+    shutil.copytree(place / "data", tmp_path / "data")
+    next((tmp_path / "data" / "train" / "jay").iterdir()).unlink()
+    cases = {
+        "head_fields.rows: 3 there, 5 now": (brief, settings),
+        "training images: not the same (10 there, 9 now)": (
+            ["--data", str(tmp_path / "data"), *brief[2:], "--rows", "3"],
+            settings,
+        ),
+    }
+    for told, (given, end) in cases.items():
+        capsys.readouterr()
+        assert main([*command, *given]) == 2
+        err = capsys.readouterr().err
+        assert f"{run} holds another run, 1 steps on:\n  {told}\n" in err
+        assert "give another --run to start anew; to go on with that one, give the base, the" in err
+        assert err.endswith(end)
+        assert not {"--weights", "--out"} & set(err.replace(",", " ").split())
+    shutil.rmtree(run / "state")
+    assert main([*command, *brief]) == 2
+    err = capsys.readouterr().err
+    assert (
+        "of a run with other settings:\n  head_fields.rows: 3 there, 5 now\ngive another --run\n"
+        in err
+    )
+    with RunFolder(run).locked():
+        assert main([*command, *brief]) == 2
+    assert "stop it, or give another --run\n" in capsys.readouterr().err
 
 
 # What is refused

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from vitrail.adapt.capsules import Capsules
     from vitrail.predictor import Prepared
     from vitrail.tasks.task import Scores
+    from vitrail.train.trainer import RunResult
     from vitrail_runtime.prediction import Prediction
 
 HELP = """usage: vitrail adapt train BASE --data DIR --out FILE.capsule  learn a task beside a frozen backbone
@@ -119,7 +120,6 @@ def train(argv: list[str]) -> int:
 
     from vitrail.adapt.capsules import Capsules, capsule_of, check_place, save_capsule
     from vitrail.models import load, model_folder
-    from vitrail.train.trainer import train as train_model
     from vitrail.weights.files import read_json
 
     check_place(given.out)
@@ -128,7 +128,7 @@ def train(argv: list[str]) -> int:
     config = run_config(given, rest, folder, tasks.info)
     check_attachable(tasks, config, name)
     check_same_base(tasks, config)
-    result = train_model(config)
+    result = trained(config)
     if os.environ.get("RANK", "0") != "0":  # one of many processes; the first one tells
         return 128 + result.signal if result.signal else 0
     if result.signal:
@@ -145,6 +145,27 @@ def train(argv: list[str]) -> int:
         f"{result.best:.4f} on the validation images; the run is in {result.folder}"
     )
     return 0
+
+
+def trained(config: TrainConfig) -> "RunResult":
+    """What becomes of a run. What the trainer advises names the flags of vitrail train."""
+    from vitrail.train.setup import OtherRun
+    from vitrail.train.state import states
+    from vitrail.train.trainer import train as train_model
+
+    run = Path(config.out)
+    try:
+        return train_model(config)
+    except OtherRun as error:
+        todo = "give another --run"
+        if states(run / "state"):
+            todo += (
+                " to start anew; to go on with that one, give the base, the settings and the images that it "
+                f"had (--config {run / 'config.yaml'} has its settings)"
+            )
+        raise InputError(f"{error.what}\n{todo}") from error
+    except InputError as error:
+        raise InputError(str(error).replace("--out", "--run")) from error
 
 
 def train_flags(argv: list[str]) -> tuple[Any, list[str]]:

@@ -200,16 +200,17 @@ def on_rank_zero(accelerator: "Accelerator", action: Callable[[], T]) -> T:
     An InputError there ends every process: rank 0 tells, the others leave quietly.
     """
     answer: list[Any] = [None, None]  # result, message
+    problem: InputError | None = None
     if accelerator.is_main_process:
         try:
             answer[0] = action()
-        except InputError as problem:
-            answer[1] = str(problem)
+        except InputError as error:
+            problem, answer[1] = error, str(error)
     if accelerator.num_processes > 1:
         dist.broadcast_object_list(answer, src=0)
     result, message = answer
     if message is not None:
-        raise report_once(InputError(message))
+        raise report_once(problem or InputError(message))
     return result
 
 

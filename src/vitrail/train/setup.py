@@ -252,7 +252,15 @@ def find_state(
 
 
 class OtherRun(InputError):
-    """A folder that holds the run of another configuration, or on other images."""
+    """A folder that holds the run of another configuration, or on other images: what is there, and what flags
+    of vitrail train there are for it."""
+
+    def __init__(self, what: str, todo: str) -> None:
+        super().__init__(what, todo)
+        self.what, self.todo = what, todo
+
+    def __str__(self) -> str:
+        return self.what + self.todo
 
 
 def _check_run(
@@ -267,7 +275,7 @@ def _check_run(
         theirs = from_dict(TrainConfig, about["config"], where=f"the run in {folder.path}")
     except InputError as error:
         raise OtherRun(
-            f"{error}; another version of vitrail trained it; give another --out"
+            f"{error}; another version of vitrail trained it", "; give another --out"
         ) from error
     settings = differences(config, theirs)
     images = _other_images(about, ours)
@@ -279,9 +287,9 @@ def _check_run(
         back += ["its images as they were"] * bool(images)
         raise OtherRun(
             f"{folder.path} holds another run, {position.step} steps on:\n  "
-            + "\n  ".join(settings + images)
-            + f"\nto go on with it: {' and '.join(back)}; to start anew: another --out, and to start "
-            f"anew from its weights --weights {folder.path / 'last'} as well"
+            + "\n  ".join(settings + images),
+            f"\nto go on with it: {' and '.join(back)}; to start anew: another --out, and to start "
+            f"anew from its weights --weights {folder.path / 'last'} as well",
         )
 
 
@@ -307,7 +315,7 @@ def begin(config: TrainConfig, folder: RunFolder) -> None:
 
 
 def keep_models(config: TrainConfig, folder: RunFolder) -> None:
-    """Raise InputError where a start from nothing would write over models that it would not make again.
+    """Raise OtherRun where a start from nothing would write over models that it would not make again.
 
     A run that died before its first state may have evaluated: the same settings make the same models.
     """
@@ -315,16 +323,15 @@ def keep_models(config: TrainConfig, folder: RunFolder) -> None:
     if not models:
         return
     there = f"{folder.path} holds models ({', '.join(models)}), but no state to go on from"
-    hint = f"give another --out; to start from its weights, --weights {folder.path / models[0]} as well"
+    hint = f"; give another --out; to start from its weights, --weights {folder.path / models[0]} as well"
     if not folder.config.is_file():
-        raise InputError(f"{there}, and no config.yaml: it is no run folder; {hint}")
+        raise OtherRun(f"{there}, and no config.yaml: it is no run folder", hint)
     if (folder.path / "report.html").is_file():
-        raise InputError(f"{there}: a finished run whose state is gone; {hint}")
+        raise OtherRun(f"{there}: a finished run whose state is gone", hint)
     settings = differences(config, read_config(folder.config))
     if settings:
-        raise InputError(
-            f"{there}, of a run with other settings:\n  " + "\n  ".join(settings) + f"\n{hint}"
-        )
+        listing = "\n  ".join(settings)
+        raise OtherRun(f"{there}, of a run with other settings:\n  {listing}", hint)
 
 
 def _other_images(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
