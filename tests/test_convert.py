@@ -72,7 +72,9 @@ def test_weights_without_a_head_make_a_bare_file_and_no_folder(peer, tmp_path, c
     state = {k: v for k, v in peer.state_dict().items() if not k.startswith("head.")}
     torch.save(state, tmp_path / "backbone.pth")
     assert main(["convert", str(tmp_path / "backbone.pth"), str(tmp_path / "m")]) == 2
-    assert "has no classifier" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "has no classifier" in err
+    assert "(with --train-only head the backbone stays as it is, and the run is a base" in err
     target = tmp_path / "b.safetensors"
     assert main(["convert", str(tmp_path / "backbone.pth"), str(target)]) == 0
     assert "no classifier" in capsys.readouterr().out

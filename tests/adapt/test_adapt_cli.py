@@ -13,9 +13,10 @@ from PIL import Image
 from vitrail.adapt.capsules import Capsules, read_capsule, save_capsule
 from vitrail.cli import main
 from vitrail.data.packing import Packing
-from vitrail.models import create_model, describe, load, save
+from vitrail.models import create_backbone, create_model, describe, load, save
 from vitrail.train.folder import RunFolder
 from vitrail.train.trainer import RunResult
+from vitrail.weights import write_state
 from vitrail_runtime.preprocess import decode, prepare
 
 NAME = "vit_tiny_patch16"
@@ -486,6 +487,40 @@ def test_another_run_in_the_folder_is_told_in_the_flags_that_there_are(place, tm
     assert "stop it, or give another --run\n" in capsys.readouterr().err
 
 
+def test_a_backbone_without_a_classifier_becomes_a_base_as_the_messages_and_the_docs_say(
+    place, tmp_path, capsys
+):
+    name, fields = "vit_small_patch14_dinov2", {"embed_dim": 32, "depth": 2, "num_heads": 2}
+    torch.manual_seed(0)
+    backbone = create_backbone(name, image_size=(28, 42), **fields)
+    file, base, out = tmp_path / "dino.safetensors", tmp_path / "base", tmp_path / "b.capsule"
+    state = backbone.state_dict()
+    write_state({f"backbone.{key}": value for key, value in state.items()}, file)
+    brief = [
+        "--data",
+        str(place / "data"),
+        "--workers",
+        "0",
+        "--max-steps",
+        "1",
+        "--batch-size",
+        "4",
+    ]
+    capsys.readouterr()
+    assert main(["adapt", "train", str(file), "--out", str(out), *brief]) == 2
+    told = f"vitrail train --model NAME --weights {file} --train-only head --data DIR"
+    assert told in capsys.readouterr().err
+    command = told.replace("NAME", name).split()[1:-2]
+    size = ["--image-size", "28", "42", "--out", str(base)]
+    how = ["--model-fields", *(f"{key}={value}" for key, value in fields.items())]
+    assert main([*command, *brief, *size, *how]) == 0
+    tasks = Capsules(base)
+    found = tasks.backbone.state_dict()
+    assert all(torch.equal(found[key], value) for key, value in state.items())
+    assert main(["adapt", "train", str(base), "--out", str(out), *brief]) == 0
+    assert tasks.attach(out) == "b"
+
+
 # What is refused
 
 
@@ -547,6 +582,20 @@ ON = ["PLACE/run", "--capsules"]
             "run/best/model.safetensors is there already and is no capsule",
         ),
         (["train", "PLACE/no", *TRAIN], "is not a saved model (no such folder)"),
+        (
+            ["train", "PLACE/run/best/model.safetensors", *TRAIN],
+            "a backbone alone a run that leaves it as it is: vitrail train --model NAME --weights PLACE/run/",
+        ),
+        (
+            ["train", "vit_tiny_patch16", *TRAIN],
+            "is a model's name, but a base is a folder, that of a classifier or of the run that trained it; "
+            "of its released weights a run makes one that leaves the backbone as it is: vitrail train "
+            "--model vit_tiny_patch16 --weights pretrained --train-only head --data DIR",
+        ),
+        (
+            ["predict", "PLACE/birds.capsule", *ON[1:], "PLACE/birds.capsule", "PLACE/data"],
+            "is a file, but a base is a folder",
+        ),
         (["train", "PLACE/run", *TRAIN, "--name", "base"], "a capsule cannot be called 'base'"),
         (
             ["train", "PLACE/run", *TRAIN, "--model=x"],
@@ -636,7 +685,7 @@ def test_what_cannot_be_is_told_in_one_message(wrong, trainer, capsys, argv, mes
     (wrong / "d.capsule").mkdir(exist_ok=True)
     assert main(["adapt", *(text.replace("PLACE", str(wrong)) for text in argv)]) == 2
     _, err = capsys.readouterr()
-    assert message in err
+    assert message.replace("PLACE", str(wrong)) in err
     assert "Traceback" not in err
     assert not trainer.given  # before any time was spent
     assert not (wrong / "new.capsule").exists()

@@ -33,6 +33,7 @@ from vitrail.models import (
     assemble,
     class_names,
     describe,
+    list_models,
     load,
     model_folder,
     read_parts,
@@ -270,7 +271,7 @@ class Capsules(nn.Module):
 
     def __init__(self, base: nn.Module | str | Path) -> None:
         super().__init__()
-        model: Any = load(model_folder(base)) if isinstance(base, (str, Path)) else base
+        model: Any = _load_base(base) if isinstance(base, (str, Path)) else base
         self.backbone, self.head = _split(model)
         self.info: ModelInfo | None = None if self.head is None else model.info  # of the classifier
         self.capsules: dict[str, Capsule] = {}
@@ -391,6 +392,23 @@ def _hash(backbone: nn.Module) -> str:
             "attach capsules first, and convert then"
         )
     return weights_hash(backbone.state_dict())
+
+
+def _load_base(base: str | Path) -> Any:
+    """The model in a folder. Raises InputError that says how to make one of a file or a model's name."""
+    train = "vitrail train --model {} --weights {} --train-only head --data DIR"
+    where = "a base is a folder, that of a classifier or of the run that trained it;"
+    if Path(base).is_file():
+        raise InputError(
+            f"{base} is a file, but {where} of weights with a classifier vitrail convert {base} FOLDER makes "
+            f"one, of a backbone alone a run that leaves it as it is: {train.format('NAME', base)}"
+        )
+    if not Path(base).exists() and str(base) in list_models():
+        raise InputError(
+            f"{base} is a model's name, but {where} of its released weights a run makes one that leaves the "
+            f"backbone as it is: {train.format(base, 'pretrained')}"
+        )
+    return load(model_folder(base))
 
 
 def _split(base: Any) -> tuple[ViT, nn.Module | None]:

@@ -102,7 +102,8 @@ def converted(flags: ConvertFlags, bare: bool) -> tuple[str, Any, int | None]:
     if count is None and not bare:
         raise InputError(
             f"{checkpoint.source} has no classifier, so it makes no model folder; name a target that ends "
-            f"in .safetensors, and start from it with vitrail train --model {name} --weights FILE"
+            f"in .safetensors, and start from it: vitrail train --model {name} --weights FILE --data DIR "
+            "(with --train-only head the backbone stays as it is, and the run is a base for vitrail adapt)"
         )
     names = class_names(flags.classes, said.classes, count)
     # The checkpoint's own names are settled by now.
