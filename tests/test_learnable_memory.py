@@ -450,6 +450,11 @@ def test_a_network_without_a_final_norm_needs_the_tasks_own():
     ("fields", "message"),
     [
         ({"rows": -1}, "rows of memory must be 0 or more, but are -1"),
+        ({"rows": 2.5}, "rows of memory must be int, but is 2.5"),
+        ({"rows": True}, "rows of memory must be int, but is True"),
+        ({"norm_memory": "no"}, "norm_memory of memory must be bool, but is 'no'"),
+        ({"form": "both"}, "memory.form is 'both', but must be one of ['masked', 'full']"),
+        ({"start": "none"}, "memory.start is 'none', but must be one of ['class', 'zero']"),
         ({"rows": 0, "norm_memory": False}, "norm_memory is about memory, but rows is 0"),
         ({"form": "full", "start": "zero"}, "form='full' learns the network's own class token"),
         ({"form": "full", "norm": "own"}, "leave them away"),
@@ -473,6 +478,53 @@ def test_packs_and_streams_that_are_none_are_refused():
     full = tiny(form="full")
     with pytest.raises(InputError, match="form='full' is no stream of its own"):
         full.head(full.backbone, [])
+
+
+@pytest.mark.parametrize("form", ["masked", "full"])
+def test_what_a_pass_records_is_what_the_network_sees_in_it(form):
+    model = tiny(form=form)
+    x, record, want = picture(2, 3, 8, 12), {}, {}
+    with torch.no_grad():
+        torch.testing.assert_close(model(x, record), model(x), rtol=0, atol=1e-12)
+        given: dict[str, Any] = {}
+        if form == "full":
+            given = {"memory": list(model.head.memory), "class_offset": model.head.token}
+        model.backbone(x, want, **given)
+    assert {f"blocks.{i}" for i in range(3)} < record.keys()
+    assert record.keys() == want.keys()
+    assert all(torch.equal(record[key], value) for key, value in want.items())
+
+
+@pytest.mark.parametrize("form", ["masked", "full"])
+def test_blocks_that_are_computed_again_answer_and_learn_as_otherwise(form):
+    """grad_checkpointing; what blocks hand out is handed out nevertheless."""
+    model = tiny(form=form).train()
+    x, found = picture(2, 3, 8, 12), []
+    for again in (False, True):
+        model.backbone.grad_checkpointing = again
+        model.zero_grad()
+        logits = model(x)
+        logits.square().sum().backward()
+        found.append(
+            (logits.detach(), model.head.memory.grad.clone(), model.head.token.grad.clone())
+        )
+    for one, other in zip(*found, strict=True):
+        assert one.any()
+        torch.testing.assert_close(other, one, rtol=0, atol=1e-12)
+
+
+def test_the_full_form_may_be_asked_at_another_patch_size():
+    model = create_model("memory/vit_tiny_patch16", num_classes=2, head={"form": "full"}, **SMALL)
+    randomise(model)
+    model.double().eval()
+    vitrail.models.use_patch_sizes(model, 4, 2)
+    x, head = picture(2, 3, 8, 12), model.head
+    with torch.no_grad():
+        small = model.forward_tensors(x, patch_size=2)["logits"]
+        given: dict[str, Any] = {"memory": list(head.memory), "class_offset": head.token}
+        features = model.backbone(x, patch_size=2, **given)
+        assert torch.equal(small, head.fc(features.prefix[:, 0]))
+        assert (small - model(x)).abs().max() > 1e-3
 
 
 def test_a_task_may_be_asked_at_another_patch_size():

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from vitrail.backbones.vit import Block, KeysValues, ViT, ViTConfig
 from vitrail.classifiers import Classifier
+from vitrail.configuration import check_choices
 from vitrail_runtime.errors import InputError, listed
 
 STD = 0.02  # of new memory, section 4
@@ -48,6 +49,10 @@ class MemoryConfig:
     norm: Literal["backbone", "own"] = "backbone"
 
     def __post_init__(self) -> None:
+        check_choices(self, where="memory")
+        for name, kind in (("rows", int), ("norm_memory", bool)):
+            if type(value := getattr(self, name)) is not kind:
+                raise InputError(f"{name} of memory must be {kind.__name__}, but is {value!r}")
         if self.rows < 0:
             raise InputError(f"rows of memory must be 0 or more, but are {self.rows}")
         if not self.rows and not self.norm_memory:

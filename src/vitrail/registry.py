@@ -188,6 +188,8 @@ def unknown(what: str, given: str, known: Iterable[str]) -> InputError:
     close = difflib.get_close_matches(given.lower(), by_lower, n=3, cutoff=0.5)
     if close:
         hint = "did you mean " + " or ".join(repr(by_lower[c]) for c in close) + "?"
+    elif not known:
+        hint = "there is none"
     else:
         shown = ", ".join(sorted(known)[:12])
         hint = f"known: {shown}" + (", ..." if len(known) > 12 else "")

@@ -633,6 +633,7 @@ ON = ["PLACE/run", "--capsules"]
         ),
         (["train", "PLACE/run", *TRAIN, "--head-fields", "form=full"], "is of form='full'"),
         (["list"], "say which capsules: vitrail adapt list FILE..."),
+        (["list", "PLACE/birds.capsule", "--json"], "unknown flag '--json'; there is none"),
         (["list", "PLACE/no.capsule"], "no.capsule is not there; a capsule is a file"),
         (["list", "PLACE/bad.capsule"], "bad.capsule is damaged"),
         (["list", "PLACE/run/best/model.safetensors"], "is no capsule"),

@@ -14,7 +14,8 @@ from torch import nn
 import vitrail
 from tests.damage import flipped, outcomes, zeroed
 from vitrail.adapt.capsules import TEXT, Capsules, capsule_of, read_capsule, save_capsule
-from vitrail.learnable_memory import Readers
+from vitrail.classifiers import Classifier
+from vitrail.learnable_memory import Readers, build
 from vitrail.models import create_backbone, create_model, load, save
 from vitrail.weights import read_metadata, read_state, write_state
 from vitrail.weights.files import DIGEST, read_safetensors
@@ -215,6 +216,7 @@ def test_a_file_gives_back_what_was_saved(base, tmp_path):
     model = task(base, CLASSES, seed=3, head={"rows": 2, "norm": "own", "start": "zero"})
     path = tmp_path / "sub" / "trees.v2.capsule"
     metrics = {"top1": 0.75, "num_images": 40, "classes": ["ash"], "confusion": [[1]]}
+    metrics |= {"whole": True, "loss": float("nan"), "ratio": float("inf"), "why": "text"}
     written = save_capsule(model, path, metrics=metrics)
     found = read_capsule(str(path))
     assert found == replace(written, state=found.state)
@@ -320,7 +322,7 @@ def test_a_model_without_memory_and_a_wrong_ending_or_name_are_refused(base, tmp
         save_capsule(base, tmp_path / "t.capsule")
     with pytest.raises(InputError, match=r"let t.pth end in .capsule or .safetensors"):
         save_capsule(task(base), tmp_path / "t.pth")
-    for name in ("base", "", "a\nb"):
+    for name in ("base", "", "a\nb", 3):
         with pytest.raises(InputError, match="a capsule cannot be called"):
             save_capsule(task(base), tmp_path / "t.capsule", name)
     assert not list(tmp_path.iterdir())
@@ -343,6 +345,45 @@ def test_a_capsule_takes_the_place_of_a_capsule_and_of_nothing_else(base, tmp_pa
         assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 
 
+def test_what_tells_no_name_and_classes_makes_no_capsule_and_no_base(base, tmp_path):
+    model = task(base)
+    bare = build(base.backbone, model.head.config, 2)
+    told = (
+        "this MemoryClassifier does not tell its name and classes; take one of vitrail.create_model"
+    )
+    with pytest.raises(InputError, match=told):
+        save_capsule(bare, tmp_path / "t.capsule")
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(InputError, match="this Classifier does not tell its name and classes"):
+        Capsules(Classifier(base.backbone, base.head))
+    for other in (None, 3, model):
+        told = f"attach takes the path of a capsule, .* not {type(other).__name__}"
+        with pytest.raises(InputError, match=told):
+            Capsules(base).attach(other)
+
+
+def test_a_capsule_holds_float32_whatever_its_model_computed_in(base, tmp_path):
+    model = task(base)
+    capsule = save_capsule(copy.deepcopy(model).double(), tmp_path / "t.capsule")
+    want = model.head.state_dict()
+    for state in (capsule.state, read_capsule(tmp_path / "t.capsule").state):
+        assert {value.dtype for value in state.values()} == {torch.float32}
+        assert same(state, want)
+
+
+def test_a_task_taken_out_leaves_the_mode_of_the_base(base, tasks):
+    both = Capsules(base)
+    name = both.attach(tasks[0][1])
+    try:
+        for training in (True, False):
+            base.train(training)
+            alone = both.model(name)
+            assert {m.training for m in base.modules()} == {training}
+            assert {m.training for m in alone.head.modules()} == {False}
+    finally:
+        base.eval()
+
+
 # What does not go together
 
 
@@ -362,6 +403,13 @@ def test_another_base_is_refused_by_name_config_or_weights(base, tasks):
     wide = create_backbone(NAME, **FIELDS | {"norm_eps": 1e-5})
     told = "a vit_tiny_patch16 of another config than this base: norm_eps 1e-06 instead of 1e-05; attach"
     refused(Capsules(wide), capsule, told)
+    # Of as many positions and the same weights: other fields that a pass reads.
+    for field, value, there in (("image_size", [24, 39], [24, 40]), ("pos_antialias", False, True)):
+        fields = FIELDS | {field: tuple(value) if field == "image_size" else value}
+        weights = {"backbone": base.backbone.state_dict()}
+        near = Capsules(create_backbone(NAME, weights=weights, **fields))
+        told = rf"than this base: {field} {there} instead of {value}; attach"
+        refused(near, capsule, told.replace("[", r"\[").replace("]", r"\]"))
     moved = create_backbone(NAME, weights={"backbone": base.backbone.state_dict()}, **FIELDS)
     Capsules(moved).attach(capsule)
     moved.norm.bias.data[3] += 1e-6

@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any, cast
 
@@ -81,7 +82,8 @@ class Capsule:
     state: Mapping[str, Tensor]
 
     def model(self, backbone: nn.Module) -> MemoryClassifier:
-        """The whole model that this capsule and a backbone, which is shared, are together; in eval mode."""
+        """The whole model that this capsule and a backbone are together. Its head is in eval mode; the
+        backbone, which is shared, in the mode that it has."""
         name = f"memory/{self.base.name}"
         parts = {"backbone": self.base.config, "head": self.head}
         with torch.device("meta"):
@@ -95,7 +97,8 @@ class Capsule:
 
 
 def capsule_of(model: nn.Module, name: str, metrics: Mapping[str, Any] | None = None) -> Capsule:
-    """The capsule of a trained `memory/BACKBONE` model. metrics: its scores; what is no number is left out.
+    """The capsule of a trained `memory/BACKBONE` model. metrics: its scores, of which what is no
+    finite number is left out.
 
     Raises InputError for another model, or a name that a capsule cannot have.
     """
@@ -104,7 +107,7 @@ def capsule_of(model: nn.Module, name: str, metrics: Mapping[str, Any] | None = 
             f"{type(model).__name__} has no memory to make a capsule of; train one on a backbone "
             "(vitrail adapt train BASE --data DIR --out FILE.capsule)"
         )
-    info: ModelInfo = model.info
+    info = _info(model)
     return Capsule(
         name=_checked_name(name),
         task=model.task,
@@ -112,9 +115,23 @@ def capsule_of(model: nn.Module, name: str, metrics: Mapping[str, Any] | None = 
         head=info.parts["head"],
         base=Base(info.name.partition("/")[2], info.config, _hash(model.backbone)),
         preprocessing=info.preprocessing,
-        metrics={k: float(v) for k, v in (metrics or {}).items() if isinstance(v, (int, float))},
+        metrics={k: float(v) for k, v in (metrics or {}).items() if _is_number(v)},
         state={k: v.detach().float().cpu().clone() for k, v in model.head.state_dict().items()},
     )
+
+
+def _info(model: nn.Module) -> ModelInfo:
+    info = getattr(model, "info", None)
+    if not isinstance(info, ModelInfo):
+        raise InputError(
+            f"this {type(model).__name__} does not tell its name and classes; take one of "
+            "vitrail.create_model or vitrail.load, or tell them by vitrail.models.describe"
+        )
+    return info
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value)
 
 
 def save_capsule(
@@ -242,7 +259,7 @@ class _Read:
 
 
 def _checked_name(name: str) -> str:
-    if not name or name == OWN or not name.isprintable():
+    if not isinstance(name, str) or not name or name == OWN or not name.isprintable():
         raise InputError(
             f"a capsule cannot be called {name!r} ({OWN!r} is what the base's own answers are called); give "
             "another name"
@@ -273,7 +290,7 @@ class Capsules(nn.Module):
         super().__init__()
         model: Any = _load_base(base) if isinstance(base, (str, Path)) else base
         self.backbone, self.head = _split(model)
-        self.info: ModelInfo | None = None if self.head is None else model.info  # of the classifier
+        self.info = None if self.head is None else _info(model)  # of the classifier
         self.capsules: dict[str, Capsule] = {}
         self.heads = (
             nn.ModuleList()
@@ -303,8 +320,13 @@ class Capsules(nn.Module):
         Raises InputError, with nothing changed, where the name is taken, or the capsule was trained on
         another base, sees images in another way, or cannot share a pass.
         """
-        if not isinstance(capsule, Capsule):
+        if isinstance(capsule, (str, Path)):
             capsule = read_capsule(capsule)
+        if not isinstance(capsule, Capsule):
+            raise InputError(
+                "attach takes the path of a capsule, or what read_capsule gives, not "
+                f"{type(capsule).__name__}"
+            )
         name = capsule.name if name is None else _checked_name(name)
         if name in self.capsules:
             raise InputError(
@@ -323,7 +345,7 @@ class Capsules(nn.Module):
         del self.capsules[name]
 
     def model(self, name: str) -> MemoryClassifier:
-        """A task alone: a whole `memory/BACKBONE` model that shares the backbone; in eval mode."""
+        """A task alone: a whole `memory/BACKBONE` model that shares the backbone, in the mode that it has."""
         return self._known(name).model(self.backbone)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
