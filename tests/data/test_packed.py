@@ -201,44 +201,138 @@ def test_small_epochs_are_one_stream_and_waste_little_where_each_alone_could_not
     assert all(image.epoch == 1 for b in alone.batches(1) for k in b.packs for image in k)
 
 
-def test_steps_to_come_are_exact_for_what_is_planned_and_estimates_behind_it(monkeypatch):
-    p = plan(drawn_sizes(60), epochs=7, drop=0.2)
-    steps = [p.steps(e) for e in range(7)]
+def test_steps_to_come_are_counted_where_all_epochs_are_cheap_to_plan():
+    """Two hundred images in 1 to 6 steps an epoch, by the sizes of patches that are drawn: each by itself
+    says nothing of the others."""
+
+    def fresh() -> PackPlan:
+        p = plan(drawn_sizes(200, 100, 400), epochs=12, max_tokens=4096, packs=4)
+        return replace(p, patch_size=16, patch_sizes=(8, 16, 32))
+
+    p = fresh()
+    steps = [p.steps(e) for e in range(12)]
+    assert p._cycle == 1
+    assert min(steps) < 0.5 * max(steps)
     assert not p.estimates
-    for first in range(8):  # one stream
-        for stop in range(first, 8):
-            assert p.steps_between(first, stop) == sum(steps[first:stop])
+    for first in range(13):
+        assert p.steps_between(first, 12) == sum(steps[first:]), "whatever was planned before"
+        assert fresh().steps_between(first, 12) == sum(steps[first:])
+
+
+def test_steps_to_come_of_a_large_plan_are_estimated_from_what_its_start_plans(monkeypatch):
     monkeypatch.setattr(pack_plan, "CYCLE", 150)
-    p = plan(drawn_sizes(60), epochs=7, drop=0.2)  # streams of three, three and one epoch
-    steps = [p.steps(e) for e in range(7)]
-    assert p.estimates
-    assert p.steps_between(1, 3) == sum(steps[1:3])
-    for first in range(6):
-        own = range(first // 3 * 3, first // 3 * 3 + 3)
-        behind = 7 - own.stop
-        mean = sum(steps[e] for e in own) / 3
-        wanted = sum(steps[first : own.stop]) + math.ceil(behind * mean)
-        assert plan(drawn_sizes(60), epochs=7, drop=0.2).steps_between(first, 7) == wanted
-    assert p.steps_between(6, 7) == steps[6]
-    assert p.steps_between(7, 7) == 0
-    monkeypatch.setattr(pack_plan, "CYCLE", 7 * 60)
-    assert not plan(drawn_sizes(60), epochs=7).estimates
-    assert plan(drawn_sizes(60), epochs=8).estimates
+
+    def fresh(epochs: int = 10) -> PackPlan:  # streams of three epochs, the last of what is left
+        return plan(drawn_sizes(60), epochs=epochs, drop=0.2)
+
+    steps = [fresh().steps(e) for e in range(10)]
+    assert len(set(steps)) > 1
+    for cheap, ahead in ((0, 3), (180, 3), (239, 3), (240, 6), (420, 9), (599, 9), (600, 10)):
+        monkeypatch.setattr(pack_plan, "AHEAD", cheap)
+        assert fresh().estimates == (ahead < 10)
+        for first in range(11):
+            known = min(10, max(ahead, first // 3 * 3 + 3))
+            wanted = sum(steps[first:known])
+            wanted += math.ceil((10 - known) * sum(steps[:ahead]) / ahead)
+            assert fresh().steps_between(first, 10) == wanted
+            assert fresh().steps_between(first, known) == sum(steps[first:known])
+    monkeypatch.setattr(pack_plan, "AHEAD", 599)
+    assert not fresh(9).estimates
+    many = replace(fresh(), patch_sizes=(8, 16))
+    assert many.estimates
+    monkeypatch.setattr(pack_plan, "AHEAD", 10 * 60 * 2)
+    assert not replace(fresh(), patch_sizes=(8, 16)).estimates
 
 
-def test_an_epoch_to_come_that_cannot_fill_its_last_step_is_found_at_the_start():
-    """Eleven images, five packs an update: five epochs have ten packs at most, the sixth has eleven."""
-    fields = {"epochs": 6, "prefix": 0, "seed": 5, "resolution": "uniform", "sides": (30, 52)}
-    p = plan([(40, 40)] * 11, packs=5, **fields)
-    assert [p.steps(epoch) for epoch in range(5)] == [2] * 5
-    again = plan([(40, 40)] * 11, packs=5, **fields)
-    with pytest.raises(InputError, match="11 images cannot fill 15 packs, 5 an update"):
-        again.check()
-    plan([(40, 40)] * 11, packs=5, **(fields | {"epochs": 5})).check()
-    for count, packs, budget in ((10, 5, 40), (11, 5, 400), (11, 1, 40)):
-        never = plan([(40, 40)] * count, packs=packs, max_tokens=budget, **fields)
-        never.check()
-        assert never._known_ends.keys() == {0}, "nothing is planned in vain"
+@pytest.mark.parametrize("cheap", [0, pack_plan.AHEAD])
+@pytest.mark.parametrize(
+    ("seed", "epoch"), [(25, 23), (34, 10), (81, 15), (92, 29), (156, 1), (182, 14)]
+)
+def test_an_epoch_to_come_that_cannot_fill_its_last_step_is_found_at_the_start(
+    seed, epoch, cheap, monkeypatch
+):
+    """Nine images, four packs an update: eight packs do, and an epoch of nine needs a twelfth. The first one
+    does not say so."""
+    monkeypatch.setattr(pack_plan, "AHEAD", cheap)
+    fields = {"prefix": 0, "seed": seed, "resolution": "uniform", "sides": (8, 52), "packs": 4}
+    p = plan([(40, 40)] * 9, epochs=30, **fields)
+    assert p.estimates == (not cheap)
+    assert all(p.steps(before) in (1, 2) for before in range(epoch))
+    assert p.steps(0) == 1
+    with pytest.raises(InputError, match="9 images cannot fill 12 packs, 4 an update"):
+        plan([(40, 40)] * 9, epochs=30, **fields).check()
+    plan([(40, 40)] * 9, epochs=epoch, **fields).check()
+
+
+def mixed(small: int, large: int, side=(8, 8), **fields) -> PackPlan:
+    return plan([side] * small + [(56, 56)] * large, **fields)
+
+
+@pytest.mark.parametrize(
+    ("p", "fills"),
+    [  # more than 2 * 4 packs + 101 images / window of 10
+        (mixed(19, 82, packs=4, window=10), True),
+        (mixed(18, 83, packs=4, window=10), False),
+        (mixed(18, 83, packs=3, window=10), True),
+        (mixed(18, 83, packs=4, window=11), True),
+        (mixed(18, 82, packs=4, window=10), True),  # a multiple of the packs
+        (mixed(19, 82, (8, 152), packs=4, window=10), True),  # 20 tokens of 40
+        (mixed(19, 82, (8, 160), packs=4, window=10), False),
+        (mixed(0, 101, packs=4, window=10, tokens_per_image=19), True),
+        (mixed(0, 101, packs=4, window=10, tokens_per_image=20), False),
+        (mixed(0, 101, packs=4, window=10, resolution="uniform", sides=(8, 32)), True),
+        (mixed(0, 101, packs=4, window=10, resolution="uniform", sides=(8, 33)), False),
+        (mixed(0, 101, packs=4, window=10, drop=0.9, drop_std=0), False),  # it counts with all
+        (replace(mixed(19, 82, packs=4, window=10), patch_sizes=(1, 8)), False),
+        (mixed(6, 3, packs=2, window=10), False),  # of a window that is half an epoch
+        (mixed(7, 2, packs=2, window=10), True),
+    ],
+)
+def test_whether_images_always_fill_the_last_step_is_told_by_small_ones(p, fills):
+    assert p._always_fills == fills
+
+
+def test_which_images_come_is_not_known_where_weights_draw_them():
+    p = mixed(100, 1, packs=4)
+    drawn = replace(p, samples=replace(p.samples, weights=[0.0] * 100 + [1.0]))
+    assert p._always_fills
+    assert not drawn._always_fills
+    assert replace(drawn, packing=replace(p.packing, max_tokens=400))._always_fills
+
+
+@settings(max_examples=100)
+@given(
+    count=st.integers(1, 60),
+    low=st.integers(1, 50),
+    packs=st.integers(2, 6),
+    window=st.integers(1, 30),
+    kinds=st.sampled_from([(), (8, 16)]),
+    resolution=st.sampled_from(["own", "uniform"]),
+    seed=st.integers(0, 100),
+)
+def test_images_that_always_fill_the_last_step_do_in_every_epoch(
+    count, low, packs, window, kinds, resolution, seed
+):
+    sizes = np.random.default_rng(seed).integers(low, 57, (count, 2))
+    fields = {"packs": packs, "window": window, "resolution": resolution, "sides": (low, 56)}
+    p = replace(plan(sizes, epochs=4, prefix=0, seed=seed, **fields), patch_sizes=kinds)
+    if p._always_fills:
+        assert all(p.steps(epoch) for epoch in range(4))
+
+
+def test_a_large_plan_whose_steps_are_always_filled_is_not_planned_to_check_it(monkeypatch):
+    monkeypatch.setattr(pack_plan, "CYCLE", 8)
+    monkeypatch.setattr(pack_plan, "AHEAD", 2001)
+    p = plan(drawn_sizes(2001, 20, 50), epochs=3, packs=4)
+    p.check()
+    assert not p._known_ends
+    per_pack = 2001 / (4 * p.steps(0))
+    assert per_pack < 1.5, "though packs have few images"
+    p.steps_between(0, 3)
+    assert p._known_ends.keys() == {0}
+    replace(p, sizes=np.full((2001, 2), 24)).check()
+    with pytest.raises(InputError, match="2001 images cannot fill 2004 packs"):
+        replace(p, sizes=np.full((2001, 2), 48)).check()
 
 
 def test_padding_is_the_share_of_the_budget_without_tokens():

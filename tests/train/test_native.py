@@ -32,6 +32,7 @@ from vitrail.train.ranks import check_world
 from vitrail.train.replay import replay
 from vitrail.train.schedule import learning_rate
 from vitrail.train.setup import build, open_splits, set_up
+from vitrail.train.state import Position
 from vitrail.train.trainer import failures_told, train
 from vitrail_runtime.errors import InputError
 from vitrail_runtime.preprocess import num_patches
@@ -160,7 +161,8 @@ class StopAfter:
 
 @pytest.fixture
 def each_epoch_by_itself(monkeypatch) -> list[int]:
-    """As where an epoch has thousands of images; the epochs that were planned."""
+    """As where an epoch has a million images; the epochs that were planned."""
+    monkeypatch.setattr(pack_plan, "AHEAD", 0)
     monkeypatch.setattr(pack_plan, "CYCLE", 8)
     monkeypatch.setattr(pack_plan, "LEAST_STEPS", 0)
     planned, draw = [], PackPlan._draw
@@ -193,7 +195,8 @@ def test_epochs_are_planned_when_they_come_and_the_schedule_ends_with_the_run(
     each_epoch_by_itself.clear()
     again = start_of(config)  # knows nothing of what the first planned
     assert set(each_epoch_by_itself) == {0, 1}
-    assert again.total_steps == run.total_steps == steps[0] + 3 * steps[1]
+    assert again.total_steps == run.total_steps == sum(steps[:2]) + 2 * steps[0]
+    assert again.first_total == run.first_total == 4 * steps[0]
     with again.progress:
         assert loop(again, StopAfter(10**6)) == 0
     assert (again.at.finished, again.at.images) == ("all epochs", 4 * 24)
@@ -205,15 +208,90 @@ def test_epochs_are_planned_when_they_come_and_the_schedule_ends_with_the_run(
     )
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
     rates = [row["lr"] for row in RunFolder(config.out).rows() if row["kind"] == "train"]
-    ends = np.cumsum([0, *steps])
-    totals = [int(ends[e]) + (4 - e) * steps[e] for e in range(4) for _ in range(steps[e])]
-    how = {"warmup_steps": run.warmup_steps}
-    wanted = [
-        learning_rate(config, i, done=i / total, total_steps=total, **how)
-        for i, total in enumerate(totals)
-    ]
+    shares = [(e + b / steps[e]) / 4 for e in range(4) for b in range(steps[e])]
+    how = {"warmup_steps": steps[0], "total_steps": 4 * steps[0]}
+    wanted = [learning_rate(config, i, done=share, **how) for i, share in enumerate(shares)]
     assert rates == pytest.approx(wanted)
-    assert totals[-1] == len(rates) == again.progress.total == sum(steps)
+    assert len(rates) == again.progress.total == sum(steps)
+
+
+def walked(run) -> list[tuple[int, float]]:
+    """Of each update of a run, without making it: the total that is told, and the learning rate."""
+    said, at = [], run.at
+    while at.epoch < run.config.epochs:
+        run.batches()
+        while at.batch < run.plan.steps(at.epoch):
+            if run.stop_reason:
+                return said
+            said.append((run.total_steps, run.set_rate()))
+            at.step, at.batch = at.step + 1, at.batch + 1
+        at.epoch, at.batch = at.epoch + 1, 0
+    assert run.stop_reason == "all epochs"
+    return said
+
+
+VARIED = {  # epochs of few steps, which draw their size of patches
+    "packing": Packing(max_tokens=100, packs=1),
+    "patch_sizes": (4, 8, 16),
+    "epochs": 12,
+    "warmup_epochs": 2.0,
+    "min_lr": 1e-5,
+}
+
+
+def test_the_rate_never_rises_after_warm_up_however_many_steps_an_epoch_has(
+    shapes, tmp_path, each_epoch_by_itself
+):
+    config = native_config(shapes, tmp_path / "run", **VARIED)
+    run = start_of(config)
+    steps = [run.plan.steps(epoch) for epoch in range(12)]
+    assert min(steps) < 0.7 * max(steps)
+    said = walked(run)
+    for epoch, batch in ((1, 0), (5, 2), (11, 1)):  # it knows nothing of what was planned before
+        again = start_of(config)
+        again.at = Position(step=sum(steps[:epoch]) + batch, epoch=epoch, batch=batch)
+        assert walked(again) == said[sum(steps[:epoch]) + batch :]
+    totals, rates = map(np.array, zip(*said, strict=True))
+    assert run.plan.estimates
+    assert len(rates) == totals[-1] == sum(steps)
+    assert len(set(totals)) > 3
+    warm = run.warmup_steps
+    assert warm == 2 * steps[0]
+    assert (np.diff(rates[: warm + 1]) > 0).all()
+    assert (np.diff(rates[warm:]) <= 0).all()
+    ends = np.cumsum(steps)
+    assert rates[ends[6]] == pytest.approx(
+        learning_rate(run.config, 99, done=7 / 12, warmup_steps=2, total_steps=12)
+    ), "an epoch is a twelfth of the run"
+
+
+def test_a_limit_of_updates_ends_the_schedule_of_estimated_epochs(
+    shapes, tmp_path, each_epoch_by_itself
+):
+    config = native_config(shapes, tmp_path / "run", **VARIED, max_steps=20)
+    run = start_of(config)
+    said = walked(run)
+    assert (len(said), run.at.step, run.stop_reason) == (20, 20, "all steps")
+    how = {"warmup_steps": run.warmup_steps, "total_steps": 20}
+    assert said == [
+        (20, pytest.approx(learning_rate(config, i, done=i / 20, **how))) for i in range(20)
+    ]
+
+
+def test_a_small_run_on_packs_knows_its_updates_from_the_start(shapes, tmp_path, monkeypatch):
+    monkeypatch.setattr(pack_plan, "CYCLE", 8)  # each epoch by itself
+    config = native_config(shapes, tmp_path / "run", **VARIED)
+    run, lines = start_of(config), []
+    total = sum(run.plan.steps(epoch) for epoch in range(12))
+    assert run.warmup_steps == round(2 * total / 12)
+    monkeypatch.setattr(run.progress, "say", lines.append)
+    introduce(run)
+    assert f"; {total} updates; " in lines[-1]
+    how = {"warmup_steps": run.warmup_steps, "total_steps": total}
+    assert walked(run) == [
+        (total, pytest.approx(learning_rate(config, i, done=i / total, **how)))
+        for i in range(total)
+    ]
 
 
 def test_accumulated_parts_give_the_same_update(shapes, tmp_path):

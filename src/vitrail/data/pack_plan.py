@@ -22,6 +22,9 @@ from vitrail_runtime.preprocess import limited_sizes, num_patches
 _SIDES, _DROPS = 4, 5  # streams of random numbers within one epoch, beside those of BatchPlan
 CYCLE = 8192  # images that are packed as one stream, where an epoch has fewer
 LEAST_STEPS = 8  # of an epoch, so that it shares a pack with the next
+# Images, of all epochs and each in every size of patches, that are planned at the start: 0.3 s of a processor
+# (EPYC) at their own sizes, 1 s where sides and shares to leave out are drawn.
+AHEAD = 200_000
 
 
 @dataclass(frozen=True)
@@ -173,33 +176,53 @@ class PackPlan:
     def steps_between(self, first: int, stop: int) -> int:
         """Number of steps from the epoch `first` up to the epoch `stop`.
 
-        An epoch is planned when it comes: those behind the stream of `first` are taken to be like it.
+        Of a large plan (AHEAD) the first epochs and the stream of `first` are counted; those behind are taken
+        to have as many steps as the first ones on average. Epochs vary where each step draws its size of
+        patches: 50 of 20,000 images (8, 16 and 32 pixels, 4 packs of 4,096 tokens) have 265 to 332 steps,
+        deviation 5 %, and the whole run's 14,890 are told as 14,881 to 14,962.
         """
-        if first >= stop:
-            return 0
-        begin, _ = self._steps_of(first)
-        cycle, place = divmod(first, self._cycle)
-        ends = self._ends(cycle)
-        planned = min(len(ends), place + stop - first)
-        behind = place + stop - first - planned
-        return ends[planned - 1] - begin + math.ceil(behind * ends[-1] / len(ends))
+        counted = min(stop, max(self._ahead, (first // self._cycle + 1) * self._cycle))
+        known = sum(map(self.steps, range(first, counted)))
+        if stop <= counted:
+            return known
+        mean = sum(map(self.steps, range(self._ahead))) / self._ahead
+        return known + math.ceil((stop - counted) * mean)
 
     @property
     def estimates(self) -> bool:
         """Whether `steps_between` of the whole run is an estimate."""
-        return self._cycle < self.epochs
+        return self._ahead < self.epochs
 
     def check(self) -> None:
-        """Raise InputError where the images of an epoch are too few to fill its last step.
+        """Raise InputError where the images of any epoch are too few to fill its last step.
 
-        Before the first update, though epochs are planned when they come: where packs have about one image
-        each, a later one may lack what the first had.
+        Before the first update: a later epoch, whose packs are others, may lack what the first had. Every
+        epoch is planned for it, but for those of a large plan that cannot lack any.
         """
-        images = self.length * len(self._ends(0))
-        packs = self._ends(0)[-1] * self.packing.packs
-        if self.length % self.packing.packs and 2 * packs > images:
+        if not (self.estimates and self._always_fills):
             for epoch in range(self.epochs):
                 self._steps_of(epoch)
+
+    @property
+    def _always_fills(self) -> bool:
+        """Whether the images of a stream fill its last step in whatever order they come.
+
+        With P packs an update, N images lack where fewer than P are second or further ones of their pack.
+        Small ones, which never need more than half a pack, are this unless the next small one is still
+        outside the window of the one that begins a pack: of N / window that can be.
+        """
+        packs, images = self.packing.packs, self.length
+        if images % packs == 0:
+            return True
+        sizes = np.asarray(self.sizes)
+        if self.packing.resolution != "own":
+            sizes = resampled(sizes, self.packing, np.ones(images))  # the largest that are drawn
+        patches = np.minimum(num_patches(sizes, min(self.kinds)), self.limit)
+        window = max(1, min(self.packing.window, images // 2))
+        small = 2 * (patches + self.num_prefix_tokens) <= self.packing.max_tokens
+        if self.weights is not None and not small.all():
+            return False  # which images an epoch has is drawn
+        return int(small.sum()) > 2 * packs + images / window
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[PlannedPacks]:
         """The steps of an epoch from `start` on."""
@@ -238,6 +261,12 @@ class PackPlan:
     @cached_property
     def _known_ends(self) -> dict[int, list[int]]:
         return {}
+
+    @cached_property
+    def _ahead(self) -> int:
+        """Epochs that are planned at the start: whole streams, one at least."""
+        cheap = AHEAD // (self.length * len(self.kinds))
+        return min(self.epochs, max(1, -(-cheap // self._cycle)) * self._cycle)
 
     @cached_property
     def _cycle(self) -> int:

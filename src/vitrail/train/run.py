@@ -1,5 +1,6 @@
 """A run: what it is made of, where it stands, and what it writes."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -49,6 +50,7 @@ class Run:
     progress: Progress
     at: Position
     total_steps: int  # an estimate before the last epoch, where packs are still to be planned
+    first_total: int  # the one that was told before the first update
     warmup_steps: int
     notes: list[str]  # what became of files of earlier starts
     scalars: Scalars | None = None  # of the main process
@@ -72,10 +74,18 @@ class Run:
 
     @property
     def share_done(self) -> float:
-        """How much of the run is over, by steps or by time, whichever is further."""
-        by_steps = self.at.step / self.total_steps
-        limit = self.config.max_minutes
-        return by_steps if limit is None else max(by_steps, self.at.seconds / (60 * limit))
+        """How much of the run is over, by steps or by time, whichever is further.
+
+        By epochs where the number of steps is an estimate: an epoch that has fewer than were told must not
+        take the learning rate up again.
+        """
+        at, config = self.at, self.config
+        if self.plan.estimates:
+            share = max(self.epochs_done / config.epochs, at.step / (config.max_steps or math.inf))
+        else:
+            share = at.step / self.total_steps
+        limit = config.max_minutes
+        return share if limit is None else max(share, at.seconds / (60 * limit))
 
     @property
     def epochs_done(self) -> float:
@@ -109,7 +119,7 @@ class Run:
             self.at.step,
             done=self.share_done,
             warmup_steps=self.warmup_steps,
-            total_steps=self.total_steps,
+            total_steps=self.first_total,
         )
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["lr_scale"]

@@ -87,6 +87,7 @@ def set_up(config: TrainConfig, accelerator: Accelerator, folder: RunFolder) -> 
         progress=Progress(total, minutes=config.max_minutes, speaks=accelerator.is_main_process),
         at=position,
         total_steps=total,
+        first_total=total_updates(config, plan, Position()),
         warmup_steps=warmup,
         notes=notes,
     )
