@@ -238,8 +238,8 @@ def test_steps_to_come_of_a_large_plan_are_estimated_from_what_its_start_plans(m
             assert fresh().steps_between(first, known) == sum(steps[first:known])
     monkeypatch.setattr(pack_plan, "AHEAD", 599)
     assert not fresh(9).estimates
-    many = replace(fresh(), patch_sizes=(8, 16))
-    assert many.estimates
+    monkeypatch.setattr(pack_plan, "AHEAD", 10 * 60 * 2 - 1)
+    assert replace(fresh(), patch_sizes=(8, 16)).estimates
     monkeypatch.setattr(pack_plan, "AHEAD", 10 * 60 * 2)
     assert not replace(fresh(), patch_sizes=(8, 16)).estimates
 
