@@ -475,6 +475,14 @@ def test_another_run_in_the_folder_is_told_in_the_flags_that_there_are(place, tm
         assert "give another --run to start anew; to go on with that one, give the base, the" in err
         assert err.endswith(end)
         assert not {"--weights", "--out"} & set(err.replace(",", " ").split())
+    other = load(place / "run" / "best")
+    other.backbone.norm.bias.data += 1
+    save(other, tmp_path / "other")  # a base of its own, and not the run's as it has become
+    assert (
+        main(["adapt", "train", str(tmp_path / "other"), *command[3:], *brief, "--rows", "3"]) == 2
+    )
+    told = f"another run, 1 steps on:\n  weights: '{place / 'run' / 'best'}' there"
+    assert told in capsys.readouterr().err
     shutil.rmtree(run / "state")
     assert main([*command, *brief]) == 2
     err = capsys.readouterr().err
