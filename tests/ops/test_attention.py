@@ -1,4 +1,4 @@
-"""Attention by oneDNN's products, where they are the faster ones."""
+"""Where attention goes by oneDNN's products, and those in float32."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vitrail.layers.attention import attend
 from vitrail.ops import attention as module
-from vitrail.ops import linear
+from vitrail.ops import attention_fp32, linear
 from vitrail.ops.attention import attention
 from vitrail.ops.packed_attention import packed_attention
 from vitrail.packing import Spans
@@ -29,8 +29,10 @@ def products(monkeypatch):
 
     monkeypatch.setattr(linear, "_pays", lambda: True)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    for name, value in (("LEAST", 1), ("WIDTH", 1), ("ROWS", 3), ("product", product)):
-        monkeypatch.setattr(module, name, value)
+    monkeypatch.setattr(module, "LEAST_FP32", 1)
+    monkeypatch.setattr(module, "WIDTH_FP32", 1)
+    monkeypatch.setattr(attention_fp32, "ROWS", 3)
+    monkeypatch.setattr(attention_fp32, "product", product)
     return seen
 
 
@@ -71,7 +73,7 @@ def test_blocks_are_even_and_no_larger_than_what_the_caches_hold(products, monke
     attention(*(t.detach() for t in given(4, 5)))
     assert [x for x, weight in products if weight == (5, 8)] == [(2, 8), (2, 8)] * 6
     products.clear()
-    monkeypatch.setattr(module, "SCORES", 10)
+    monkeypatch.setattr(attention_fp32, "SCORES", 10)
     attention(*(t.detach() for t in given(7, 5)))
     assert {x[0] for x, weight in products if weight == (5, 8)} == {2, 1}
 
@@ -108,7 +110,7 @@ def test_an_images_result_is_the_same_bits_in_any_batch(products):
 
 def test_few_tokens_and_narrow_heads_stay_with_pytorch(products, monkeypatch):
     tensors = given(7, 5, 8, 6)
-    for name, value in (("LEAST", 7 * 5), ("WIDTH", 6)):
+    for name, value in (("LEAST_FP32", 7 * 5), ("WIDTH_FP32", 6)):
         monkeypatch.setattr(module, name, value + 1)
         attention(*tensors)
         assert products == []

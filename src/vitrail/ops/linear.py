@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch._C._functorch import peek_interpreter_stack
 
 LEAST = 2**23  # multiplications from which it pays: a call costs 15 microseconds more
+CASTS = (torch.float32, torch.float16, torch.bfloat16)  # what autocast casts
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -91,13 +92,16 @@ def onednn_pays(device: torch.device) -> bool:
     return on_cpu and _pays() and not _watched()
 
 
-def onednn_takes(*tensors: Tensor) -> bool:
-    """Whether these are plain tensors of the CPU in float32, which oneDNN does not round."""
+def onednn_takes(*tensors: Tensor, dtype: torch.dtype = torch.float32) -> bool:
+    """Whether these are plain tensors of the CPU in a dtype that oneDNN does not round, or in the one that
+    autocast gives them."""
+    cast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
     return (
-        all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
+        torch.backends.mkldnn.enabled
+        and (dtype != torch.bfloat16 or _has_bf16())
         and all(type(t) in (Tensor, nn.Parameter) and t.layout == torch.strided for t in tensors)
-        and torch.backends.mkldnn.enabled
-        and not torch.is_autocast_enabled("cpu")
+        and all(t.device.type == "cpu" for t in tensors)
+        and all(dtype == (cast if cast and t.dtype in CASTS else t.dtype) for t in tensors)
     )
 
 
@@ -120,3 +124,9 @@ def _pays() -> bool:
     with suppress(OSError):  # not every system has it
         vendor += Path("/proc/cpuinfo").read_text(encoding="utf-8")[:1000]
     return "AuthenticAMD" in vendor and torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+@cache
+def _has_bf16() -> bool:
+    """Whether the CPU multiplies bfloat16 itself, rather than by way of float32."""
+    return torch.cpu._is_avx512_bf16_supported()
