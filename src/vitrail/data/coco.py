@@ -13,7 +13,6 @@ first of ROOT/images/SPLIT, ROOT/SPLIT, ROOT/images, the JSON file's folder and 
 What a file says is kept in the cache under a digest of its content: the next start does not parse it.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -27,12 +26,12 @@ from typing import Any
 from vitrail.data.boxes import Boxes, Found, collect, is_number, label_of_names
 from vitrail.data.cache import Columns, cached
 from vitrail.data.folders import SPLIT_NAMES
-from vitrail.data.index import Index, Place, Sample, digest
+from vitrail.data.image_files import ImageFiles
+from vitrail.data.index import NOWHERE, Index, digest
 from vitrail_runtime.errors import InputError, listed
 
 NAME = re.compile(r"(?:instances_)?([a-z]+)(?:20\d\d)?", re.IGNORECASE)
 BESIDE = "_annotations.coco.json"
-NOWHERE = (0, 0, 0)
 VERSION = 1  # of what is kept of a file
 TRIED = 20  # images of a file, to find its folder
 
@@ -59,7 +58,7 @@ class Document:
     annotations: list[Any] | None
 
 
-class Coco:
+class Coco(ImageFiles):
     """Images whose objects stand in JSON files. See `vitrail.data.index.Source`. A key is a path below the
     root."""
 
@@ -80,32 +79,6 @@ class Coco:
 
     def classes(self) -> tuple[str, ...]:
         return tuple(self._document(self.splits()[0]).categories.values())
-
-    def fingerprint(self, split: str) -> str:
-        total = hashlib.sha256(os.fsencode(self.root))
-        for key in self._present(split):
-            info = (self.root / key).stat()
-            line = f"{key}\0{info.st_size}\0{info.st_mtime_ns}\n"
-            total.update(line.encode("utf-8", "surrogateescape"))
-        return total.hexdigest()
-
-    def count(self, split: str) -> int:
-        return len(self._present(split))
-
-    def scan(self, split: str) -> Iterator[Sample]:
-        for key in self._present(split):
-            try:
-                payload = self.read(key, NOWHERE)
-            except OSError as error:  # counted with the broken images
-                payload = error
-            yield key, "", NOWHERE, payload
-
-    def read(self, key: str, place: Place) -> bytes:
-        with open(self.root / key, "rb", buffering=0) as file:
-            return file.read()
-
-    def where(self, key: str, place: Place) -> str:
-        return os.path.normpath(self._above / key)
 
     def truth(self, split: str, index: Index, classes: Sequence[str]) -> Any:  # Boxes
         document = self._document(split)

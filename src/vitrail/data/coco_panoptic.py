@@ -30,8 +30,8 @@ from vitrail.data.coco import (
     short,
     split_files,
 )
-from vitrail.data.index import Index
-from vitrail.data.panoptic import NONE, NOWHERE, IdIndex, Panoptic, read_id_index
+from vitrail.data.index import NOWHERE, Index
+from vitrail.data.panoptic import NONE, IdIndex, Panoptic, read_id_index
 from vitrail_runtime.errors import InputError, listed
 from vitrail_runtime.panoptic import LARGEST
 

@@ -20,7 +20,8 @@ from vitrail_runtime.preprocess import decode, read_size
 VERSION = 3  # of the stored form; a reader of another version makes the index anew
 SHOW_PROGRESS_FROM = 5000  # pictures
 
-Place = tuple[int, int, int]  # (file, offset, bytes) inside an archive; zeros where a key is a file
+Place = tuple[int, int, int]  # (file, offset, bytes) inside an archive
+NOWHERE: Place = (0, 0, 0)  # the place of a key that is a file
 
 # (key, class name, place, encoded picture or why it could not be read)
 Sample = tuple[str, str, Place, bytes | OSError]

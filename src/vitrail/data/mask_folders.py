@@ -16,7 +16,8 @@ from functools import cached_property
 from pathlib import Path
 
 from vitrail.data.folders import SPLIT_NAMES
-from vitrail.data.index import Index, Place, Sample
+from vitrail.data.image_files import ImageFiles
+from vitrail.data.index import Index, Place
 from vitrail.data.legend import Legend, read_legend
 from vitrail.data.masks import ClassMaps, infer_legend, read_class_maps
 from vitrail_runtime.errors import InputError, listed
@@ -31,7 +32,7 @@ def is_mask_folder(path: Path) -> bool:
     return bool(_lists(path)) or None not in (_named(path, IMAGE_FOLDERS), _masks_of(path))
 
 
-class MaskFolders:
+class MaskFolders(ImageFiles):
     """Images and their masks. See `vitrail.data.masks.MaskSource`. A key is a path below the root."""
 
     def __init__(self, root: Path) -> None:
@@ -74,8 +75,11 @@ class MaskFolders:
                 self._pairs[split] = _paired(self.root, self.name, *self._folders[split])
         return self._pairs[split]
 
+    def _present(self, split: str) -> list[str]:
+        return [image for image, _ in self.pairs(split)]
+
     def fingerprint(self, split: str) -> str:
-        return self._fingerprint([image for image, _ in self.pairs(split)])
+        return self._fingerprint(self._present(split))
 
     def masks_fingerprint(self, split: str) -> str:
         return self._fingerprint([mask for _, mask in self.pairs(split)])
@@ -90,21 +94,6 @@ class MaskFolders:
                 size, changed = 0, 0
             total.update(f"{name}\0{size}\0{changed}\n".encode("utf-8", "surrogateescape"))
         return total.hexdigest()
-
-    def count(self, split: str) -> int:
-        return len(self.pairs(split))
-
-    def scan(self, split: str) -> Iterator[Sample]:
-        for image, _ in self.pairs(split):
-            try:
-                payload = self.read(image, (0, 0, 0))
-            except OSError as error:  # counted with the broken images
-                payload = error
-            yield image, "", (0, 0, 0), payload
-
-    def read(self, key: str, place: Place) -> bytes:
-        with open(self.root / key, "rb", buffering=0) as file:
-            return file.read()
 
     def where(self, key: str, place: Place) -> str:
         return str(Path(self.name) / key)

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from vitrail.data.cache import Columns, cached
-from vitrail.data.index import Source, digest
+from vitrail.data.index import NOWHERE, Source, digest
 from vitrail.data.legend import (
     IGNORE,
     RGB,
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from vitrail.data.view import View
 
 VERSION = 2  # of the stored index of masks
-NOWHERE = (0, 0, 0)  # the place of a key that is a file
 ORIENTATION = 0x0112  # EXIF's tag
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from vitrail.data.boxes import MOST_OBJECTS, Boxes
 from vitrail.data.cache import Columns, cached
-from vitrail.data.index import Source, digest
+from vitrail.data.index import NOWHERE, Source, digest
 from vitrail.data.masks import decode_mask
 from vitrail_runtime.errors import ImageError
 from vitrail_runtime.panoptic import ids_of
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from vitrail.data.view import View
 
 VERSION = 2  # of the stored facts
-NOWHERE = (0, 0, 0)  # the place of a key that is a file
 NONE = 0  # in a map of segments: a pixel of none
 
 

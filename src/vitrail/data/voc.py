@@ -7,7 +7,6 @@ and belong to the box: xmin 1 is the image's left edge, xmax the right edge of t
 difficult becomes a crowd: it is not taught, and neither missed nor counted when it is found.
 """
 
-import hashlib
 import os
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator, Sequence
@@ -16,11 +15,11 @@ from pathlib import Path
 
 from vitrail.data.boxes import Boxes, Found, collect, label_of_names
 from vitrail.data.folders import SPLIT_NAMES
-from vitrail.data.index import Index, Place, Sample
+from vitrail.data.image_files import ImageFiles
+from vitrail.data.index import NOWHERE, Index, Place
 from vitrail_runtime.errors import InputError
 from vitrail_runtime.preprocess import IMAGE_SUFFIXES
 
-NOWHERE = (0, 0, 0)
 IMAGES = ("JPEGImages", "images", "Images")
 EVERYTHING = ""  # the split of a set without lists
 
@@ -30,7 +29,7 @@ def is_voc_folder(path: Path) -> bool:
     return next((path / "Annotations").glob("*.xml"), None) is not None
 
 
-class Voc:
+class Voc(ImageFiles):
     """Images whose objects stand in XML files. See `vitrail.data.index.Source`. A key is a path below the
     root."""
 
@@ -72,36 +71,13 @@ class Voc:
             )
         return tuple(sorted(found))
 
-    def fingerprint(self, split: str) -> str:
-        total = hashlib.sha256(os.fsencode(self.root))
-        for _, key in self._present(split):
-            info = (self.root / key).stat()
-            line = f"{key}\0{info.st_size}\0{info.st_mtime_ns}\n"
-            total.update(line.encode("utf-8", "surrogateescape"))
-        return total.hexdigest()
-
-    def count(self, split: str) -> int:
-        return len(self._present(split))
-
-    def scan(self, split: str) -> Iterator[Sample]:
-        for _, key in self._present(split):
-            try:
-                payload = self.read(key, NOWHERE)
-            except OSError as error:  # counted with the broken images
-                payload = error
-            yield key, "", NOWHERE, payload
-
-    def read(self, key: str, place: Place) -> bytes:
-        with open(self.root / key, "rb", buffering=0) as file:
-            return file.read()
-
     def where(self, key: str, place: Place) -> str:
         return str(Path(self.name) / key)
 
     def truth(self, split: str, index: Index, classes: Sequence[str]) -> Boxes:
-        present = self._present(split)
+        annotated = self._annotated(split)
         problems: dict[int, tuple[str, str]] = {}
-        found = list(self._found(present, index, problems))
+        found = list(self._found(annotated, index, problems))
         used = {name for name, _ in found}
         label_of = label_of_names(self.classes(), used, classes, f"{self.name} {split}".strip())
         return collect(
@@ -118,12 +94,12 @@ class Voc:
 
     def _found(
         self,
-        present: list[tuple[str, str]],
+        annotated: list[tuple[str, str]],
         index: Index,
         problems: dict[int, tuple[str, str]],
     ) -> Iterator[tuple[str, Found]]:
         """The name of each object's class, and the object."""
-        for i, (name, _) in enumerate(present):
+        for i, (name, _) in enumerate(annotated):
             where = str(Path(self.name) / "Annotations" / f"{name}.xml")
             if i in index.problems:
                 continue
@@ -178,7 +154,10 @@ class Voc:
         names = sorted(os.listdir(self.root / self.folder))
         return {Path(name).stem: name for name in names if _is_image(name)}
 
-    def _present(self, split: str) -> list[tuple[str, str]]:
+    def _present(self, split: str) -> list[str]:
+        return [key for _, key in self._annotated(split)]
+
+    def _annotated(self, split: str) -> list[tuple[str, str]]:
         """(name, key) of images that have an annotation."""
         return [
             (name, f"{self.folder}/{self._files[name]}")

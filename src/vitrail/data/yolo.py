@@ -11,11 +11,9 @@ A line is a class and a box, `K X Y WIDTH HEIGHT` with the centre first, or a cl
 objects: the format says so.
 """
 
-import hashlib
 import math
 import os
 from collections.abc import Iterator, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +21,11 @@ import yaml
 
 from vitrail.data.boxes import Boxes, Found, collect, label_of_names
 from vitrail.data.folders import SPLIT_NAMES
-from vitrail.data.index import Index, Place, Sample
+from vitrail.data.image_files import ImageFiles
+from vitrail.data.index import NOWHERE, Index
 from vitrail_runtime.errors import InputError, listed
 from vitrail_runtime.preprocess import IMAGE_SUFFIXES
 
-NOWHERE = (0, 0, 0)
 YAML_SUFFIXES = (".yaml", ".yml")
 
 
@@ -50,7 +48,7 @@ def is_yolo_folder(path: Path) -> bool:
     )
 
 
-class Yolo:
+class Yolo(ImageFiles):
     """Images with YOLO's label files. See `vitrail.data.index.Source`. A key is a path below the root."""
 
     def __init__(self, path: Path) -> None:
@@ -66,6 +64,8 @@ class Yolo:
         given = read_yaml(file)
         self._names = _names(given, file)
         self.root = self._root(given)
+        beside = file.parent
+        self._above = beside if beside.absolute() == self.root else self.root
         self._splits = {
             split: given[split] for split in ("train", "val", "test") if given.get(split)
         }
@@ -81,32 +81,6 @@ class Yolo:
 
     def classes(self) -> tuple[str, ...]:
         return self._names
-
-    def fingerprint(self, split: str) -> str:
-        total = hashlib.sha256(os.fsencode(self.root))
-        for key in self._present(split):
-            info = (self.root / key).stat()
-            line = f"{key}\0{info.st_size}\0{info.st_mtime_ns}\n"
-            total.update(line.encode("utf-8", "surrogateescape"))
-        return total.hexdigest()
-
-    def count(self, split: str) -> int:
-        return len(self._present(split))
-
-    def scan(self, split: str) -> Iterator[Sample]:
-        for key in self._present(split):
-            try:
-                payload = self.read(key, NOWHERE)
-            except OSError as error:  # counted with the broken images
-                payload = error
-            yield key, "", NOWHERE, payload
-
-    def read(self, key: str, place: Place) -> bytes:
-        with open(self.root / key, "rb", buffering=0) as file:
-            return file.read()
-
-    def where(self, key: str, place: Place) -> str:
-        return os.path.normpath(self._above / key)
 
     def truth(self, split: str, index: Index, classes: Sequence[str]) -> Boxes:
         without: list[str] = []
@@ -155,12 +129,6 @@ class Yolo:
                     yield Found(i, called, problem=f"stands in line {first} already")
                 else:
                     yield _read_line(line, i, called, height, width, len(self._names))
-
-    @cached_property
-    def _above(self) -> Path:
-        """The root as messages call it."""
-        told = self.file.parent
-        return told if told.absolute() == self.root else self.root
 
     def _root(self, given: dict) -> Path:
         """What the images' folders are relative to: `path`, if anything is there."""
