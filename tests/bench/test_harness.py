@@ -33,6 +33,13 @@ def test_rounds_run_every_call_once_and_turn_the_order():
     assert [len(t) for t in times] == [4, 4, 4]
 
 
+def test_a_call_settles_before_it_is_timed(monkeypatch):
+    time = Time(monkeypatch)
+    calls = [time.work(90, 80, 2, 70, 60, 4), time.work(50, 40, 3, 30, 20, 5)]
+    taken = interleave(calls, seconds=0, min_rounds=2, warmup=0, settle=2)
+    assert taken == [pytest.approx([0.002, 0.004]), pytest.approx([0.003, 0.005])]
+
+
 def test_time_bounds_the_rounds_once_the_fewest_are_done():
     assert len(interleave([lambda: None], seconds=60, max_rounds=7)[0]) == 7
     assert len(interleave([lambda: None], seconds=0, min_rounds=2)[0]) == 2

@@ -45,11 +45,13 @@ def interleave(
     min_rounds: int = 5,
     max_rounds: int = 200,
     warmup: int = 2,
+    settle: int = 0,
     clock: Clock = "wall",
 ) -> list[list[float]]:
     """Seconds of each call in each round. A round runs every call once, in an order that turns from round
     to round, so that a machine that slows down slows all alike. Stops after `seconds` of wall time, warm-up
-    not counted, but not before `min_rounds`.
+    not counted, but not before `min_rounds`. Before it is timed a call runs `settle` times, for what takes
+    much memory: the first run after another call finds the memory as that one left it.
     """
     now = CLOCKS[clock]
     for _ in range(warmup):
@@ -62,6 +64,8 @@ def interleave(
             break
         for i in range(len(calls)):
             j = (i + r) % len(calls)
+            for _ in range(settle):
+                calls[j]()
             before = now()
             calls[j]()
             taken[j].append(now() - before)
