@@ -11,9 +11,9 @@ from vitrail.layers.attention import attend
 from vitrail.ops import attention as choice
 from vitrail.ops import attention_bf16 as module
 from vitrail.ops import linear
+from vitrail.ops import packed_attention as packs
 from vitrail.ops.attention import attention
-from vitrail.ops.attention_bf16 import attention_bf16
-from vitrail.ops.packed_attention import packed_attention
+from vitrail.ops.packed_attention import dense_attention, packed_attention
 from vitrail.packing import Spans
 
 BF16 = torch.bfloat16
@@ -25,16 +25,17 @@ def calls(monkeypatch):
     """One for each call; here it is taken for the smallest heads too."""
     seen: list[tuple[int, ...]] = []
 
-    def form(q, k, v):
+    def form(q, k, v, runs):
         assert q.dtype == k.dtype == v.dtype == BF16
-        seen.append(tuple(q.shape))
-        return attention_bf16(q, k, v)
+        seen.append((*q.shape, *runs))
+        return module.attention_bf16(q, k, v, runs)
 
     monkeypatch.setattr(linear, "_pays", lambda: True)
     monkeypatch.setattr(linear, "_has_bf16", lambda: True)
     for name in ("LEAST_BF16", "QUERIES_BF16", "WIDTH_BF16"):
         monkeypatch.setattr(choice, name, 1)
-    monkeypatch.setattr(choice, "attention_bf16", form)
+    for user in (choice, packs):
+        monkeypatch.setattr(user, "attention_bf16", form)
     return seen
 
 
@@ -47,6 +48,13 @@ def given(queries: int = 7, keys: int = 5, width: int = 8, values: int = 6, std:
         for n, c, by in ((queries, width, std), (keys, width, std), (keys, values, 1))
     ]
     return [t.requires_grad_() for t in tensors]
+
+
+def attention_bf16(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """(B, heads, N, D), ... -> (B, heads, N, E)"""
+    tokens = (t.transpose(1, 2).flatten(0, 1) for t in (q, k, v))
+    out = module.attention_bf16(*tokens, [(len(q), q.shape[2], k.shape[2])])
+    return out.unflatten(0, (len(q), -1)).transpose(1, 2)
 
 
 def formula(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -75,7 +83,7 @@ def errors(form, tensors: list[Tensor]) -> list[float]:
 @pytest.mark.parametrize("sizes", SIZES)
 def test_value_and_gradients_are_those_of_the_formula(monkeypatch, sizes, scores):
     """In one block for all, for some heads, and for some queries of one head."""
-    monkeypatch.setattr(module, "SCORES", scores)
+    monkeypatch.setattr(module, "_most", lambda: scores)
     monkeypatch.setattr(module, "_places", module._Places())
     tensors = given(*sizes)
     out, *gradients = errors(attention_bf16, tensors)
@@ -99,6 +107,22 @@ def test_it_is_about_as_precise_as_the_fused_function_and_plain_products_are_not
         q, k, v = (t.detach() for t in tensors)
         plain = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v
         assert ours[0] < 0.4 * error(plain, formula(q, k, v))
+
+
+def test_flat_attention_over_many_keys_is_not_biased():
+    """All weights of a query are rounded alike there: an error of one is an error of their sum."""
+    tensors = given(8, 1046, 16, 16, std=0.02)
+    out, *gradients = errors(attention_bf16, tensors)
+    assert out < 0.003
+    assert max(gradients) < 0.005
+
+
+def test_values_far_from_zero_leave_the_gradients_what_they_are():
+    """What a softmax's gradient takes off is then many times as large as what is left."""
+    q, k, v = given(60, 70, 64, 64)
+    tensors = [q, k, (v.detach() + 30).requires_grad_()]
+    ours, fused = (errors(f, tensors) for f in (attention_bf16, F.scaled_dot_product_attention))
+    assert ours[1] < 2 * fused[1]
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
@@ -142,7 +166,7 @@ def test_blocks_fill_what_the_caches_hold(monkeypatch):
     q, k = torch.empty(6, 12, 8), torch.empty(6, 10, 8)
 
     def sizes(scores):
-        monkeypatch.setattr(module, "SCORES", scores)
+        monkeypatch.setattr(module, "_most", lambda: scores)
         return [
             (len(q[block]), q[block].shape[1], (block[0].start, block[1].start))
             for block in module._blocks(q, k)
@@ -152,9 +176,19 @@ def test_blocks_fill_what_the_caches_hold(monkeypatch):
     assert sizes(599) == [(4, 12, (0, 0)), (2, 12, (4, 0))]
     assert sizes(119)[:3] == [(1, 6, (0, 0)), (1, 6, (0, 6)), (1, 6, (1, 0))]
     assert len(sizes(9)) == 6 * 12
-    images = torch.empty(5, 3, 12, 8)
-    monkeypatch.setattr(module, "SCORES", 2 * 3 * 12 * 10)
-    assert [len(images[i]) for i in module._images(images, images[:, :, :10])] == [2, 2, 1]
+    monkeypatch.setattr(module, "_most", lambda: 2 * 3 * 12 * 10)
+    assert [*module._pieces([(5, 12, 10), (1, 1, 2)], heads=3)] == [
+        (2, slice(0, 24), slice(0, 20)),
+        (2, slice(24, 48), slice(20, 40)),
+        (1, slice(48, 60), slice(40, 50)),
+        (1, slice(60, 61), slice(50, 52)),
+    ]
+
+
+@pytest.mark.parametrize(("threads", "times"), [(1, 1), (2, 2), (64, 8)])
+def test_a_block_grows_with_the_threads_that_share_it(monkeypatch, threads, times):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert module._most() == times * module.SCORES
 
 
 def test_scores_of_all_blocks_stand_in_the_same_place_in_each_thread_its_own():
@@ -192,17 +226,37 @@ def test_what_comes_out_lies_as_heads_are_joined_and_is_differentiated_once():
         first.sum().backward()
 
 
-def test_layers_and_packs_take_it_with_any_number_of_threads(calls, monkeypatch):
+def test_layers_take_it_with_any_number_of_threads(calls, monkeypatch):
     q, k, v = (t.detach() for t in given(5, 5, values=8))
-    wanted = formula(q, k, v)
-    assert error(attend(q, k, v, None), wanted) < 0.005
-    assert calls == [(2, 3, 5, 8)]
-    tokens = [t.transpose(1, 2).flatten(0, 1) for t in (q, k, v)]  # of both images
-    packed = packed_attention(*tokens, Spans((5, 5)), implementation="runs")
-    assert error(packed, wanted.transpose(1, 2).flatten(0, 1)) < 0.005
+    assert error(attend(q, k, v, None), formula(q, k, v)) < 0.005
+    assert calls == [(10, 3, 8, (2, 5, 5))]
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     attention(q, k, v)
-    assert len(calls) == 3
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+def test_a_pack_takes_it_at_once_and_equals_one_softmax_under_a_mask(calls, pooled, monkeypatch):
+    """Images of several lengths, two of one; with `pooled` each has two queries."""
+    monkeypatch.setattr(module, "_most", lambda: 40)
+    keys = Spans((4, 9, 9, 2, 7))
+    spans = Spans((2,) * 5) if pooled else keys
+    g = torch.Generator().manual_seed(0)
+    tensors = [
+        torch.randn(n, 3, c, generator=g).bfloat16().requires_grad_()
+        for n, c in ((spans.total, 8), (31, 8), (31, 6))
+    ]
+    copies = [t.detach().double().requires_grad_() for t in tensors]
+    out = packed_attention(*tensors, spans, keys, implementation="runs")
+    wanted = dense_attention(*copies, spans, keys)
+    of = torch.randn(out.shape, generator=g).bfloat16()
+    found = torch.autograd.grad(out, tensors, of)
+    exact = torch.autograd.grad(wanted, copies, of.double())
+    for a, b in zip([out, *found], [wanted, *exact], strict=True):
+        assert error(a, b) < 0.012
+    queries = [2, 2, 2, 2] if pooled else [4, 9, 2, 7]
+    runs = [*zip([1, 2, 1, 1], queries, [4, 9, 2, 7], strict=True)]
+    assert calls == [(spans.total, 3, 8, *runs)]
 
 
 def test_autocast_gives_it_what_is_float32(calls):
@@ -218,9 +272,22 @@ def test_autocast_gives_it_what_is_float32(calls):
     attention(*tensors)
     with torch.autocast("cpu", torch.float16):
         attention(*tensors)
+        own = given()
+        again = torch.autograd.grad(attention_bf16(*own).sum(), own)
+    for a, b in zip(again, gradients, strict=True):
+        assert torch.equal(a, b.bfloat16())
     with pytest.raises(RuntimeError):
         attention(tensors[0].bfloat16(), *tensors[1:])
     assert len(calls) == 2
+
+
+def test_queries_are_counted_on_average(calls, monkeypatch):
+    tokens = torch.zeros(16, 3, 8, dtype=BF16)
+    monkeypatch.setattr(choice, "QUERIES_BF16", 8)
+    packed_attention(tokens, tokens, tokens, Spans((5, 7, 4)))
+    assert calls == []
+    packed_attention(tokens, tokens, tokens, Spans((5, 11)))
+    assert len(calls) == 1
 
 
 def test_few_scores_few_queries_narrow_heads_and_other_cpus_stay_with_pytorch(calls, monkeypatch):

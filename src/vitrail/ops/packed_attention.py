@@ -13,6 +13,7 @@ four forms that agree in the output and in every gradient:
   CUDA tensors; on a CPU it has no backward pass.
 """
 
+import itertools
 from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
@@ -22,7 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitrail.ops.attention import attention
+from vitrail.ops.attention import attention, takes_bf16
+from vitrail.ops.attention_bf16 import Run, attention_bf16
 from vitrail.packing import Spans
 from vitrail_runtime.errors import InputError
 
@@ -99,13 +101,7 @@ def by_runs(
     core: (B, heads, N, D), (B, heads, M, D), (B, heads, M, E) -> (B, heads, N, E). All else as
     `packed_attention`.
     """
-    pairs = [*zip(spans.lengths, (keys or spans).lengths, strict=True)]
-    runs: list[list[int]] = []  # images, queries and keys of each
-    for i, (queries, offered) in enumerate(pairs):
-        if i and pairs[i - 1] == pairs[i]:
-            runs[-1][0] += 1
-        else:
-            runs.append([1, queries, offered])
+    runs = _runs(spans, keys or spans)
     of_queries = [count * queries for count, queries, _ in runs]
     of_keys = [count * offered for count, _, offered in runs]
     parts = zip(q.split(of_queries), k.split(of_keys), v.split(of_keys), runs, strict=True)
@@ -120,7 +116,15 @@ def by_runs(
     return torch.cat(outs) if len(outs) > 1 else outs[0]
 
 
+def _runs(spans: Spans, keys: Spans) -> list[Run]:
+    pairs = itertools.groupby(zip(spans.lengths, keys.lengths, strict=True))
+    return [(len([*images]), queries, offered) for (queries, offered), images in pairs]
+
+
 def runs_attention(q: Tensor, k: Tensor, v: Tensor, spans: Spans, keys: Spans) -> Tensor:
+    runs = _runs(spans, keys)
+    if takes_bf16(q, k, v, q.shape[1], runs):
+        return attention_bf16(q.bfloat16(), k.bfloat16(), v.bfloat16(), runs)
     return by_runs(attention, q, k, v, spans, keys)
 
 
