@@ -1,7 +1,7 @@
 """Images at their own size: a packed ViT beside padded batches, vit-pytorch's NaViT and single images.
 
 python benchmarks/native.py --data $DATA/native --threads 2 --minutes 6 [--bf16] [--images 16] [--quick]
-    [--model NAME] [--max-tokens N] [--clock cpu] [--json FILE]
+    [--model NAME] [--max-tokens N] [--kinds training] [--settle N] [--clock cpu] [--json FILE]
 
 Images drawn at random from all keep their ratio, their long side at most 512 pixels. Every form gets the
 same ones, in one process, in turn, in training steps (forward, backward, AdamW), in inference, and in
@@ -17,8 +17,8 @@ single: our ViT, one image at a time.
 That packed, padded and single give the same logits is checked first. Peaks of memory are above what the
 process holds before a step (Linux). ViT-S/16, fp32 (--bf16: autocast for all). --minutes is the whole time,
 about; 16 images are about 10,000 tokens, so a round of training may take longer than its share, and is done
-once at least. Without --quick a form runs once before each run that counts, as what another form has given
-back to the system would have to be fetched again, which a training of one form does not see.
+once at least. With --settle N a form runs so often before each run that counts: what another form has given
+back to the system it must fetch again, which costs those of large tensors most.
 """
 
 import argparse
@@ -48,6 +48,7 @@ from vitrail.packing import PackedImages, pack, patch_grid, to_patches
 from vitrail_runtime.preprocess import Preprocessing, normalise
 
 LONG, PATCH, CLASSES = 512, 16, 1000
+KINDS = ("inference", "from files", "training")
 
 
 @dataclass(frozen=True)
@@ -222,11 +223,12 @@ def measure(flags: argparse.Namespace) -> tuple[list[Row], dict[str, Any]]:
         "training": (0.4, lambda n: partial(train_step, found[n], given[n], rates[n], flags.bf16)),
     }
     rows, cells = [], []
-    for what, (share, call) in kinds.items():
+    for what in flags.kinds:
+        share, call = kinds[what]
         calls = {name: call(name) for name in found}
         memory = {name: peak(one) for name, one in calls.items()}  # and warms up
         seconds = 0 if flags.quick else 60 * flags.minutes * share
-        how = {"seconds": seconds, "min_rounds": 1, "warmup": 0, "settle": int(not flags.quick)}
+        how = {"seconds": seconds, "min_rounds": 1, "warmup": 0, "settle": flags.settle}
         times = dict(
             zip(calls, interleave([*calls.values()], clock=flags.clock, **how), strict=True)
         )
@@ -277,6 +279,8 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=4096, help="of a pack")
     parser.add_argument("--minutes", type=float, default=6.0)
     parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--settle", type=int, default=0)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     flags = parser.parse_args()
     if flags.quick:
         flags.images = min(flags.images, 4)
