@@ -42,6 +42,16 @@ def test_a_fingerprint_is_of_the_root_and_of_each_files_name_size_and_time(sourc
     assert source.fingerprint("val") == expected(b"b.png\x001\x007\n")
 
 
+def test_a_link_to_nothing_has_no_size_and_no_time(source):
+    os.unlink("b.png")
+    os.symlink("gone.png", "b.png")
+    lines = os.fsencode(source.root) + b"b.png\x000\x000\n"
+    assert source.fingerprint("val") == hashlib.sha256(lines).hexdigest()
+    os.unlink("b.png")
+    Path("b.png").write_bytes(b"x")
+    assert source.fingerprint("val") != hashlib.sha256(lines).hexdigest()
+
+
 def test_images_are_scanned_in_their_order_and_one_that_is_gone_with_its_error(source, tmp_path):
     first, second = source.keys["train"]
     assert source.count("train") == 2

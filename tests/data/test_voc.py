@@ -154,6 +154,16 @@ def test_an_annotation_of_another_size_makes_its_image_broken(tmp_path):
     assert open_data(root, "all", skip_broken=True).keys == [f"JPEGImages/{n}.png" for n in "ab"]
 
 
+def test_a_link_to_no_image_is_a_broken_image(tmp_path):
+    root = voc_set(tmp_path)
+    (root / "JPEGImages" / "b.png").unlink()
+    (root / "JPEGImages" / "b.png").symlink_to("gone.png")
+    with pytest.raises(InputError, match=r"b\.png: No such file"):
+        open_data(root, "all")
+    data = open_data(root, "all", skip_broken=True)
+    assert data.keys == [f"JPEGImages/{n}.png" for n in "ac"]
+
+
 @pytest.mark.parametrize("size", [None, (0, 0)])
 def test_a_size_that_is_not_given_does_not_matter(tmp_path, size):
     root = voc_set(tmp_path)

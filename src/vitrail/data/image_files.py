@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from vitrail.data.index import NOWHERE, Place, Sample
@@ -20,12 +20,7 @@ class ImageFiles:
         raise NotImplementedError
 
     def fingerprint(self, split: str) -> str:
-        total = hashlib.sha256(os.fsencode(self.root))
-        for key in self._present(split):
-            info = (self.root / key).stat()
-            line = f"{key}\0{info.st_size}\0{info.st_mtime_ns}\n"
-            total.update(line.encode("utf-8", "surrogateescape"))
-        return total.hexdigest()
+        return fingerprint_of(self.root, self._present(split))
 
     def count(self, split: str) -> int:
         return len(self._present(split))
@@ -44,3 +39,16 @@ class ImageFiles:
 
     def where(self, key: str, place: Place) -> str:
         return os.path.normpath(self._above / key)
+
+
+def fingerprint_of(root: Path, names: Iterable[str]) -> str:
+    """Of the root, and of the names, sizes and times of files below it."""
+    total = hashlib.sha256(os.fsencode(root))
+    for name in names:
+        try:
+            info = (root / name).stat()
+            size, changed = info.st_size, info.st_mtime_ns
+        except OSError:  # a link to nothing: reading it will say so
+            size, changed = 0, 0
+        total.update(f"{name}\0{size}\0{changed}\n".encode("utf-8", "surrogateescape"))
+    return total.hexdigest()

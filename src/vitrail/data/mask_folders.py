@@ -9,14 +9,13 @@
 What the masks mean: `vitrail.data.legend`.
 """
 
-import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 
 from vitrail.data.folders import SPLIT_NAMES
-from vitrail.data.image_files import ImageFiles
+from vitrail.data.image_files import ImageFiles, fingerprint_of
 from vitrail.data.index import Index, Place
 from vitrail.data.legend import Legend, read_legend
 from vitrail.data.masks import ClassMaps, infer_legend, read_class_maps
@@ -78,22 +77,8 @@ class MaskFolders(ImageFiles):
     def _present(self, split: str) -> list[str]:
         return [image for image, _ in self.pairs(split)]
 
-    def fingerprint(self, split: str) -> str:
-        return self._fingerprint(self._present(split))
-
     def masks_fingerprint(self, split: str) -> str:
-        return self._fingerprint([mask for _, mask in self.pairs(split)])
-
-    def _fingerprint(self, names: list[str]) -> str:
-        total = hashlib.sha256(os.fsencode(self.root))
-        for name in names:
-            try:
-                info = (self.root / name).stat()
-                size, changed = info.st_size, info.st_mtime_ns
-            except OSError:  # a link to nothing: reading it will say so
-                size, changed = 0, 0
-            total.update(f"{name}\0{size}\0{changed}\n".encode("utf-8", "surrogateescape"))
-        return total.hexdigest()
+        return fingerprint_of(self.root, (mask for _, mask in self.pairs(split)))
 
     def where(self, key: str, place: Place) -> str:
         return str(Path(self.name) / key)
